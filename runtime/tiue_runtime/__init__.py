@@ -1,0 +1,3 @@
+"""Make images from a TiUE bundle with ONNX Runtime: no torch, no sampling loop."""
+
+__version__ = "0.1.0"
