@@ -1,0 +1,150 @@
+"""The student: a diffusers UNet in two halves, an encoder run once and a decoder run at N timesteps."""
+
+from typing import NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from tiue.schedule import Schedule
+
+# Options of UNet2DConditionModel that add inputs, and the value of each that leaves it off.
+_UNSUPPORTED_UNLESS = {
+    "addition_embed_type": None,  # SDXL, Kandinsky
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "time_cond_proj_dim": None,  # latent consistency models
+    "attention_type": "default",  # GLIGEN
+    "center_input_sample": False,
+}
+
+
+class Features(NamedTuple):
+    """What the encoder hands to the decoder."""
+
+    mid: torch.Tensor  # output of the mid block
+    skips: tuple[torch.Tensor, ...]  # conv_in's output first, then every down block's, in order
+
+
+class TiUE(nn.Module):
+    """A time-independent unified encoder with a parallel decoder, around (not instead of) a diffusers UNet.
+
+    Args:
+        unet: the network; its weights are shared, not copied, and stay under the name `unet`.
+        schedule: where the decoder runs and how its predictions are summed.
+        encoder_timestep: the one timestep the encoder is told, t_1 of the schedule it was trained for.
+
+    Raises ValueError for a UNet with inputs other than latents, a timestep and text.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, encoder_timestep: int):
+        super().__init__()
+        check_supported(unet)
+        self.unet = unet
+        self.schedule = schedule
+        self.encoder_timestep = encoder_timestep
+
+    def forward(
+        self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None
+    ) -> torch.Tensor:
+        """Noise z_T [B,C,h,w] and text [B,L,D] => latents z_0 [B,C,h,w], by `schedule` or its own."""
+        return self.predict(latents, text, schedule)[0]
+
+    def predict(
+        self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, but also what the decoder predicted: (z_0 [B,C,h,w], eps [N,B,C,h,w])."""
+        schedule = schedule or self.schedule
+        timesteps = torch.tensor(schedule.timesteps, device=latents.device)
+        features = self.encode(latents, text)
+        eps = self.decode(features, timesteps, text).unflatten(0, (len(schedule.timesteps), -1))
+        weights = torch.tensor(schedule.step_weights, device=latents.device, dtype=eps.dtype)
+        # z_0 = w_0 z_T + sum_i w_i eps_i
+        return schedule.noise_weight * latents + torch.einsum("n,nbchw->bchw", weights, eps), eps
+
+    def encode(self, latents: torch.Tensor, text: torch.Tensor) -> Features:
+        """conv_in, the down blocks and the mid block at the encoder's timestep.
+
+        Args:
+            latents: noise z_T, [B,C,h,w].
+            text: text embeddings, [B,L,D].
+        """
+        timesteps = torch.full(latents.shape[:1], self.encoder_timestep, device=latents.device)
+        return self.encode_embedded(latents, self.embed(timesteps, latents.dtype), text)
+
+    def decode(self, features: Features, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The up blocks and output layers at k timesteps at once.
+
+        Args:
+            features: from `encode`, for a batch of B.
+            timesteps: int64 [k].
+            text: text embeddings, [B,L,D].
+
+        Returns eps (or v, if that is what the UNet predicts) [k*B,C,h,w], step-major: row = i*B + b.
+        """
+        temb = self.embed(timesteps.repeat_interleave(text.shape[0]), features.mid.dtype)
+        return self.decode_embedded(features, temb, text)
+
+    def embed(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Timesteps int64 [n] => the embeddings [n,E] that the blocks take."""
+        temb = self.unet.time_embedding(self.unet.time_proj(timesteps).to(dtype))
+        return temb if self.unet.time_embed_act is None else self.unet.time_embed_act(temb)
+
+    def encode_embedded(self, latents: torch.Tensor, temb: torch.Tensor, text: torch.Tensor) -> Features:
+        """`encode` with the time embedding [B,E] given; export folds it into a constant here."""
+        hidden = self.unet.conv_in(latents)
+        skips = (hidden,)
+        for block in self.unet.down_blocks:
+            hidden, outputs = block(hidden_states=hidden, temb=temb, **_text_argument(block, text))
+            skips += tuple(outputs)
+        if self.unet.mid_block is not None:
+            hidden = self.unet.mid_block(hidden, temb, **_text_argument(self.unet.mid_block, text))
+        return Features(hidden, skips)
+
+    def decode_embedded(self, features: Features, temb: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """`decode` with the time embeddings [k*B,E], step-major, given; see `encode_embedded`."""
+        steps = temb.shape[0] // text.shape[0]
+        text = _repeat(text, steps)
+        hidden = _repeat(features.mid, steps)
+        skips = features.skips
+        # Upsamplers double sizes. Where downsampling rounded an odd one up, they must be told the right one.
+        rounded = any(size % 2**self.unet.num_upsamplers for size in skips[0].shape[2:])
+        for block in self.unet.up_blocks:
+            count = len(block.resnets)
+            skips, own = skips[:-count], skips[-count:]
+            hidden = block(
+                hidden_states=hidden,
+                temb=temb,
+                res_hidden_states_tuple=tuple(_repeat(skip, steps) for skip in own),
+                upsample_size=skips[-1].shape[2:] if rounded and skips else None,
+                **_text_argument(block, text),
+            )
+        if self.unet.conv_norm_out:
+            hidden = self.unet.conv_act(self.unet.conv_norm_out(hidden))
+        return self.unet.conv_out(hidden)
+
+
+def check_supported(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError, naming the option, for a UNet that needs more than latents, a timestep and text."""
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"expected a diffusers UNet2DConditionModel, got {type(unet).__name__}")
+    for option, expected in _UNSUPPORTED_UNLESS.items():
+        value = unet.config.get(option, expected)
+        if value != expected:
+            raise ValueError(f"UNet option {option}={value!r} is not supported (expected {expected!r})")
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"the UNet has {unet.config.in_channels} input and {unet.config.out_channels} output channels: "
+            "TiUE needs a text-to-image model, where they are equal"
+        )
+
+
+def _text_argument(block: nn.Module, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+
+
+def _repeat(tensor: torch.Tensor, steps: int) -> torch.Tensor:
+    """[B,...] => [steps*B,...], step-major."""
+    return tensor.expand(steps, *tensor.shape).flatten(0, 1)
