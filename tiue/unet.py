@@ -60,9 +60,10 @@ class TiUE(nn.Module):
         timesteps = torch.tensor(schedule.timesteps, device=latents.device)
         features = self.encode(latents, text)
         eps = self.decode(features, timesteps, text).unflatten(0, (len(schedule.timesteps), -1))
-        weights = torch.tensor(schedule.step_weights, device=latents.device, dtype=eps.dtype)
+        eps = eps.to(latents.dtype)  # under autocast the UNet answers in half precision; the sum must not be
+        weights = torch.tensor(schedule.step_weights, device=latents.device, dtype=latents.dtype)
         # z_0 = w_0 z_T + sum_i w_i eps_i
-        return schedule.noise_weight * latents + torch.einsum("n,nbchw->bchw", weights, eps), eps
+        return schedule.noise_weight * latents + (weights.view(-1, 1, 1, 1, 1) * eps).sum(0), eps
 
     def encode(self, latents: torch.Tensor, text: torch.Tensor) -> Features:
         """conv_in, the down blocks and the mid block at the encoder's timestep.
