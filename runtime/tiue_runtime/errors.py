@@ -19,3 +19,7 @@ class RequestError(TiueError):
 
 class Cancelled(TiueError):
     """The caller's `cancel` asked the request to stop."""
+
+
+class InferenceError(TiueError):
+    """A graph failed while running (out of memory, most often) or computed values that are not finite."""

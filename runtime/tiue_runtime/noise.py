@@ -1,0 +1,66 @@
+"""Latent noise from a seed: Philox 4x32-10 as PyTorch's CUDA generator draws it.
+
+A seed gives here, on every device, the noise that `torch.randn` gives on a GPU for a tensor of one image.
+Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import math
+import operator
+from typing import SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RequestError
+
+SEED_LIMIT = 2**64
+
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+_SHIFT = np.uint64(32)
+_MASK = np.uint64(_WORD)
+
+
+def check_seed(seed: object, count: int = 1) -> int:
+    """Return `seed` when seed .. seed + count - 1 are integers in [0, 2**64). Raises RequestError."""
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise RequestError(f"seed: expected an integer in [0, 2**64), got {seed!r} ({type(seed).__name__})")
+    first = operator.index(seed)
+    if not 0 <= first <= SEED_LIMIT - count:
+        last = f", with seed + {count - 1} the seed of the last image" if count > 1 else ""
+        raise RequestError(f"seed: expected an integer in [0, 2**64){last}, got {first}")
+    return first
+
+
+def gaussian(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal noise, a function of seed and element index only.
+
+    seed: 0 <= seed < 2**64. shape: of one image's latents, (C,h,w) or (1,C,h,w), fewer than 2**32 elements.
+    Returns float32 of that shape. Raises RequestError.
+    """
+    first, second = _philox(check_seed(seed), math.prod(shape))
+    # Box-Muller in float32, with the constants of cuRAND; its first output is the sine.
+    scale, half = np.float32(2**-32), np.float32(2**-33)
+    two_pi = np.float32(2 * math.pi)
+    u = first.astype(np.float32) * scale + half
+    v = second.astype(np.float32) * (scale * two_pi) + half * two_pi
+    radius = np.sqrt(np.float32(-2) * np.log(u))
+    return (radius * np.sin(v)).reshape(shape)
+
+
+def _philox(seed: int, count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The first two output words for counters (0, 0, i, 0), i < count."""
+    if count > _WORD:
+        raise RequestError(f"shape: expected fewer than 2**32 elements, got {count}")
+    zero = np.zeros(count, dtype=np.uint64)
+    c0, c1, c2, c3 = zero, zero, np.arange(count, dtype=np.uint64), zero
+    k0, k1 = seed & _WORD, seed >> 32
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 -> 64 bits
+        c0 = (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0)
+        c2 = (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1)
+        c1, c3 = p1 & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _WORD, (k1 + _KEY_INCREMENTS[1]) & _WORD
+    return c0, c1

@@ -1,0 +1,152 @@
+"""What a caller asked for, checked and made complete before any graph runs."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Manifest
+from .errors import RequestError
+from .noise import check_seed, gaussian
+
+Memory = Literal["auto", "parallel", "sequential"]
+OutputType = Literal["pil", "np", "latent"]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A complete request for B = len(prompts or prompt_embeds) * num_images pictures, prompt-major."""
+
+    prompts: list[str] | None  # exactly one of prompts and
+    prompt_embeds: Float32 | None  # (B / num_images, L, D) is given
+    num_images: int  # per prompt
+    seeds: tuple[int, ...]  # of each picture; empty when the caller brought the latents
+    steps: int
+    latents: Float32  # z_T (B,C,h,w)
+    sequential: bool  # one decoder call per step, instead of one for all
+
+    @classmethod
+    def make(
+        cls,
+        manifest: Manifest,
+        text_width: int | None,
+        prompt: str | Sequence[str] | None,
+        *,
+        num_images: int,
+        seed: int | None,
+        steps: int | None,
+        height: int | None,
+        width: int | None,
+        latents: Any,
+        prompt_embeds: Any,
+        output_type: OutputType,
+        memory: Memory,
+        previews: bool,
+    ) -> "Request":
+        """Check the arguments of `Pipeline.__call__`; text_width is D, if known. Raises RequestError."""
+        _one_of("output_type", output_type, get_args(OutputType))
+        _one_of("memory", memory, get_args(Memory))
+        if (prompt is None) == (prompt_embeds is None):
+            given = "neither" if prompt is None else "both"
+            raise RequestError(f"prompt: expected either prompt or prompt_embeds, got {given}")
+        num_images = _positive("num_images", num_images)
+        steps = manifest.default_steps if steps is None else steps
+        if isinstance(steps, bool) or steps not in manifest.schedules:
+            known = ", ".join(map(str, sorted(manifest.schedules)))
+            raise RequestError(f"steps: this bundle was trained for {known}, got {steps!r}")
+        prompts = None if prompt is None else _prompts(prompt)
+        embeds = None
+        if prompts is None:
+            shape = (None, manifest.text_length, text_width)
+            embeds = _array("prompt_embeds", prompt_embeds, shape, "B,L,D")
+        count = num_images * (len(prompts or ()) if embeds is None else len(embeds))
+        if latents is None:
+            height = _size("height", height, manifest.default_height, manifest.size_multiple)
+            width = _size("width", width, manifest.default_width, manifest.size_multiple)
+            seeds = _seeds(seed, count)
+            shape = (manifest.latent_channels, height // manifest.pixels_per_latent,
+                     width // manifest.pixels_per_latent)  # fmt: skip
+            # Each picture's noise is drawn alone, so that it does not depend on its batch.
+            noise = np.stack([gaussian(s, shape) for s in seeds])
+        else:
+            if seed is not None:
+                raise RequestError("seed: latents already are the noise; give one of seed and latents")
+            seeds = ()
+            noise = _array("latents", latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
+            for name, pixels, size in zip(("height", "width"), (height, width), noise.shape[2:], strict=True):
+                implied = size * manifest.pixels_per_latent
+                if pixels is not None and pixels != implied:
+                    raise RequestError(f"{name}: latents of shape {noise.shape} make {implied}, got {pixels}")
+                _size(f"latents: {name} of the image", implied, implied, manifest.size_multiple)
+        sequential = memory == "sequential" or (memory == "auto" and previews)
+        return cls(prompts, embeds, num_images, seeds, steps, noise, sequential)
+
+
+def _prompts(prompt: object) -> list[str]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple):
+        raise RequestError(f"prompt: expected a string or a list of strings, got {type(prompt).__name__}")
+    items = list(cast(Sequence[object], prompt))
+    if not items:
+        raise RequestError("prompt: expected at least one prompt, got an empty list")
+    for i, item in enumerate(items):
+        if not isinstance(item, str):
+            raise RequestError(f"prompt[{i}]: expected a string, got {type(item).__name__}")
+    return cast(list[str], items)
+
+
+def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
+    first = secrets.randbits(32) if seed is None else check_seed(seed, count)
+    return tuple(range(first, first + count))
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: int) -> int:
+    if not _is_int(value) or value < 1:
+        raise RequestError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+def _size(name: str, value: int | None, default: int, multiple: int) -> int:
+    if value is None:
+        return default
+    if not _is_int(value):
+        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, got {value!r}")
+    if value < multiple or value % multiple:
+        below = max(value // multiple, 0) * multiple
+        near = f"{below} or {below + multiple}" if below else f"{multiple}"
+        raise RequestError(
+            f"{name}: expected a multiple of {multiple} in pixels, such as {near}, got {value}"
+        )
+    return int(value)
+
+
+def _array(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> Float32:
+    """`value` as float32 of `shape`, where None is any size of at least 1."""
+    array = np.asarray(value)
+    fits = array.ndim == len(shape) and all(
+        size >= 1 and wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ",".join(
+            letter if size is None else str(size) for letter, size in zip(axes.split(","), shape, strict=True)
+        )
+        raise RequestError(f"{name}: expected shape ({sizes}), got {array.shape}")
+    if array.dtype.kind != "f":
+        raise RequestError(f"{name}: expected floating-point values, got {array.dtype}")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name}: expected finite values, got NaN or infinity")
+    return np.ascontiguousarray(array, dtype=np.float32)
