@@ -1,0 +1,92 @@
+"""`python -m export.onnx --ckpt student.safetensors`: a bundle for tiue-runtime, checked against PyTorch."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_STEPS_HELP = "step counts, e.g. 4 or 4,2,1 (default: all the student was trained for; of a pipeline, 4)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0; 1 if the graphs do not compute what PyTorch does; 2 if it cannot run."""
+    arguments = _parser().parse_args(argv)
+    # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
+    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
+    # Imported late: these bring torch, which takes seconds that --help and a mistyped flag need not wait for.
+    from .bundle import Options, check_target, export_bundle
+    from .errors import ParityError
+    from .parity import table
+    from .source import load_source
+
+    source = Path(arguments.ckpt)
+    out = Path(arguments.out or f"{source.resolve().stem}-bundle")
+    try:
+        check_target(out, arguments.overwrite)
+        _progress(f"loading {source}")
+        student = load_source(source, arguments.steps)
+        options = Options(
+            name=arguments.name or student.components.name,
+            weights=arguments.weights,
+            text_encoder=arguments.text_encoder,
+            overwrite=arguments.overwrite,
+        )
+        export_bundle(student, out, options, _progress, lambda rows: print(table(rows)))
+    except ParityError as error:
+        return _fail(str(error), 1)
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 2)
+    print(f"wrote {out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.onnx",
+        description="Export a student to an ONNX bundle for tiue-runtime. The bundle appears only if its "
+        "graphs compute what PyTorch computes, at other batch sizes and resolutions than those traced.",
+    )
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        help="student.safetensors, or a diffusers pipeline directory (Loopfree's layout)",
+    )
+    parser.add_argument("--out", help="the bundle directory to make (default: <name of --ckpt>-bundle, here)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
+    parser.add_argument("--name", help="the model's name (default: the one in --ckpt)")
+    parser.add_argument("--steps", type=_steps, help=_STEPS_HELP)
+    parser.add_argument(
+        "--weights", choices=("fp32", "fp16"), default="fp32", help="storage: fp16 halves the files"
+    )
+    parser.add_argument(
+        "--text-encoder", choices=("fp32", "int8"), default="fp32", help="int8 quarters the text encoder"
+    )
+    return parser
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError:
+        steps = []
+    if not steps or min(steps) < 1:
+        raise argparse.ArgumentTypeError(f"expected step counts such as 4 or 4,2,1, got {text!r}")
+    return steps
+
+
+def _progress(message: str) -> None:
+    print(f"{message} ...", file=sys.stderr, flush=True)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"export.onnx: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to stop cleans up, too
+    sys.exit(main())
