@@ -1,0 +1,81 @@
+"""The tiny bundle and its closed form (see make_tiny_bundle.py), computed here in float64 without ONNX."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiue_runtime import Pipeline
+
+TINY = Path(__file__).parent / "data" / "tiny"
+TAU = {751: 0.9, 501: 0.7, 251: 0.4, 1: 0.2}
+SCHEDULES = {2: (0.3, {501: -0.5, 1: 0.25}), 4: (0.2, {751: 0.5, 501: -0.25, 251: 1.5, 1: 0.125})}
+TOKENS = {"a red heart": [1, 4, 5, 7, 2], "a blue star": [1, 4, 6, 8, 2]}  # <start> ... <end>, then padding
+CLOSED_FORM = {"rtol": 1e-5, "atol": 1e-5}  # float32 graphs against float64
+
+
+def embedding(prompt: str) -> np.ndarray:
+    """(L,D) of a prompt; padding is masked to zero."""
+    text = np.zeros((8, 3))
+    for row, i in enumerate(TOKENS[prompt]):
+        text[row] = i / 10, -i / 20, 1 / (1 + i)
+    return text
+
+
+def eps(z_t: np.ndarray, text: np.ndarray, timestep: int) -> np.ndarray:
+    return np.tanh(0.5 * z_t.astype(np.float64) * TAU[timestep] + text.mean())
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Pipeline:
+    return Pipeline.load(TINY, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def closed_form() -> Callable[..., np.ndarray]:
+    """closed_form(z_T (C,h,w), prompt or text (L,D), steps) => z_0 (C,h,w)."""
+
+    def z_0(z_t: np.ndarray, prompt: str | np.ndarray, steps: int = 4) -> np.ndarray:
+        text = embedding(prompt) if isinstance(prompt, str) else prompt
+        noise_weight, weights = SCHEDULES[steps]
+        return noise_weight * z_t + sum(w * eps(z_t, text, t) for t, w in weights.items())
+
+    return z_0
+
+
+@pytest.fixture(scope="session")
+def closed_form_eps() -> Callable[..., np.ndarray]:
+    return lambda z_t, prompt, timestep: eps(z_t, embedding(prompt), timestep)
+
+
+@pytest.fixture
+def close() -> Callable[[Any, Any], None]:
+    return lambda actual, expected: np.testing.assert_allclose(actual, expected, **CLOSED_FORM)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the tiny bundle to damage."""
+    return Path(shutil.copytree(TINY, tmp_path / "copy"))
+
+
+@pytest.fixture
+def edit(copy: Path) -> Callable[[Callable[[dict[str, Any]], Any]], Path]:
+    """edit(change) applies `change` to the bundle.json of a copy and returns the copy."""
+
+    def apply(change: Callable[[dict[str, Any]], Any]) -> Path:
+        path = copy / "bundle.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return copy
+
+    return apply

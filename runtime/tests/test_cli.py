@@ -1,0 +1,182 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiue_runtime import sessions
+from tiue_runtime.cli import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tiny):
+    """run(*argv) => (exit code, stdout, stderr), with the tiny bundle as the default."""
+    monkeypatch.setenv("TIUE_BUNDLE", str(tiny))
+
+    def call(*argv):
+        code = main([str(argument) for argument in argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_generate_writes_the_picture_and_says_how(run, tmp_path, pipe):
+    path = tmp_path / "heart.png"
+    code, out, err = run(
+        "generate", "a red heart", "--out", path, "--seed", 5, "--steps", 2, "--device", "cpu"
+    )
+    assert (code, err) == (0, "")
+    assert f"{path}  12x8  seed 5\n" in out and "s on cpu" in out
+    with Image.open(path) as image:
+        assert image.text["prompt"] == "a red heart"
+        assert (image.text["seed"], image.text["steps"], image.text["bundle"]) == ("5", "2", "tiny")
+        np.testing.assert_array_equal(image, pipe("a red heart", seed=5, steps=2).images[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["heart.png"]
+
+
+def test_several_pictures_are_numbered(run, tmp_path, pipe):
+    path = tmp_path / "heart.png"
+    path.write_bytes(b"old")
+    arguments = ("--num-images", 10, "--seed", 1, "--width", 4, "--height", 4, "--memory", "sequential")
+    assert run("generate", "a", "--out", path, *arguments)[0] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {f"heart-{i:02}.png" for i in range(1, 11)} | {"heart.png"}
+    assert path.read_bytes() == b"old"
+    with Image.open(tmp_path / "heart-10.png") as image:
+        assert (image.text["seed"], image.size) == ("10", (4, 4))
+
+
+def test_prompt_in_any_script_survives_in_the_metadata(run, tmp_path):
+    path = tmp_path / "a.png"
+    assert run("generate", "ein rotes Herz ♥", "--out", path)[0] == 0
+    with Image.open(path) as image:
+        assert image.text["prompt"] == "ein rotes Herz ♥"
+
+
+def test_an_existing_picture_is_replaced(run, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    assert run("generate", "a", "--out", path)[0] == 0
+    with Image.open(path) as image:
+        assert image.size == (12, 8)
+
+
+def test_a_cut_prompt_is_one_warning_line(run, tmp_path):
+    code, _, err = run("generate", "a red heart on the blue sea", "--out", tmp_path / "a.png")
+    assert code == 0
+    assert err == "tiue-runtime: warning: prompt longer than 8 tokens; this part was cut off: 'sea'\n"
+
+
+MISTAKES = {
+    "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "out: cannot write into"),
+    "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "out: cannot write into"),
+    "out is a folder": (["generate", "a", "--out", "TMP/folder.png"], "is a directory"),
+    "other format": (["generate", "a", "--out", "TMP/a.jpg"], "out: expected a file name that ends in .png"),
+    "no out": (["generate", "a"], "--out"),
+    "no command": ([], "COMMAND"),
+    "unknown command": (["draw"], "invalid choice: 'draw'"),
+    "unknown flag": (
+        ["generate", "a", "--out", "TMP/a.png", "--sede", "1"],
+        "unrecognized arguments: --sede",
+    ),
+    "seed text": (["generate", "a", "--out", "TMP/a.png", "--seed", "x"], "--seed: invalid int value: 'x'"),
+    "seed": (["generate", "a", "--out", "TMP/a.png", "--seed", "-1"], "seed: expected an integer"),
+    "steps": (["generate", "a", "--out", "TMP/a.png", "--steps", "3"], "steps: this bundle was trained for"),
+    "width": (["generate", "a", "--out", "TMP/a.png", "--width", "5"], "width: expected a multiple of 4"),
+    "num_images": (["generate", "a", "--out", "TMP/a.png", "--num-images", "0"], "num_images: expected"),
+    "device": (["generate", "a", "--out", "TMP/a.png", "--device", "tpu"], "device: expected"),
+    "memory": (["generate", "a", "--out", "TMP/a.png", "--memory", "low"], "--memory: invalid choice: 'low'"),
+    "bundle name": (["generate", "a", "--out", "TMP/a.png", "--bundle", "nothing"], "neither a directory"),
+    "bundle path": (["info", "--bundle", "TMP/none"], "is not a directory"),
+    "verify": (["verify", "--bundle", "TMP"], "has no bundle.json"),
+    "runs": (["bench", "--runs", "0"], "runs: expected at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("argv, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, argv, message):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    code, out, err = run(*(argument.replace("TMP", str(tmp_path)) for argument in argv))
+    assert (code, out) == (2, "")
+    assert err.startswith("tiue-runtime: error: ") and err.count("\n") == 1
+    assert message in err
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder.png"}
+
+
+def test_an_unwritable_place_is_told_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tiue_runtime.pipeline.Pipeline.load", lambda *_, **__: pytest.fail("loaded"))
+    assert run("generate", "a", "--out", tmp_path / "none" / "a.png")[0] == 2
+
+
+def test_a_failed_write_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    code, _, err = run("generate", "a", "--out", tmp_path / "a.png")
+    assert code == 2 and "No space left on device" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_is_no_traceback(run, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tiue_runtime.pipeline.Pipeline.load", interrupt)
+    code, _, err = run("generate", "a", "--out", tmp_path / "a.png")
+    assert (code, err) == (130, "tiue-runtime: error: interrupted\n")
+
+
+def test_info(run, tiny):
+    code, out, _ = run("info")
+    assert code == 0
+    assert "Apache-2.0" in out and "12x8; multiples of 4" in out and "2, 4 (default 4)" in out
+    code, out, _ = run("info", "--json", "--bundle", tiny)
+    content = json.loads(out)
+    assert code == 0
+    assert content.pop("directory") == str(tiny)
+    assert content == json.loads((tiny / "bundle.json").read_text(encoding="utf-8"))
+
+
+def test_verify(run, copy):
+    code, out, _ = run("verify", "--bundle", copy)
+    assert code == 0 and "6 files" in out
+    content = (copy / "unet_decoder.onnx").read_bytes()
+    (copy / "unet_decoder.onnx").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, out, err = run("verify", "--bundle", copy)
+    assert (code, out) == (2, "")
+    assert "unet_decoder.onnx" in err and err.count("\n") == 1
+
+
+def test_doctor(run, tiny, monkeypatch):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert "CPUExecutionProvider" in out and str(tiny) in out and "onnxruntime" in out
+    monkeypatch.setattr(
+        sessions, "installed_wheels", lambda: {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"}
+    )
+    monkeypatch.setenv("TIUE_BUNDLE", "nothing")
+    code, out, err = run("doctor")
+    assert code == 2 and "python" in out
+    first, second = err.splitlines()
+    assert "are installed together" in first and "'nothing' is neither" in second
+
+
+def test_bench_states_its_conditions(run):
+    code, out, _ = run("bench", "--runs", 2, "--device", "cpu", "--steps", 2)
+    rows = dict(line.split(None, 1) for line in out.splitlines())
+    assert code == 0
+    assert rows["image"] == "12x8, batch 1, 2 steps, parallel"
+    assert "threads" in rows["cpu"] and "onnxruntime" in rows["versions"] and "ms" in rows["warm-up"]
+    for graph in ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder", "total"):
+        median, least, most = (float(part.strip("().")) for part in rows[graph].replace("..", " ").split())
+        assert least <= median <= most
+
+
+def test_python_dash_m(tiny):
+    command = [sys.executable, "-m", "tiue_runtime", "verify", "--bundle", str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([*command[:3], "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("tiue-runtime 0.")

@@ -1,0 +1,52 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import tiue_runtime
+
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after running `code`."""
+    report = "import sys, json; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_is_light():
+    assert not modules_after("import tiue_runtime") & {*HEAVY, "numpy", "PIL", "tokenizers"}
+
+
+@pytest.mark.parametrize(
+    "module", ["bundle", "cli", "doctor", "find", "graph", "noise", "pipeline", "sessions"]
+)
+def test_no_module_imports_a_training_library_or_onnxruntime(module):
+    assert not modules_after(f"import tiue_runtime.{module}") & set(HEAVY)
+
+
+def test_the_contract_needs_the_standard_library_only():
+    assert not modules_after("import tiue_runtime.bundle") & {"numpy", "PIL", "tokenizers"}
+
+
+def test_making_a_picture_imports_no_training_library(tiny):
+    code = f"import tiue_runtime; tiue_runtime.generate('a', bundle={str(tiny)!r}, device='cpu')"
+    loaded = modules_after(code)
+    assert "onnxruntime" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers", "onnx"}
+
+
+def test_public_names_exist():
+    assert all(getattr(tiue_runtime, name) is not None for name in tiue_runtime.__all__)
+    assert dir(tiue_runtime) == sorted(tiue_runtime.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'gnerate'"):
+        tiue_runtime.gnerate  # noqa: B018
+
+
+def test_errors_are_value_errors():
+    for name in ("BundleError", "DeviceError", "RequestError", "Cancelled", "InferenceError"):
+        assert issubclass(getattr(tiue_runtime, name), tiue_runtime.TiueError)
+    assert issubclass(tiue_runtime.TiueError, ValueError)

@@ -1,0 +1,110 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiue_runtime import Pipeline, sessions
+from tiue_runtime.bundle import Bundle, write_bundle
+from tiue_runtime.errors import BundleError, DeviceError, InferenceError
+from tiue_runtime.graph import Graph
+from tiue_runtime.sessions import Device, choose_device, thread_count
+
+no_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in sessions.available_providers(), reason="ONNX Runtime with CUDA is installed"
+)
+
+
+def test_cpu():
+    assert choose_device("cpu") == Device("cpu")
+    assert str(Device("cuda", 1)) == "cuda:1" and str(Device("cuda")) == "cuda"
+
+
+@no_cuda
+def test_cuda_is_refused_on_a_cpu_wheel(tiny):
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(DeviceError, match=r"has only .*CPUExecutionProvider.*tiue-runtime\[cuda\]"):
+            Pipeline.load(tiny, device=device)
+
+
+@no_cuda
+def test_a_provider_that_is_built_in_but_does_not_start(monkeypatch, tiny):
+    monkeypatch.setattr(
+        sessions, "available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(DeviceError, match=r"could not be started: .*nvidia-smi"):
+        choose_device("cuda")
+    assert choose_device("auto") == Device("cpu")
+
+
+@no_cuda
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_a_session_that_fell_back_is_refused(tiny):
+    with pytest.raises(
+        DeviceError, match=r"asked for cuda \(CUDAExecutionProvider\).*got CPUExecutionProvider"
+    ):
+        Graph(tiny / "vae_decoder.onnx", Device("cuda"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cpu:1", "CPU", "openvino"])
+def test_refuses_other_devices(device):
+    with pytest.raises(DeviceError, match='device: expected "auto", "cpu", "cuda" or "cuda:N", got'):
+        choose_device(device)
+
+
+def test_two_wheels_are_refused(tmp_path, monkeypatch):
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        info = tmp_path / f"{name}-1.30.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.30.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = (
+        r"onnxruntime 1\.30\.0 and onnxruntime-gpu 1\.30\.0 are installed together.*"
+        r"pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
+    )
+    with pytest.raises(DeviceError, match=message):
+        choose_device("cpu")
+
+
+@pytest.mark.parametrize(
+    "setup, message",
+    [
+        ("sys.modules['onnxruntime'] = None", "ONNX Runtime is not installed"),
+        ("sys.modules['onnxruntime'] = types.ModuleType('onnxruntime')", "onnxruntime is incomplete"),
+    ],
+)
+def test_missing_onnxruntime(tiny, tmp_path, setup, message):
+    code = (
+        f"import sys, types; {setup}; from tiue_runtime.cli import main; "
+        f"sys.exit(main(['generate', 'a', '--bundle', {str(tiny)!r}, '--out', {str(tmp_path / 'a.png')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr and 'pip install "tiue-runtime[cpu]"' in done.stderr
+
+
+def test_corrupt_graph_is_a_bundle_error(copy):
+    manifest = Bundle.load(copy).manifest
+    (copy / "unet_decoder.onnx").write_bytes(b"not a graph")
+    write_bundle(copy, manifest)
+    with pytest.raises(BundleError, match=r"unet_decoder\.onnx cannot be loaded on cpu") as caught:
+        Pipeline.load(copy, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_failing_run_is_an_inference_error(tiny):
+    graph = Graph(tiny / "vae_decoder.onnx", Device("cpu"))
+    with pytest.raises(InferenceError, match="vae_decoder failed on cpu"):
+        graph({"latents": np.zeros((1, 2), dtype=np.float32)})
+
+
+def test_threads_are_those_of_the_process():
+    assert 1 <= thread_count() <= (os.cpu_count() or 1)
+    if shutil.which("taskset"):
+        code = "from tiue_runtime.sessions import thread_count; print(thread_count())"
+        done = subprocess.run(
+            ["taskset", "-c", "0", sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "1"
