@@ -1,0 +1,1 @@
+"""How the default model was made: drawings -> autoencoder -> teacher -> student -> report."""

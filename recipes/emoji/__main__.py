@@ -1,0 +1,44 @@
+"""`python -m recipes.emoji`: make the default model, stage by stage. A finished stage is not done again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .presets import PRESETS
+
+STAGES = ("data", "autoencoder", "teacher", "student", "distil", "report")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages up to and including `--until`."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.emoji", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size and length (default cpu: 2 hours)")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="directory of all that is made")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    arguments = parser.parse_args(argv)
+    preset, out = PRESETS[arguments.preset], arguments.out
+    last = STAGES.index(arguments.until)
+
+    from . import data
+
+    drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
+    if last >= STAGES.index("autoencoder"):
+        from .autoencoder import autoencoder
+
+        vae = autoencoder(preset, drawings, out / "vae")
+    if last >= STAGES.index("teacher"):
+        from .teacher import teacher
+
+        teacher(preset, drawings, vae, out / "teacher")
+    if last >= STAGES.index("student"):
+        from .student import warm_start, write_prompts
+
+        write_prompts(drawings, out / "prompts.txt")
+        warm_start(preset, drawings, out / "teacher", out / "warm.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Drawings and captions: fetch the pinned npm packages, draw every SVG, write captions, hold out a tenth."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+from tqdm import tqdm
+
+# style word in captions -> (npm package, licence). The order is the style index.
+STYLES = {
+    "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
+    "noto classic": ("@iconify-json/noto-v1@1.2.5", "Apache-2.0"),
+    "fluent": ("@iconify-json/fluent-emoji@1.2.7", "MIT"),
+    "fluent flat": ("@iconify-json/fluent-emoji-flat@1.2.6", "MIT"),
+    "twemoji": ("@iconify-json/twemoji@1.2.5", "CC-BY-4.0"),
+    "emojione": ("@iconify-json/emojione@1.2.3", "CC-BY-4.0"),
+}
+LABELS = "emojibase-data@17.0.0"
+CONCEPTS = Path(__file__).with_name("concepts.txt")
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """The data set. Row i of every array is one drawing of one concept in one style."""
+
+    images: np.ndarray  # uint8 (n, H, W, 3), on white
+    concept: np.ndarray  # int64 (n,), index into `captions`
+    style: np.ndarray  # int64 (n,), index into STYLES
+    held_out: np.ndarray  # bool (n,), never trained on by any stage
+    captions: list[list[str]]  # per concept, without a style word; the first is the label
+
+    def caption(self, row: int, variant: int, with_style: bool) -> str:
+        """Caption number `variant` of drawing `row`; with its style word when `with_style`."""
+        text = self.captions[self.concept[row]][variant]
+        return f"{text}, {list(STYLES)[self.style[row]]} style" if with_style else text
+
+
+def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
+    """Fetch, draw and caption into `directory` (once), then return the data set."""
+    archive, captions = directory / "drawings.npz", directory / "captions.json"
+    if not captions.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        _draw(directory, archive, captions, resolution, all_concepts)
+    with np.load(archive, allow_pickle=False) as arrays:
+        return Drawings(**arrays, captions=json.loads(captions.read_text()))
+
+
+def is_held_out(hexcode: str, style: str) -> bool:
+    """A fixed tenth of the (concept, style) pairs, chosen by hash so that it never moves as the set grows."""
+    return hashlib.sha256(f"{hexcode}/{style}".encode()).digest()[0] * 10 < 256
+
+
+def fetch(package: str, directory: Path) -> Path:
+    """Download and unpack an npm package by exact version; returns its directory. npm checks its integrity."""
+    target = directory / re.sub(r"[^\w.]+", "-", package).strip("-")
+    if not (target / "package").is_dir():
+        done = subprocess.run(
+            ["npm", "pack", package, "--silent", "--pack-destination", str(directory)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        with tarfile.open(directory / done.stdout.split()[-1]) as tar:
+            tar.extractall(target, filter="data")
+    return target / "package"
+
+
+def _draw(directory: Path, archive: Path, captions_file: Path, resolution: int, all_concepts: bool) -> None:
+    packages = directory / "packages"
+    packages.mkdir(exist_ok=True)
+    sets = {style: _IconSet(fetch(package, packages)) for style, (package, _) in STYLES.items()}
+    labels = fetch(LABELS, packages)
+    emoji = json.loads((labels / "en/data.json").read_text())
+    names = [
+        json.loads((labels / f"en/shortcodes/{source}.json").read_text()) for source in ("github", "emojibase")
+    ]
+    everywhere = {e["label"]: e for e in emoji if all(s.find(e) is not None for s in sets.values())}
+    chosen = list(everywhere) if all_concepts else _concept_list()
+    if missing := [label for label in chosen if label not in everywhere]:
+        raise ValueError(f"not drawn in all six styles: {', '.join(missing)}")
+
+    rows, captions = [], []
+    tag_owners = _count(tag for label in chosen for tag in set(everywhere[label].get("tags", [])))
+    for index, label in enumerate(tqdm(chosen, desc="drawing", unit="concept")):
+        entry = everywhere[label]
+        captions.append(_captions(entry, names, tag_owners))
+        for number, (style, icons) in enumerate(sets.items()):
+            image = draw(icons.svg(icons.find(entry)), resolution)
+            rows.append((image, index, number, is_held_out(entry["hexcode"], style)))
+    images, concept, style, held_out = zip(*rows, strict=True)
+    np.savez(archive, images=images, concept=concept, style=style, held_out=held_out)
+    captions_file.write_text(json.dumps(captions, indent=0))
+
+
+def draw(svg: str, resolution: int) -> np.ndarray:
+    """SVG text => uint8 (resolution, resolution, 3) on white, drawn at twice the size and averaged down."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * resolution, height=2 * resolution)
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(
+        Image.alpha_composite(white, picture).convert("RGB").resize((resolution, resolution), Image.Resampling.BOX)
+    )
+
+
+class _IconSet:
+    """One iconify package: finds an emoji's icon by code point, else by label, and wraps it as an SVG."""
+
+    def __init__(self, package: Path) -> None:
+        self._set = json.loads((package / "icons.json").read_text())
+        self._by_code = json.loads((package / "chars.json").read_text())
+
+    def find(self, emoji: dict) -> str | None:
+        code = emoji["hexcode"].lower()
+        slug = re.sub(r"[^a-z0-9]+", "-", emoji["label"].lower()).strip("-")
+        name = self._by_code.get(code.replace("-fe0f", ""), slug)
+        return name if name in self._set["icons"] or name in self._set["aliases"] else None
+
+    def svg(self, name: str) -> str:
+        alias = self._set["aliases"].get(name)
+        icon = self._set["icons"][alias["parent"] if alias else name]
+        width = icon.get("width", self._set["width"])
+        height = icon.get("height", self._set["height"])
+        left, top = icon.get("left", 0), icon.get("top", 0)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+        )
+
+
+def _concept_list() -> list[str]:
+    lines = [line for line in CONCEPTS.read_text().splitlines() if not line.startswith("#")]
+    return [label.strip() for line in lines for label in line.split(";")]
+
+
+def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int]) -> list[str]:
+    """The label, the label with an article, its short names, tags nobody else has, and the label with its tags."""
+    label, tags = entry["label"], entry.get("tags", [])
+    article = "an" if label[0].lower() in "aeiou" else "a"
+    texts = [label, f"{article} {label}"]
+    for source in names:
+        found = source.get(entry["hexcode"], [])
+        texts += [name.replace("_", " ") for name in ([found] if isinstance(found, str) else found)]
+    texts += [tag for tag in tags if tag_owners[tag] == 1][:4]
+    if tags:
+        texts.append(f"{label}, {', '.join(tags[:3])}")
+    return list(dict.fromkeys(texts))
+
+
+def _count(items) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return counts

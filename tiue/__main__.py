@@ -1,0 +1,8 @@
+"""`python -m tiue`: see `tiue.cli`."""
+
+import sys
+
+from tiue.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
