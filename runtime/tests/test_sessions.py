@@ -29,13 +29,15 @@ def test_cuda_is_refused_on_a_cpu_wheel(tiny):
 
 
 @no_cuda
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_a_provider_that_is_built_in_but_does_not_start(monkeypatch, tiny):
     monkeypatch.setattr(
         sessions, "available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     with pytest.raises(DeviceError, match=r"could not be started: .*nvidia-smi"):
         choose_device("cuda")
-    assert choose_device("auto") == Device("cpu")
+    with pytest.warns(UserWarning, match="running on the CPU, because CUDA could not be started"):
+        assert choose_device("auto") == Device("cpu")
 
 
 @no_cuda

@@ -7,8 +7,9 @@ device is granted or refused. Another provider (OpenVINO, TensorRT) is a new kin
 
 import contextlib
 import importlib
-import io
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,12 +48,12 @@ class Device:
 def choose_device(device: str = "auto") -> Device:
     """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that works here.
 
-    "auto" is CUDA where a session really starts on it, else the CPU. Any other device is granted or refused
-    with a DeviceError that says what is available and what to install.
+    "auto" is CUDA where a session really starts on it, else the CPU, with a warning if ONNX Runtime was
+    built for CUDA. Any other device is granted or refused with a DeviceError that says what is available and
+    what to install.
     """
     if device == "auto":
-        cuda = Device("cuda")
-        return cuda if cuda.provider in available_providers() and not _probe(cuda) else Device("cpu")
+        return _choose_any()
     kind, _, index = device.partition(":")
     valid = kind in _PROVIDERS and (not index or (kind == "cuda" and index.isascii() and index.isdigit()))
     if not valid or device.endswith(":"):
@@ -73,6 +74,16 @@ def choose_device(device: str = "auto") -> Device:
                 'and the wheel: "tiue-runtime[cuda]" is for CUDA 13, "tiue-runtime[cuda12]" for CUDA 12.'
             )
     return chosen
+
+
+def _choose_any() -> Device:
+    cuda = Device("cuda")
+    if cuda.provider not in available_providers():
+        return Device("cpu")
+    problem = _probe(cuda)
+    if problem:
+        warnings.warn(f"running on the CPU, because CUDA could not be started: {problem}", stacklevel=4)
+    return Device("cpu") if problem else cuda
 
 
 def available_providers() -> list[str]:
@@ -132,13 +143,15 @@ def create_session(path: Path, device: Device) -> Any:
     Raises BundleError for a bad graph, DeviceError for a refused device.
     """
     try:
-        session, printed = _start(os.fspath(path), device)
+        session = _start(os.fspath(path), device)
+    except DeviceError:
+        raise
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
         raise BundleError(f"{path} cannot be loaded on {device}: {first_line(error)}") from error
     if session.get_providers()[0] != device.provider:
         raise DeviceError(
             f"device: asked for {device} ({device.provider}) to run {path.name}, "
-            f"got {', '.join(session.get_providers())}. {printed}"
+            f"got {', '.join(session.get_providers())}"
         )
     return session
 
@@ -146,29 +159,32 @@ def create_session(path: Path, device: Device) -> Any:
 def _probe(device: Device) -> str:
     """Start a session of almost nothing on `device`. Returns what went wrong, or "" when it was granted."""
     try:
-        session, printed = _start(_PROBE, device)
+        session = _start(_PROBE, device)
     except Exception as error:  # whatever it is, it is the answer
         return first_line(error)
-    if session.get_providers()[0] == device.provider:
-        return ""
-    return printed or f"ONNX Runtime gave {', '.join(session.get_providers())} instead"
+    granted: list[str] = session.get_providers()
+    return "" if granted[0] == device.provider else f"ONNX Runtime gave {', '.join(granted)} instead"
 
 
-def _start(model: str | bytes, device: Device) -> tuple[Any, str]:
-    """Create a session. Returns it and what ONNX Runtime printed meanwhile, on one line."""
+def _start(model: str | bytes, device: Device) -> Any:
+    """Create a session. It may run elsewhere than on `device`: the caller looks."""
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = thread_count()
     options.log_severity_level = 3  # errors: warnings about node placement are no use to a caller
-    providers: list[Any] = [(device.provider, {"device_id": device.index} if device.kind == "cuda" else {})]
-    if device.kind != "cpu":
-        providers.append(_PROVIDERS["cpu"])  # for nodes without a kernel there, such as shape arithmetic
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        if device.kind == "cuda":
+    cpu = _PROVIDERS["cpu"]
+    if device.kind == "cpu":
+        session = ort.InferenceSession(model, sess_options=options, providers=[cpu])
+    else:
+        # The CPU is for nodes without a kernel on the device, such as shape arithmetic.
+        providers = [(device.provider, {"device_id": device.index}), cpu]
+        with contextlib.redirect_stdout(sys.stderr):  # where ONNX Runtime prints what it cannot load
             ort.preload_dlls()
-        session = ort.InferenceSession(model, sess_options=options, providers=providers)
+            session = ort.InferenceSession(
+                model, sess_options=options, providers=providers, enable_fallback=False
+            )
     session.disable_fallback()  # a failing run shall fail, not move to the CPU
-    return session, " ".join(printed.getvalue().split())
+    return session
 
 
 def first_line(error: Exception) -> str:
