@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tiue.components import Components, load_components
+
+GOLDEN_DIRECTORY = Path(__file__).parent / "data" / "sd21-tiny"
+
+
+class Golden(NamedTuple):
+    """One golden case: see tests/data/README.md."""
+
+    steps: int
+    timesteps: list[int]
+    prompts: list[str]
+    noise: torch.Tensor
+    input_ids: torch.Tensor
+    prompt_embeds: torch.Tensor
+    latents: torch.Tensor
+    image_uint8: torch.Tensor
+
+
+CASES = [f"steps{n}.{shape}" for n in (1, 2, 4) for shape in ("batch1.size16", "batch3.size24")]
+
+
+@pytest.fixture(params=CASES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    case = request.param
+    with safe_open(GOLDEN_DIRECTORY / "golden.safetensors", "pt") as file:
+        about = json.loads(file.metadata()[case])
+        tensors = {name: file.get_tensor(f"{case}.{name}") for name in Golden._fields[3:]}
+    return Golden(len(about["timesteps"]), about["timesteps"], about["prompts"], **tensors)
+
+
+@pytest.fixture(scope="session")
+def golden_directory() -> Path:
+    return GOLDEN_DIRECTORY
+
+
+@pytest.fixture(scope="session")
+def golden_components() -> Components:
+    return load_components(GOLDEN_DIRECTORY)

@@ -1,0 +1,179 @@
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tiue.checkpoint import CheckpointError, Student, load_student, save_student
+from tiue.components import encode_text, tokenize
+
+PARTS = ("unet", "text_encoder", "vae")
+
+
+def student(components):
+    schedules = {4: [751, 501, 251, 1], 1: [751]}
+    return Student(components, 751, schedules, "tiny-teacher", {"iterations": 3})
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_student(tmp_path / "student.safetensors", student(tiny.sd15()))
+    return tmp_path / "student.safetensors"
+
+
+def rewrite(path, tensors=None, **metadata):
+    with safe_open(path, "pt") as file:
+        kept = file.metadata()
+    save_file(load_file(path) if tensors is None else tensors, path, kept | metadata)
+
+
+@pytest.mark.parametrize("make", [tiny.sd15, tiny.v_prediction, tiny.emoji])
+@torch.no_grad()
+def test_saved_and_loaded_is_bit_equal(make, tmp_path):
+    original = student(make())
+    save_student(tmp_path / "student.safetensors", original)
+    loaded = load_student(tmp_path / "student.safetensors")
+    for part in PARTS:
+        a, b = getattr(loaded.components, part), getattr(original.components, part)
+        assert a.state_dict().keys() == b.state_dict().keys()
+        assert all(torch.equal(a.state_dict()[name], tensor) for name, tensor in b.state_dict().items())
+        assert not a.training
+    for name in ("encoder_timestep", "schedules", "base_model", "provenance"):
+        assert getattr(loaded, name) == getattr(original, name)
+    assert (loaded.components.name, loaded.components.licence) == (original.components.name, "apache-2.0")
+    prompts = ["a cat", "", "x" * 99]
+    ids, mask = tokenize(loaded.components, prompts)
+    expected_ids, expected_mask = tokenize(original.components, prompts)
+    assert torch.equal(ids, expected_ids)
+    assert mask is expected_mask is None or torch.equal(mask, expected_mask)
+    text = encode_text(original.components, prompts)
+    assert torch.equal(encode_text(loaded.components, prompts), text)
+    noise = torch.randn(3, original.components.unet.config.in_channels, 8, 8)
+    assert torch.equal(loaded.tiue()(noise, text), original.tiue()(noise, text))
+
+
+def test_the_tokenizer_of_clip_survives(golden_components, tmp_path):
+    save_student(tmp_path / "student.safetensors", student(golden_components))
+    loaded = load_student(tmp_path / "student.safetensors").components
+    prompts = ["A cat, on a MAT!", "", "naïve café 猫", "long " * 100]
+    assert torch.equal(tokenize(loaded, prompts)[0], tokenize(golden_components, prompts)[0])
+
+
+def test_float16_halves_the_file_and_loads_as_float32(path, tmp_path):
+    half = tmp_path / "half.safetensors"
+    save_student(half, student(tiny.sd15()), torch.float16)
+    assert half.stat().st_size < 0.6 * path.stat().st_size
+    loaded = load_student(half).components.unet.state_dict()
+    for name, tensor in tiny.sd15().unet.state_dict().items():
+        assert torch.equal(loaded[name], tensor.half().float())
+
+
+def test_it_names_no_path_of_the_machine_it_was_made_on(tmp_path):
+    from tiue.components import load_components
+
+    directory = tiny.save_pipeline(tiny.sd15(), tmp_path / "pipeline")
+    save_student(tmp_path / "student.safetensors", student(load_components(directory)))
+    assert str(tmp_path).encode() not in (tmp_path / "student.safetensors").read_bytes()
+
+
+def test_step_counts(path):
+    loaded = load_student(path)
+    assert loaded.tiue().schedule.timesteps == (751, 501, 251, 1)
+    assert loaded.tiue(1).schedule.timesteps == (751,)
+    with pytest.raises(ValueError, match=r"trained for \[1, 4\] steps, not 2"):
+        loaded.tiue(2)
+
+
+def test_a_diverged_student_is_not_saved_and_nothing_is_left(path):
+    before = path.read_bytes()
+    broken = student(tiny.sd15())
+    broken.components.unet.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"unet\.conv_in\.weight is not finite"):
+        save_student(path, broken)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
+    def interrupted(tensors, temporary, metadata):
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    before = path.read_bytes()
+    monkeypatch.setattr("tiue.checkpoint.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_student(path, student(tiny.sd15()))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def missing(path):
+    path.unlink()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_safetensors(path):
+    path.write_text("hello")
+
+
+def not_a_student(path):
+    save_file({"x": torch.zeros(1)}, path)
+
+
+def newer(path):
+    rewrite(path, tiue_student="2")
+
+
+def lacks_a_tensor(path):
+    tensors = load_file(path)
+    del tensors["unet.conv_in.weight"]
+    rewrite(path, tensors)
+
+
+def has_another_tensor(path):
+    rewrite(path, load_file(path) | {"unet.extra": torch.zeros(1)})
+
+
+def has_another_part(path):
+    rewrite(path, load_file(path) | {"extra.weight": torch.zeros(1)})
+
+
+def misshapen(path):
+    rewrite(path, load_file(path) | {"unet.conv_in.weight": torch.zeros(1)})
+
+
+def malformed(path):
+    rewrite(path, schedules="{")
+
+
+def incomplete(path):
+    rewrite(path, vae=json.dumps({}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing, "no such checkpoint"),
+        (truncated, "not a safetensors file, or is damaged"),
+        (not_safetensors, "not a safetensors file, or is damaged"),
+        (not_a_student, "not a TiUE student"),
+        (newer, "student format 2; this tiue reads up to 1"),
+        (lacks_a_tensor, r"lacks tensor unet\.conv_in\.weight"),
+        (has_another_tensor, r"an unexpected tensor unet\.extra"),
+        (has_another_part, r"an unexpected tensor extra\.weight"),
+        (misshapen, r"a wrong shape for unet\.conv_in\.weight"),
+        (malformed, "malformed metadata"),
+        (incomplete, "incomplete or malformed metadata"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(path, damage, message):
+    damage(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_student(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,147 @@
+"""Tiny models, built in-process from a fixed seed, one for each kind of model the project must take."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from tiue.components import Components
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    """Two levels, one layer each; SD 1.5's kind of projections and heads."""
+    options = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 4,
+        "use_linear_projection": False,
+        "cross_attention_dim": 16,
+    }
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**(options | changes)).eval()
+
+
+def sd15() -> Components:
+    """Like SD 1.5."""
+    return _components("tiny-sd15", unet(), _clip(), _vae(4), _tokenizer(length=20))
+
+
+def v_prediction() -> Components:
+    """Like SD 2.1 at 768 pixels: v-prediction, linear projections, heads per level."""
+    model = unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    scheduler = SCHEDULER | {"prediction_type": "v_prediction"}
+    return _components("tiny-v", model, _clip(), _vae(4), _tokenizer(length=20), scheduler)
+
+
+def emoji() -> Components:
+    """Like the default model: a BERT with its attention mask, 16 latent channels, attention at both levels."""
+    model = unet(
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        use_attention_mask=True,
+    )
+    return _components("tiny-emoji", model, BertModel(config), _vae(16), _tokenizer(length=32))
+
+
+def save_pipeline(components: Components, directory: Path) -> Path:
+    """Write a diffusers pipeline directory."""
+    parts = {"unet": components.unet, "vae": components.vae, "text_encoder": components.text_encoder}
+    for name, part in parts.items():
+        part.save_pretrained(directory / name)
+    components.tokenizer.save_pretrained(directory / "tokenizer")
+    DDIMScheduler.from_config(components.scheduler_config).save_pretrained(directory / "scheduler")
+    index = {name: ["library", type(part).__name__] for name, part in parts.items()}
+    index |= {
+        "tokenizer": ["transformers", "PreTrainedTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    (directory / "model_index.json").write_text(json.dumps(index))
+    return directory
+
+
+def _components(
+    name: str, unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, scheduler: Any = SCHEDULER
+) -> Components:
+    return Components(unet, text_encoder.eval(), vae.eval(), tokenizer, dict(scheduler), name, "apache-2.0")
+
+
+def _clip() -> CLIPTextModel:
+    torch.manual_seed(1)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=128,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _vae(latent_channels: int) -> AutoencoderKL:
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        latent_channels=latent_channels,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+    )
+
+
+def _tokenizer(length: int) -> PreTrainedTokenizerFast:
+    """One token per lower-case character, between a start and an end."""
+    specials = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *map(chr, range(32, 127))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=length,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+    )
