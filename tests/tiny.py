@@ -57,7 +57,7 @@ def v_prediction() -> Components:
 
 
 def emoji() -> Components:
-    """Like the default model: a BERT with its attention mask, 16 latent channels, attention at both levels."""
+    """Like the default model: a BERT with its mask, 16 latent channels, attention at both levels."""
     model = unet(
         in_channels=16,
         out_channels=16,

@@ -1,0 +1,321 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from tiue_runtime import Pipeline, bundle
+from tokenizers import Tokenizer
+from tolerances import GOLDEN_IMAGE_LEVELS, GOLDEN_LATENTS
+
+from export import bundle as assembling
+from export import files, parity
+from export.onnx import main
+from tiue.checkpoint import Student, save_student
+
+SCHEDULES = {4: [751, 501, 251, 1], 2: [751, 251]}
+
+
+def export(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def assert_refused(capsys, status, message, beside=None, left=()):
+    """One line on stderr but for progress, no traceback, and nothing left beside the target."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("export.onnx: error: ")
+    assert message in lines[0]
+    assert status == 2
+    if beside is not None:
+        assert sorted(path.name for path in beside.iterdir()) == sorted(left)
+
+
+# What the golden pipeline's bundles make, run as an application runs them.
+
+
+@pytest.fixture(scope="session")
+def golden_bundles(golden_directory, tmp_path_factory):
+    """Bundles by step count, exported once each when first asked for."""
+    root, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def bundle_for(steps):
+        if steps not in made:
+            made[steps] = root / str(steps)
+            assert export("--ckpt", golden_directory, "--steps", steps, "--out", made[steps]) == 0
+        return made[steps]
+
+    return bundle_for
+
+
+@pytest.mark.parametrize("memory", ["parallel", "sequential"])
+def test_golden_latents_and_images(golden, golden_bundles, memory):
+    pipeline = Pipeline.load(golden_bundles(golden.steps), device="cpu")
+    size = {"height": golden.image_uint8.shape[2], "width": golden.image_uint8.shape[3]}
+    given = {"latents": golden.noise.numpy(), "prompt_embeds": golden.prompt_embeds.numpy()}
+    latents = pipeline(**given, **size, memory=memory, output_type="latent").images
+    np.testing.assert_allclose(latents, golden.latents.numpy(), atol=GOLDEN_LATENTS, rtol=0)
+    images = pipeline(**given, **size, memory=memory).images
+    expected = golden.image_uint8.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(
+        np.stack(images).astype(int), expected.astype(int), atol=GOLDEN_IMAGE_LEVELS, rtol=0
+    )
+
+
+def test_golden_prompts(golden, golden_bundles):
+    tokenizer = Tokenizer.from_file(str(golden_bundles(golden.steps) / bundle.TOKENIZER))
+    assert [e.ids for e in tokenizer.encode_batch(golden.prompts)] == golden.input_ids.tolist()
+    pipeline = Pipeline.load(golden_bundles(golden.steps), device="cpu")
+    by_prompt = pipeline(golden.prompts, latents=golden.noise.numpy(), output_type="latent").images
+    np.testing.assert_allclose(by_prompt, golden.latents.numpy(), atol=GOLDEN_LATENTS, rtol=0)
+
+
+# Other kinds of models, from a student checkpoint; and what a bundle says.
+
+
+@pytest.fixture(scope="session")
+def students(tmp_path_factory):
+    """A checkpoint of every tiny model."""
+    root, paths = tmp_path_factory.mktemp("students"), {}
+    for make in (tiny.sd15, tiny.v_prediction, tiny.emoji):
+        paths[make.__name__] = root / f"{make.__name__}.safetensors"
+        save_student(paths[make.__name__], Student(make(), 751, SCHEDULES, "tiny-teacher"))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def emoji_bundle(students, tmp_path_factory):
+    out = tmp_path_factory.mktemp("emoji") / "bundle"
+    assert export("--ckpt", students["emoji"], "--out", out) == 0
+    return out
+
+
+@torch.no_grad()
+def latents_of(components, prompts, noise, steps):
+    from tiue.components import encode_text
+
+    return Student(components, 751, SCHEDULES).tiue(steps)(noise, encode_text(components, prompts))
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_one_emoji_bundle_serves_every_schedule(emoji_bundle, steps):
+    noise, prompts = torch.randn(2, 16, 12, 8, generator=torch.Generator().manual_seed(0)), ["a cat", "Fox"]
+    pipeline = Pipeline.load(emoji_bundle, device="cpu")
+    made = pipeline(prompts, latents=noise.numpy(), steps=steps, output_type="latent").images
+    expected = latents_of(tiny.emoji(), prompts, noise, steps).numpy()
+    np.testing.assert_allclose(made, expected, atol=GOLDEN_LATENTS, rtol=0)
+
+
+def test_what_a_bundle_says(emoji_bundle):
+    made = bundle.Bundle.load(emoji_bundle)
+    made.verify()
+    manifest = made.manifest
+    assert (manifest.name, manifest.licence, manifest.precision) == ("tiny-emoji", "apache-2.0", "fp32")
+    assert manifest.created_from["base_model"] == "tiny-teacher"
+    assert (manifest.latent_channels, manifest.pixels_per_latent, manifest.size_multiple) == (16, 2, 4)
+    assert (manifest.default_height, manifest.default_width, manifest.text_length) == (16, 16, 32)
+    assert manifest.decoder_timesteps == (751, 501, 251, 1)
+    assert {n: list(s.timesteps) for n, s in manifest.schedules.items()} == SCHEDULES
+    assert manifest.default_steps == 4
+    assert "tiny-emoji" in (emoji_bundle / "README.md").read_text()
+
+
+def test_graphs_have_the_contracts_inputs_and_outputs(emoji_bundle):
+    def signature(name):
+        graph = onnx.load(emoji_bundle / bundle.GRAPH_FILES[name]).graph
+        return [[value.name for value in values] for values in (graph.input, graph.output)]
+
+    assert signature(bundle.TEXT_ENCODER) == [[bundle.INPUT_IDS, bundle.ATTENTION_MASK], [bundle.TEXT]]
+    inputs, features = signature(bundle.UNET_ENCODER)
+    assert inputs == [bundle.LATENTS, bundle.TEXT]
+    given = [*features, bundle.TEXT, bundle.STEP_INDEX, bundle.STEP_WEIGHT]
+    assert signature(bundle.UNET_DECODER) == [given, [bundle.CONTRIBUTION]]
+    assert signature(bundle.VAE_DECODER) == [[bundle.LATENTS], [bundle.IMAGE]]
+
+
+def test_weights_are_in_the_files_once_and_nothing_of_this_machine(emoji_bundle):
+    weights = sum(4 * p.numel() for p in tiny.emoji().unet.parameters())
+    graphs = [emoji_bundle / bundle.GRAPH_FILES[g] for g in (bundle.UNET_ENCODER, bundle.UNET_DECODER)]
+    initializers = sum(len(i.raw_data) for g in graphs for i in onnx.load(g).graph.initializer)
+    assert initializers < 1.1 * weights
+    home = str(Path(torch.__file__).parents[1]).encode()
+    for path in emoji_bundle.iterdir():
+        assert home not in path.read_bytes()
+        assert b"stack_trace" not in path.read_bytes()
+
+
+def test_v_prediction(students, tmp_path):
+    assert export("--ckpt", students["v_prediction"], "--steps", "4", "--out", tmp_path / "v") == 0
+
+
+def test_reduced_precision_and_external_data(students, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "EXTERNAL_ABOVE", 20_000)
+    reduced = ("--weights", "fp16", "--text-encoder", "int8", "--name", "small")
+    assert export("--ckpt", students["sd15"], "--out", tmp_path / "small", *reduced) == 0
+    assert "PSNR" in capsys.readouterr().out
+    made = bundle.Bundle.load(tmp_path / "small")
+    assert (made.manifest.name, made.manifest.precision) == ("small", "fp16")
+    assert made.manifest.created_from["text_encoder"] == "int8"
+    assert "unet_decoder.onnx.data" in made.manifest.files
+    assert len(Pipeline.load(tmp_path / "small", device="cpu")("a cat").images) == 1
+
+
+# The gate, and what is left when something goes wrong.
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fail in place of the slow part, in the way a test sets."""
+
+    def fail_with(error):
+        def raising(*_):
+            raise error
+
+        monkeypatch.setattr(assembling, "unet_graphs", raising)
+
+    return fail_with
+
+
+def test_a_bundle_that_computes_something_else_is_not_published(students, tmp_path, monkeypatch, capsys):
+    def wrong(components):
+        components.text_encoder.text_model.final_layer_norm.weight.data *= 1.01
+        graph = exported(components)
+        components.text_encoder.text_model.final_layer_norm.weight.data /= 1.01
+        return graph
+
+    exported = assembling.text_encoder_graph
+    monkeypatch.setattr(assembling, "text_encoder_graph", wrong)
+    assert export("--ckpt", students["sd15"], "--out", tmp_path / "out") == 1
+    assert "parity failed" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_gate_closes_on_nan_and_on_what_is_not_close(exact):
+    good = parity.Row("z", "1", max_diff=1e-4, std=1.0, psnr_db=40.0, gated=True)
+    parity.judge([good], exact)
+    for bad in (
+        parity.Row("z", "1", float("nan"), 1.0, float("nan"), gated=True),
+        parity.Row("z", "1", 0.1, 1.0, 30.0, gated=True),
+    ):
+        with pytest.raises(parity.ParityError, match="1 of 2 outputs"):
+            parity.judge([good, bad], exact)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+    ids=["interrupt", "disk full", "permission"],
+)
+def test_nothing_is_left_when_the_export_stops(students, tmp_path, quick, capsys, error, message):
+    quick(error)
+    assert_refused(capsys, export("--ckpt", students["sd15"], "--out", tmp_path / "out"), message, tmp_path)
+
+
+def test_an_existing_bundle_is_replaced_only_on_demand_and_only_by_a_good_one(
+    students, emoji_bundle, tmp_path, quick, capsys
+):
+    out = tmp_path / "out"
+    out.symlink_to(emoji_bundle)
+    assert_refused(capsys, export("--ckpt", students["sd15"], "--out", out), "--overwrite")
+    quick(OSError(28, "No space left on device"))
+    assert_refused(capsys, export("--ckpt", students["sd15"], "--out", out, "--overwrite"), "No space")
+    bundle.Bundle.load(out).verify()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_directory_that_is_not_a_bundle_is_never_replaced(students, tmp_path, capsys):
+    (tmp_path / "holiday.jpg").write_text("")
+    status = export("--ckpt", students["sd15"], "--out", tmp_path, "--overwrite")
+    assert_refused(capsys, status, "is not a bundle", tmp_path, ["holiday.jpg"])
+
+
+def test_overwrite_swaps(emoji_bundle, tmp_path):
+    building, out = tmp_path / "building", tmp_path / "out"
+    building.mkdir()
+    (building / "new").touch()
+    out.mkdir()
+    (out / "old").touch()
+    assembling._move_into_place(building, out)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def no_checkpoint(path):
+    return path / "none.safetensors"
+
+
+def not_a_checkpoint(path):
+    (path / "text.safetensors").write_text("hello")
+    return path / "text.safetensors"
+
+
+def empty_directory(path):
+    (path / "empty").mkdir()
+    return path / "empty"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (no_checkpoint, "no such checkpoint"),
+        (not_a_checkpoint, "not a safetensors file"),
+        (empty_directory, "model_index.json is missing"),
+    ],
+)
+def test_a_bad_source_is_refused_in_one_line(tmp_path, capsys, source, message):
+    path, out = source(tmp_path), tmp_path / "made"
+    out.mkdir()
+    assert_refused(capsys, export("--ckpt", path, "--out", out / "bundle"), message, out)
+
+
+def test_steps_the_student_was_not_trained_for(students, tmp_path, capsys):
+    status = export("--ckpt", students["sd15"], "--out", tmp_path / "out", "--steps", "3")
+    assert_refused(capsys, status, "--steps 3", tmp_path)
+
+
+def test_no_parent_directory(students, tmp_path, capsys):
+    status = export("--ckpt", students["sd15"], "--out", tmp_path / "a" / "b")
+    assert_refused(capsys, status, "parent directory", tmp_path)
+
+
+def test_parts_that_do_not_fit(tmp_path, capsys):
+    components = tiny.sd15()
+    for name, changed, message in (
+        ("vae", tiny.emoji().vae, "4 latent channels but the VAE 16"),
+        ("unet", tiny.unet(cross_attention_dim=8), "expects text embeddings of 8"),
+    ):
+        parts = {**vars(components), name: changed}
+        save_student(tmp_path / "s.safetensors", Student(type(components)(**parts), 751, SCHEDULES))
+        status = export("--ckpt", tmp_path / "s.safetensors", "--out", tmp_path / "out")
+        assert_refused(capsys, status, message, tmp_path, ["s.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--ckpt", "x", "--steps", "four"), ("--ckpt", "x", "--steps", "0")]
+)
+def test_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        export(*arguments)
+    assert stop.value.code == 2
+    assert "--steps" in capsys.readouterr().err if len(arguments) > 2 else True
+
+
+def test_the_module_runs_and_help_does_not_load_torch():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "export.onnx", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert "--ckpt" in shown.stdout
+    assert "torch" not in shown.stderr
