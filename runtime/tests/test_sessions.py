@@ -61,6 +61,7 @@ def test_two_wheels_are_refused(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.30.0\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sessions, "WHEELS", ("onnxruntime", "onnxruntime-gpu"))  # whatever else is installed
     message = (
         r"onnxruntime 1\.30\.0 and onnxruntime-gpu 1\.30\.0 are installed together.*"
         r"pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
