@@ -22,7 +22,7 @@ class Preset:
 
     teacher_widths: tuple[int, ...] = (128, 192)
     teacher_layers: int = 1
-    teacher_steps: int = 4000
+    teacher_steps: int = 4800
     teacher_batch: int = 64
     teacher_lr: float = 8e-4
     teacher_ema_decay: float = 0.999
@@ -35,6 +35,9 @@ class Preset:
     regression_steps: int = 650
     regression_batch: int = 24
     regression_lr: float = 5e-5
+
+    judge_steps: int = 1200  # of the classifier that measures pictures
+    judge_batch: int = 64
 
 
 CPU = Preset("cpu")
@@ -52,6 +55,8 @@ PRESETS = {
         pairs=8,
         regression_steps=2,
         regression_batch=4,
+        judge_steps=2,
+        judge_batch=8,
     ),
     # All 1,030 concepts; meant for one data-centre GPU and under an hour.
     "gpu": replace(

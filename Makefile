@@ -1,0 +1,46 @@
+# One verb per need. `make demo` and `make test` do their own set-up.
+PYTHON ?= python3
+FULL := .venv
+LIGHT := .venv-runtime
+
+.PHONY: setup demo test test-full test-runtime lint emoji readme-grid check clean
+
+setup: $(FULL)/ready $(LIGHT)/ready
+
+# Everything: training, export, recipe, tests. torch is pinned: other versions download gigabytes of CUDA.
+$(FULL)/ready: pyproject.toml runtime/pyproject.toml models/emoji/pyproject.toml
+	$(PYTHON) -m venv $(FULL)
+	$(FULL)/bin/pip install --quiet torch==2.13.0
+	$(FULL)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji -e ".[recipe,dev]"
+	touch $@
+
+# What an application has: the runtime and the default model.
+$(LIGHT)/ready: runtime/pyproject.toml models/emoji/pyproject.toml
+	$(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji "pytest>=9.2,<10"
+	touch $@
+
+demo: $(LIGHT)/ready
+	$(LIGHT)/bin/tiue-runtime generate "a red heart" --seed 1 --out heart.png
+
+test: test-runtime test-full
+
+test-runtime: $(LIGHT)/ready
+	$(LIGHT)/bin/python -m pytest runtime/tests
+
+test-full: $(FULL)/ready
+	$(FULL)/bin/python -m pytest -m "not slow and not gpu"
+
+lint: $(FULL)/ready
+	$(FULL)/bin/ruff check
+	$(FULL)/bin/ruff format --check
+	$(FULL)/bin/pyright --pythonpath $(FULL)/bin/python
+
+check: lint test
+
+# Makes the default model from scratch: about two hours on 2 cores. Stopped and begun again, it goes on.
+emoji: $(FULL)/ready
+	$(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji
+
+clean:
+	rm -rf $(FULL) $(LIGHT) heart.png

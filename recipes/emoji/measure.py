@@ -1,0 +1,105 @@
+"""How good are pictures? A classifier trained on the drawings names their concept, and its features give a distance.
+
+Text-to-image models are compared by CLIP score and FID; both networks are made for photographs of 200 pixels
+and more. These are their small counterparts: accuracy (does the picture show what was asked?) and a Frechet distance
+between features of pictures and of drawings (do they look alike as sets, in quality and in variety?).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.linalg import sqrtm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import loop
+from .autoencoder import to_pixels
+from .data import Drawings
+from .presets import Preset
+
+FEATURES = 128
+
+
+class Classifier(nn.Module):
+    """Pixels (n, 3, 64, 64) in [-1, 1] => logits over concepts (n, K)."""
+
+    def __init__(self, concepts: int) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 128, FEATURES)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU(),
+                nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.SiLU(),
+            )  # fmt: skip
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.head = nn.Linear(FEATURES, concepts)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels => the (n, 128) averages that the head sees."""
+        for stage in self.stages:
+            pixels = stage(pixels)
+        return pixels.mean(dim=(2, 3))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels => logits."""
+        return self.head(self.features(pixels))
+
+
+def classifier(preset: Preset, drawings: Drawings, path: Path) -> Classifier:
+    """Train (once) and load the judge. It never sees a held-out drawing either, so it can be checked on them."""
+    torch.manual_seed(preset.seed)
+    model = Classifier(len(drawings.captions)).to(loop.device())
+    if not path.exists():
+        pixels = to_pixels(drawings.images[~drawings.held_out])
+        concept = torch.from_numpy(drawings.concept[~drawings.held_out])
+
+        def loss(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(pixels), (preset.judge_batch,), generator=generator)
+            x = augment(pixels[rows], generator).to(loop.device())
+            return F.cross_entropy(model(x).float(), concept[rows].to(x.device), label_smoothing=0.1)
+
+        loop.train(
+            model, loss, steps=preset.judge_steps, lr=2e-3, seed=preset.seed, out=path.with_suffix(""), weight_decay=0.05
+        )
+        save_file(model.state_dict(), path)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random mirror image, shift by up to 6 pixels, gain of each colour, and a little noise."""
+    n = len(pixels)
+    angle = torch.zeros(n, 2, 3)
+    mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
+    zoom = 1 + 0.3 * (torch.rand(n, generator=generator) - 0.5)
+    angle[:, 0, 0], angle[:, 1, 1] = mirror * zoom, zoom
+    angle[:, :, 2] = 0.4 * (torch.rand(n, 2, generator=generator) - 0.5)
+    moved = F.grid_sample(
+        pixels - 1, F.affine_grid(angle, list(pixels.shape), align_corners=False), align_corners=False
+    )
+    gain = 1 + 0.4 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
+    return moved * gain + 1 + 0.05 * torch.randn(pixels.shape, generator=generator)
+
+
+@torch.no_grad()
+def judge(model: Classifier, images: np.ndarray, concept: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """uint8 images (n, H, W, 3) and the concepts asked for => ({"top1", "top5"} as fractions, features (n, 128))."""
+    pixels = to_pixels(images)
+    features = torch.cat([model.features(part.to(loop.device())).cpu() for part in pixels.split(256)])
+    order = model.head.cpu()(features).argsort(dim=1, descending=True)
+    model.head.to(loop.device())
+    hit = order[:, :5] == torch.from_numpy(concept)[:, None]
+    scores = {"top1": hit[:, 0].float().mean().item(), "top5": hit.any(dim=1).float().mean().item()}
+    return scores, features.double().numpy()
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features (n, D)."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = sqrtm(cov_a @ cov_b).real
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * cross))

@@ -1,0 +1,145 @@
+"""Stage 6: the grid of the README, the loss curves and the table of figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from matplotlib import pyplot as plt
+from tiue_runtime import Pipeline
+from tiue_runtime.noise import gaussian
+from torch import Tensor
+
+from tiue.checkpoint import Student
+from tiue.components import encode_text
+
+from . import loop
+from .autoencoder import decode
+from .data import STYLES, Drawings
+from .measure import Classifier, frechet, judge
+from .student import sample_teacher
+
+TEACHER_STEPS = 25
+BATCH = 64
+
+# (label, style) => its drawing was held out of all training (see data.is_held_out); checked when the grid is drawn.
+GRID_SEED = 1
+GRID_COLUMNS = 8
+
+
+def asked(drawings: Drawings, limit: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Every concept in every style: (captions, concept numbers), or an even selection of `limit` of them."""
+    rows = np.arange(len(drawings.images))
+    if limit is not None:
+        rows = rows[:: max(1, len(rows) // limit)]
+    return [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
+
+
+@torch.no_grad()
+def draw_student(student: Student, captions: list[str]) -> np.ndarray:
+    """Captions => uint8 (n, H, W, 3) by the PyTorch student, image j from the noise of seed j."""
+    model = student.tiue().to(loop.device()).eval()
+    components = student.components
+    components.text_encoder.to(loop.device())
+    components.vae.to(loop.device())
+    images = []
+    for part in _batches(captions):
+        text = encode_text(components, part[1])
+        noise = _noise(range(part[0], part[0] + len(part[1])), components.unet.config)
+        with torch.autocast(text.device.type, torch.bfloat16):
+            images.append(decode(components.vae, model(noise.to(text.device), text)))
+    return torch.cat(images).numpy()
+
+
+@torch.no_grad()
+def draw_teacher(
+    pipeline: StableDiffusionPipeline, captions: list[str], guidance: float, seeds: range | None = None
+) -> np.ndarray:
+    """Captions => uint8 (n, H, W, 3) by the teacher in 25 DDIM steps, image j from the noise of seed j."""
+    seeds = seeds or range(len(captions))
+    null = pipeline.encode_prompt([""], pipeline.device, 1, False)[0]
+    images = []
+    for start, part in _batches(captions):
+        text = pipeline.encode_prompt(part, pipeline.device, 1, False)[0]
+        noise = _noise(seeds[start : start + len(part)], pipeline.unet.config)
+        latents = sample_teacher(pipeline, text, null, noise, TEACHER_STEPS, guidance)
+        images.append(decode(pipeline.vae, latents))
+    return torch.cat(images).numpy()
+
+
+def measure(model: Classifier, drawings: Drawings, images: np.ndarray, concept: np.ndarray) -> dict[str, float]:
+    """top1, top5 (fractions) and the Frechet distance to all drawings."""
+    scores, features = judge(model, images, concept)
+    _, real = judge(model, drawings.images, drawings.concept)
+    return scores | {"frechet": frechet(features, real)}
+
+
+def grid(
+    teacher: StableDiffusionPipeline, student: Pipeline, drawings: Drawings, prompts: list[str], guidance: float, path: Path
+) -> None:
+    """The teacher's pictures above the bundle's, from the same noise; held-out pairs carry a star."""
+    held = {drawings.caption(row, 0, True) for row in np.flatnonzero(drawings.held_out)}
+    seeds = range(GRID_SEED, GRID_SEED + len(prompts))
+    above = draw_teacher(teacher, prompts, guidance, seeds)
+    below = (student(prompts, seed=GRID_SEED, output_type="np").images * 255).round().astype(np.uint8)
+    bands = -(-len(prompts) // GRID_COLUMNS)
+    figure, axes = plt.subplots(2 * bands, GRID_COLUMNS, figsize=(GRID_COLUMNS * 1.35, bands * 3.1), dpi=120)
+    for axis in axes.flat:
+        axis.axis("off")
+    for index, prompt in enumerate(prompts):
+        band, column = divmod(index, GRID_COLUMNS)
+        for row, images in enumerate((above, below)):
+            axes[2 * band + row, column].imshow(images[index], interpolation="lanczos")
+        star = " *" if prompt in held else ""
+        axes[2 * band, column].set_title(prompt.replace(", ", ",\n") + star, fontsize=7)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_losses(out: Path, path: Path) -> None:
+    """The loss of every stage over its steps, from the CSV files of a run."""
+    logs = [("autoencoder", out / "vae.csv", "loss"), ("teacher", out / "teacher.csv", "loss")]
+    logs += [("warm start", out / "warm.csv", "loss")]
+    logs += [(f"distil: {name}", out / "distil/losses.csv", name) for name in ("vsd", "kl", "fake")]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), dpi=100)
+    for axis, (title, file, column) in zip(axes.flat, logs, strict=True):
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        steps = np.array([int(row["step"]) for row in rows])
+        values = np.array([float(row[column]) for row in rows])
+        axis.plot(steps, values, linewidth=0.5, alpha=0.5)
+        width = max(1, len(values) // 50)
+        if len(values) > width:
+            axis.plot(steps[width - 1 :], np.convolve(values, np.ones(width) / width, "valid"))
+        axis.set(title=title, xlabel="step", yscale="log")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write_json(path: Path, figures: dict) -> None:
+    """Figures as JSON, for the documentation to quote."""
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def styles_table(drawings: Drawings) -> dict[str, int]:
+    """Drawings per style that were trained on."""
+    return {s: int(((drawings.style == i) & ~drawings.held_out).sum()) for i, s in enumerate(STYLES)}
+
+
+def _batches(captions: list[str]) -> Iterator[tuple[int, list[str]]]:
+    return ((start, captions[start : start + BATCH]) for start in range(0, len(captions), BATCH))
+
+
+def _noise(seeds: range, config) -> Tensor:
+    size = config.sample_size
+    return torch.stack([torch.from_numpy(gaussian(seed, (config.in_channels, size, size))) for seed in seeds])
