@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-
 from tolerances import REORDERED
 
 from tiue.checkpoint import Student, load_student
@@ -90,7 +89,12 @@ def test_the_fake_score_learns_and_the_teacher_does_not(tmp_path, fake_score):
 
 def test_guidance_extrapolates_from_the_null_text(tmp_path):
     run = Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG)
-    z, t, text, null = torch.randn(2, 16, 8, 8), torch.tensor([3, 700]), run._encode(["a", "b"]), run._encode([""])
+    z, t, text, null = (
+        torch.randn(2, 16, 8, 8),
+        torch.tensor([3, 700]),
+        run._encode(["a", "b"]),
+        run._encode([""]),
+    )
     unet = tiny.emoji().unet
     conditional, unconditional = unet(z, t, text).sample, unet(z, t, null.expand_as(text)).sample
     expected = unconditional + 4.5 * (conditional - unconditional)
@@ -184,7 +188,11 @@ def test_a_run_begins_from_an_initial_student(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(tmp_path, teacher_directory, prompts_file, capsys, flags, message):
-    given = {"--teacher": str(teacher_directory), "--prompts": str(prompts_file), "--out": str(tmp_path / "out")}
+    given = {
+        "--teacher": str(teacher_directory),
+        "--prompts": str(prompts_file),
+        "--out": str(tmp_path / "out"),
+    }
     given |= dict([[flag.format(tmp=tmp_path) for flag in flags]])
     assert main([word for pair in given.items() for word in pair]) == 2
     error = capsys.readouterr().err
@@ -194,7 +202,14 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, teacher_directory, prompts_f
 
 def test_dry_run_prints_settings_of_preset_and_flags(tmp_path, teacher_directory, prompts_file, capsys):
     (tmp_path / "p.json").write_text('{"batch_size": 3, "guidance": 2.5}')
-    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path / "out")]
+    flags = [
+        "--teacher",
+        str(teacher_directory),
+        "--prompts",
+        str(prompts_file),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*flags, "--preset", str(tmp_path / "p.json"), "--guidance", "1.5", "--dry-run"]) == 0
     settings = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert settings["batch_size"] == "3" and settings["guidance"] == "1.5" and settings["steps"] == "4"

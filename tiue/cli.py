@@ -21,7 +21,8 @@ _HELP = {
     "batch_size": "samples per process and micro-batch",
     "accumulate": "micro-batches per update",
     "learning_rate": "of the student (Adam, constant)",
-    "guidance": "classifier-free guidance of teacher and fake score in the VSD loss",
+    "guidance": "classifier-free guidance of the teacher in the VSD loss",
+    "fake_guidance": "of the fake score in the VSD loss; 1 draws the student towards the guided teacher",
     "kl_weight": "weight of the KL term on the predicted noise; 0 leaves it out",
     "t_min": "smallest timestep at which VSD compares the scores",
     "t_max": "largest such timestep",
@@ -65,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
         "--preset", type=Path, metavar="FILE", help="JSON file of the settings below, which flags override"
     )
     result.add_argument(
-        "--sample-prompts", type=Path, metavar="FILE", help="prompts of the sample grid (default: the first 8)"
+        "--sample-prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts of the sample grid (default: the first 8)",
     )
     result.add_argument("--dry-run", action="store_true", help="print the settings and leave")
     settings = result.add_argument_group("settings (defaults: the paper's for SD 2.1 base, on 8 GPUs)")

@@ -20,7 +20,8 @@ class DistillConfig:
     batch_size: int = 8  # samples per process and micro-batch
     accumulate: int = 1  # micro-batches per update
     learning_rate: float = 1e-6  # of the student, constant
-    guidance: float = 4.5  # classifier-free guidance of both scores
+    guidance: float = 4.5  # classifier-free guidance of the teacher in VSD
+    fake_guidance: float = 4.5  # of the fake score; the paper's is the teacher's
     kl_weight: float = 0.8
     t_min: int = 20  # VSD draws t from t_min..t_max
     t_max: int = 980
@@ -44,7 +45,14 @@ class DistillConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = {"kl_weight": 0, "null_probability": 0, "seed": 0, "t_min": 0, "guidance": 0}
+            least = {
+                "kl_weight": 0,
+                "null_probability": 0,
+                "seed": 0,
+                "t_min": 0,
+                "guidance": 0,
+                "fake_guidance": 0,
+            }
             if not isinstance(value, str) and (value < 0 or (value == 0 and field.name not in least)):
                 raise ValueError(f"{field.name} must be positive, got {value}")
         if self.t_min > self.t_max:

@@ -25,7 +25,7 @@ from tiue.checkpoint import Student, save_student
 from tiue.components import Components, encode_text
 from tiue.config import DistillConfig
 from tiue.prompts import PromptOrder
-from tiue.schedule import closed_form, ddim_timesteps
+from tiue.schedule import ddim_timesteps
 from tiue.scores import Scores
 from tiue.unet import TiUE
 
@@ -68,9 +68,7 @@ class Distillation:
     ):
         runs.claim(out, config)
         self.config, self.out, self._teacher = config, out, teacher
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out
-        )
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out)
         device = self.accelerator.device
         torch.manual_seed(config.seed)  # the adapters' initial weights
         timesteps = ddim_timesteps(teacher.scheduler_config, config.steps)
@@ -165,7 +163,7 @@ class Distillation:
         with torch.no_grad(), self.accelerator.autocast():
             z_t = self.scheduler.add_noise(z0, draw.normal(z0.shape), t)
             teacher_eps = self.scores.teacher(z_t, t, text, self._null, config.guidance)
-            fake_eps = self.scores.fake(z_t, t, text, self._null, config.guidance)
+            fake_eps = self.scores.fake(z_t, t, text, self._null, config.fake_guidance)
         vsd = losses.vsd_loss(z0, teacher_eps, fake_eps, 1 - self.abar[t])
         return z0, vsd, losses.kl_loss(self._eps_maps(noise, eps))
 
@@ -254,7 +252,10 @@ class Distillation:
 
     def _finished(self) -> Student:
         """The student as it stands in memory, with how it came to be."""
-        history = [*self.student.provenance.get("history", []), {"distilled": dataclasses.asdict(self.config)}]
+        history = [
+            *self.student.provenance.get("history", []),
+            {"distilled": dataclasses.asdict(self.config)},
+        ]
         return dataclasses.replace(self.student, provenance=self.student.provenance | {"history": history})
 
 

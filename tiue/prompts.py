@@ -44,11 +44,11 @@ def _from_json(line: str) -> str:
         for key in keys:
             if isinstance(record.get(key), str) and record[key].strip():
                 return record[key].strip()
-    raise ValueError(f'expected an object with one of {", ".join(keys)}, received {line.strip()[:80]}')
+    raise ValueError(f"expected an object with one of {', '.join(keys)}, received {line.strip()[:80]}")
 
 
 class PromptOrder:
-    """An endless seeded order: every epoch is a new permutation, and position p is known without drawing those before."""
+    """An endless seeded order: each epoch is a new permutation, and any position is known without those before it."""
 
     def __init__(self, prompts: list[str], seed: int) -> None:
         self._prompts, self._seed = prompts, seed

@@ -27,9 +27,7 @@ class Scores:
         self._teacher = unet.requires_grad_(False)
         self._lora = config.fake_score == "lora"
         if self._lora:
-            adapters = LoraConfig(
-                r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["to_q", "to_v"]
-            )
+            adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["to_q", "to_v"])
             unet.add_adapter(adapters)
             self.network: nn.Module = unet
         else:
@@ -60,6 +58,8 @@ class Scores:
         return self._eps(self.network, z, t, text)
 
     def _guided(self, network, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
+        if guidance == 1.0:
+            return self._eps(network, z, t, text)
         both = torch.cat([null.expand_as(text), text])
         unconditional, conditional = self._eps(network, z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
         return unconditional + guidance * (conditional - unconditional)

@@ -46,9 +46,7 @@ class TiUE(nn.Module):
         self.schedule = schedule
         self.encoder_timestep = encoder_timestep
 
-    def forward(
-        self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None
-    ) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None) -> torch.Tensor:
         """Noise z_T [B,C,h,w] and text [B,L,D] => latents z_0 [B,C,h,w], by `schedule` or its own."""
         return self.predict(latents, text, schedule)[0]
 

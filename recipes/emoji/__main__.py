@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .presets import PRESETS
 
-STAGES = ("data", "autoencoder", "teacher", "student", "distil", "report")
+STAGES = ("data", "autoencoder", "teacher", "polish", "student", "distil", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +32,22 @@ def main(argv: list[str] | None = None) -> int:
         from .teacher import teacher
 
         teacher(preset, drawings, vae, out / "teacher")
-    if last >= STAGES.index("student"):
-        from .student import warm_start, write_prompts
+    if last >= STAGES.index("polish"):
+        from .polish import polish
 
-        write_prompts(drawings, out / "prompts.txt")
-        warm_start(preset, drawings, out / "teacher", out / "warm.safetensors")
+        polish(preset, drawings, out / "teacher", out / "polished")
+    if last >= STAGES.index("student"):
+        from .student import warm_start
+
+        warm_start(preset, drawings, out / "polished", out / "warm.safetensors")
+    if last >= STAGES.index("distil"):
+        from .student import distil
+
+        distil(preset, drawings, out / "polished", out / "warm.safetensors", out / "distil")
+    if last >= STAGES.index("report"):
+        from .report import report
+
+        report(preset, drawings, out)
     return 0
 
 

@@ -81,9 +81,7 @@ def _draw(directory: Path, archive: Path, captions_file: Path, resolution: int, 
     sets = {style: _IconSet(fetch(package, packages)) for style, (package, _) in STYLES.items()}
     labels = fetch(LABELS, packages)
     emoji = json.loads((labels / "en/data.json").read_text())
-    names = [
-        json.loads((labels / f"en/shortcodes/{source}.json").read_text()) for source in ("github", "emojibase")
-    ]
+    names = [json.loads((labels / f"en/shortcodes/{source}.json").read_text()) for source in ("github", "emojibase")]
     everywhere = {e["label"]: e for e in emoji if all(s.find(e) is not None for s in sets.values())}
     chosen = list(everywhere) if all_concepts else _concept_list()
     if missing := [label for label in chosen if label not in everywhere]:

@@ -7,6 +7,7 @@ between features of pictures and of drawings (do they look alike as sets, in qua
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,14 @@ class Classifier(nn.Module):
         widths = (3, 32, 64, 128, FEATURES)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU(),
-                nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.SiLU(),
-            )  # fmt: skip
-            for a, b in zip(widths, widths[1:], strict=False)
+                nn.Conv2d(a, b, 3, 2, 1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+                nn.Conv2d(b, b, 3, 1, 1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+            )
+            for a, b in pairwise(widths)
         )
         self.head = nn.Linear(FEATURES, concepts)
 
@@ -64,7 +69,13 @@ def classifier(preset: Preset, drawings: Drawings, path: Path) -> Classifier:
             return F.cross_entropy(model(x).float(), concept[rows].to(x.device), label_smoothing=0.1)
 
         loop.train(
-            model, loss, steps=preset.judge_steps, lr=2e-3, seed=preset.seed, out=path.with_suffix(""), weight_decay=0.05
+            model,
+            loss,
+            steps=preset.judge_steps,
+            lr=2e-3,
+            seed=preset.seed,
+            out=path.with_suffix(""),
+            weight_decay=0.05,
         )
         save_file(model.state_dict(), path)
     model.load_state_dict(load_file(path))

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tiue.config import DistillConfig
+
+DISTIL = DistillConfig(
+    iterations=400,
+    batch_size=16,
+    learning_rate=5e-6,
+    guidance=3.0,
+    fake_guidance=1.0,
+    fake_score="full",
+    fake_learning_rate=1e-4,
+    fake_steps=3,
+    ema_decay=0.99,
+    mixed_precision="bf16",
+    checkpoint_every=100,
+    sample_every=100,
+)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -19,6 +36,9 @@ class Preset:
     autoencoder_steps: int = 1400
     autoencoder_batch: int = 32
     autoencoder_lr: float = 1e-3
+
+    polish_steps: int = 1000  # of the decoder alone, at the end
+    polish_lr: float = 5e-4
 
     teacher_widths: tuple[int, ...] = (128, 192)
     teacher_layers: int = 1
@@ -36,6 +56,8 @@ class Preset:
     regression_batch: int = 24
     regression_lr: float = 5e-5
 
+    distil: DistillConfig = DISTIL
+
     judge_steps: int = 1200  # of the classifier that measures pictures
     judge_batch: int = 64
 
@@ -49,12 +71,14 @@ PRESETS = {
         name="smoke",
         autoencoder_widths=(8, 8, 16, 16),
         autoencoder_steps=4,
+        polish_steps=2,
         teacher_widths=(32, 32),
         teacher_steps=4,
         pair_steps=2,
         pairs=8,
         regression_steps=2,
         regression_batch=4,
+        distil=replace(DISTIL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
         judge_steps=2,
         judge_batch=8,
     ),
@@ -64,6 +88,7 @@ PRESETS = {
         name="gpu",
         all_concepts=True,
         autoencoder_steps=20_000,
+        polish_steps=10_000,
         autoencoder_batch=128,
         teacher_widths=(256, 384),
         teacher_layers=2,
@@ -75,5 +100,6 @@ PRESETS = {
         pair_steps=25,
         regression_steps=6_000,
         regression_batch=128,
+        distil=replace(DISTIL, iterations=4_000, batch_size=64, checkpoint_every=500, sample_every=500),
     ),
 }

@@ -18,29 +18,64 @@ from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 from torch import Tensor
 
-from tiue.checkpoint import Student
+from tiue.checkpoint import Student, load_student
 from tiue.components import encode_text
 
 from . import loop
 from .autoencoder import decode
-from .data import STYLES, Drawings
-from .measure import Classifier, frechet, judge
+from .data import Drawings
+from .measure import Classifier, classifier, frechet, judge
+from .presets import Preset
 from .student import sample_teacher
 
 TEACHER_STEPS = 25
 BATCH = 64
 
-# (label, style) => its drawing was held out of all training (see data.is_held_out); checked when the grid is drawn.
+MEASURED = 876  # pictures per contender: half of all (concept, style) pairs
 GRID_SEED = 1
 GRID_COLUMNS = 8
+GRID_PROMPTS = [
+    "red heart, twemoji style",
+    "smiling face with sunglasses, fluent flat style",
+    "cat face, twemoji style",
+    "pizza, noto style",
+    "strawberry, twemoji style",
+    "penguin, fluent style",
+    "frog, fluent style",
+    "rocket, noto style",
+    "house, twemoji style",
+    "sunflower, fluent flat style",
+    "rainbow, emojione style",
+    "birthday cake, noto style",
+    "panda, fluent flat style",
+    "Christmas tree, noto classic style",
+    "trophy, twemoji style",
+    "guitar, noto style",
+]
 
 
-def asked(drawings: Drawings, limit: int | None = None) -> tuple[list[str], np.ndarray]:
-    """Every concept in every style: (captions, concept numbers), or an even selection of `limit` of them."""
-    rows = np.arange(len(drawings.images))
-    if limit is not None:
-        rows = rows[:: max(1, len(rows) // limit)]
-    return [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
+def report(preset: Preset, drawings: Drawings, out: Path) -> None:
+    """Measure drawings, teacher and both students, and write figures.json, losses.png and grid.png into `out`."""
+    judging = classifier(preset, drawings, out / "judge.safetensors")
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "polished", local_files_only=True).to(loop.device())
+    pipeline.set_progress_bar_config(disable=True)
+    rows = asked(drawings)
+    captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
+    contenders = {
+        "held-out drawings": (drawings.images[drawings.held_out], drawings.concept[drawings.held_out]),
+        "teacher": (draw_teacher(pipeline, captions, preset.guidance), concept),
+        "warm start": (draw_student(load_student(out / "warm.safetensors"), captions), concept),
+        "distilled": (draw_student(load_student(out / "distil/student.safetensors"), captions), concept),
+    }
+    figures = {name: measure(judging, drawings, *pictures) for name, pictures in contenders.items()}
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    plot_losses(out, out / "losses.png")
+    grid(pipeline, Pipeline.load(out / "bundle"), drawings, GRID_PROMPTS, preset.guidance, out / "grid.png")
+
+
+def asked(drawings: Drawings) -> np.ndarray:
+    """The rows whose captions every contender draws: an even selection of all concepts and styles."""
+    return np.unique(np.linspace(0, len(drawings.images) - 1, MEASURED).round().astype(int))
 
 
 @torch.no_grad()
@@ -83,7 +118,12 @@ def measure(model: Classifier, drawings: Drawings, images: np.ndarray, concept: 
 
 
 def grid(
-    teacher: StableDiffusionPipeline, student: Pipeline, drawings: Drawings, prompts: list[str], guidance: float, path: Path
+    teacher: StableDiffusionPipeline,
+    student: Pipeline,
+    drawings: Drawings,
+    prompts: list[str],
+    guidance: float,
+    path: Path,
 ) -> None:
     """The teacher's pictures above the bundle's, from the same noise; held-out pairs carry a star."""
     held = {drawings.caption(row, 0, True) for row in np.flatnonzero(drawings.held_out)}
@@ -124,16 +164,6 @@ def plot_losses(out: Path, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-
-
-def write_json(path: Path, figures: dict) -> None:
-    """Figures as JSON, for the documentation to quote."""
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def styles_table(drawings: Drawings) -> dict[str, int]:
-    """Drawings per style that were trained on."""
-    return {s: int(((drawings.style == i) & ~drawings.held_out).sum()) for i, s in enumerate(STYLES)}
 
 
 def _batches(captions: list[str]) -> Iterator[tuple[int, list[str]]]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import encode_text, load_components
+from tiue.distill import Distillation
 from tiue.schedule import ddim_timesteps
 
 from . import loop
@@ -23,14 +24,13 @@ from .teacher import STYLE_PROBABILITY
 PAIR_BATCH = 64
 
 
-def write_prompts(drawings: Drawings, path: Path) -> list[str]:
-    """Every caption that a training drawing may have, one per line; returns them."""
+def all_captions(drawings: Drawings) -> list[str]:
+    """Every caption that a training drawing may have, with and without its style word."""
     texts: dict[str, None] = {}
     for row in np.flatnonzero(~drawings.held_out):
         for variant in range(len(drawings.captions[drawings.concept[row]])):
             texts[drawings.caption(row, variant, False)] = None
             texts[drawings.caption(row, variant, True)] = None
-    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return list(texts)
 
 
@@ -77,9 +77,7 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
         for start in tqdm(range(0, preset.pairs, PAIR_BATCH), desc="pairs", mininterval=5):
             part = slice(start, start + PAIR_BATCH)
             text = _encode(pipeline, captions[part])
-            latents.append(
-                sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu()
-            )
+            latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
         temporary = path.with_suffix(".tmp")
         torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
         temporary.replace(path)
@@ -113,10 +111,26 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
             out=path.with_suffix(""),
             ema_decay=0.99,
         )
-        warm = {"warm start": f"{preset.pairs} teacher pairs, {preset.pair_steps} DDIM steps, guidance {preset.guidance}"}
+        warm = {
+            "warm start": f"{preset.pairs} teacher pairs, {preset.pair_steps} DDIM steps, guidance {preset.guidance}"
+        }
         student.provenance["history"] = [warm | {"steps": preset.regression_steps, "batch": preset.regression_batch}]
         save_student(path, student)
     return load_student(path)
+
+
+def distil(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path) -> None:
+    """VSD + KL from the warm start (once)."""
+    if not (out / "student.safetensors").exists():
+        run = Distillation(
+            load_components(teacher),
+            all_captions(drawings),
+            out,
+            preset.distil,
+            initial=load_student(initial),
+            sample_prompts=draw_captions(drawings, 32, preset.seed + 1),
+        )
+        run.run()
 
 
 @torch.no_grad()

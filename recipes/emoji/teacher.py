@@ -48,9 +48,9 @@ def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256
     """Texts => (n, 32, 384) float16 on the CPU."""
     parts = []
     for start in range(0, len(texts), batch):
-        tokens = tokenizer(
-            texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt"
-        ).to(text_encoder.device)
+        tokens = tokenizer(texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt").to(
+            text_encoder.device
+        )
         with torch.autocast(text_encoder.device.type, torch.bfloat16):
             hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         parts.append(hidden.half().cpu())
@@ -72,7 +72,7 @@ class Captions:
         self.base, self.variants = torch.tensor(self.base), torch.tensor(self.variants)
 
     def draw(self, concept: Tensor, style: Tensor, generator: torch.Generator, null: float) -> Tensor:
-        """A random caption's embedding (n, 32, 384) for each (concept, style); the empty text with probability `null`."""
+        """A random caption's embedding (n, 32, 384) per (concept, style); with probability `null` the empty text's."""
         uniform = torch.rand(3, len(concept), generator=generator)
         variant = (uniform[0] * self.variants[concept]).long()
         styled = torch.where(uniform[1] < STYLE_PROBABILITY, 1 + style, 0)
