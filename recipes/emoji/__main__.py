@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .presets import PRESETS
 
-STAGES = ("data", "autoencoder", "teacher", "polish", "student", "distil", "report")
+STAGES = ("data", "autoencoder", "teacher", "polish", "student", "distil", "bundle", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from .student import distil
 
         distil(preset, drawings, out / "polished", out / "warm.safetensors", out / "distil")
+    if last >= STAGES.index("bundle"):
+        from .student import bundle
+
+        bundle(out / "distil/student.safetensors", out)
     if last >= STAGES.index("report"):
         from .report import report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from export.onnx import main as export
 
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import encode_text, load_components
@@ -22,6 +25,7 @@ from .presets import Preset
 from .teacher import STYLE_PROBABILITY
 
 PAIR_BATCH = 64
+LICENCE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
 
 
 def all_captions(drawings: Drawings) -> list[str]:
@@ -90,7 +94,7 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         pipeline = StableDiffusionPipeline.from_pretrained(teacher, local_files_only=True).to(loop.device())
         pipeline.set_progress_bar_config(disable=True)
         pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
-        components = load_components(teacher)
+        components = replace(load_components(teacher), name="emoji", licence=LICENCE)
         timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
         student = Student(components, timesteps[0], {len(timesteps): timesteps}, base_model="emoji teacher")
         model = student.tiue().to(loop.device())
@@ -131,6 +135,15 @@ def distil(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out
             sample_prompts=draw_captions(drawings, 32, preset.seed + 1),
         )
         run.run()
+
+
+def bundle(student: Path, out: Path) -> None:
+    """What is shipped (once): `<out>/student.safetensors` in float16, and the bundle made from it, `<out>/bundle`."""
+    if not (out / "bundle").exists():
+        save_student(out / "student.safetensors", load_student(student), torch.float16)
+        flags = ["--weights", "fp16", "--text-encoder", "int8", "--out", str(out / "bundle")]
+        if status := export(["--ckpt", str(out / "student.safetensors"), *flags]):
+            raise RuntimeError(f"the export ended with status {status}")
 
 
 @torch.no_grad()

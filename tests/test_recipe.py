@@ -1,0 +1,78 @@
+import json
+
+import numpy as np
+import pytest
+from tiue_runtime import Pipeline
+
+from recipes.emoji import data, measure, report
+from recipes.emoji.__main__ import main
+from recipes.emoji.presets import PRESETS
+from tiue.checkpoint import load_student
+
+
+@pytest.fixture(scope="module")
+def drawings() -> data.Drawings:
+    """Random pictures of 80 concepts: enough for statistics of 128 features, without a network."""
+    random = np.random.default_rng(0)
+    concepts = np.repeat(np.arange(80), len(data.STYLES))
+    styles = np.tile(np.arange(len(data.STYLES)), 80)
+    held_out = np.array([data.is_held_out(f"{c:X}", list(data.STYLES)[s]) for c, s in zip(concepts, styles, strict=True)])
+    images = random.integers(0, 256, (len(concepts), 64, 64, 3), np.uint8)
+    return data.Drawings(images, concepts, styles, held_out, [[f"thing {i}", f"a thing {i}"] for i in range(80)])
+
+
+def test_a_tenth_is_held_out_and_stays_so(drawings):
+    assert 0.05 < drawings.held_out.mean() < 0.15
+    assert [data.is_held_out("2764", style) for style in data.STYLES] == [False, False, True, False, False, True]
+
+
+def test_drawing_is_on_white():
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4"><rect width="2" height="4" fill="#f00"/></svg>'
+    image = data.draw(svg, 8)
+    assert image.shape == (8, 8, 3)
+    assert (image[:, :4] == [255, 0, 0]).all() and (image[:, 4:] == 255).all()
+
+
+def test_captions_name_the_style_only_when_asked(drawings):
+    assert drawings.caption(3, 1, False) == "a thing 0"
+    assert drawings.caption(3, 1, True) == "a thing 0, fluent flat style"
+
+
+def test_chosen_concepts_are_unique():
+    labels = data._concept_list()
+    assert len(labels) == len(set(labels)) == 292
+
+
+def test_frechet_distance_of_gaussians():
+    a = np.random.default_rng(0).normal(size=(4000, 3))
+    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert measure.frechet(a, a + [1.0, 2.0, 0.0]) == pytest.approx(5.0, rel=1e-6)
+    assert measure.frechet(a, 2 * a) == pytest.approx(3.0, rel=0.1)  # (2 - 1)^2 in each of 3 dimensions
+
+
+def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, monkeypatch):
+    monkeypatch.setattr(report, "MEASURED", 130)
+    monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
+    (tmp_path / "data").mkdir()
+    np.savez(
+        tmp_path / "data/drawings.npz",
+        images=drawings.images,
+        concept=drawings.concept,
+        style=drawings.style,
+        held_out=drawings.held_out,
+    )
+    (tmp_path / "data/captions.json").write_text(json.dumps(drawings.captions))
+    command = ["--preset", "smoke", "--out", str(tmp_path)]
+    assert main([*command, "--until", "student"]) == 0
+    warm = (tmp_path / "warm.safetensors").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (tmp_path / "warm.safetensors").stat().st_mtime_ns == warm
+    student = load_student(tmp_path / "student.safetensors")
+    history = student.provenance["history"]
+    assert history[0]["steps"] == PRESETS["smoke"].regression_steps
+    assert history[1]["distilled"]["iterations"] == PRESETS["smoke"].distil.iterations
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == {"held-out drawings", "teacher", "warm start", "distilled"}
+    assert all(0 <= f["top1"] <= f["top5"] <= 1 and f["frechet"] >= 0 for f in figures.values())
+    assert (tmp_path / "grid.png").exists() and (tmp_path / "losses.png").exists()
+    assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
