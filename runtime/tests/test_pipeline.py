@@ -73,6 +73,9 @@ def test_latents_stand_for_seed_and_size(pipe, closed_form, close):
     result = pipe(HEART, num_images=2, latents=z_t.astype(np.float64), output_type="latent")
     close(result.images, [closed_form(z, HEART) for z in z_t])
     assert result.seeds == ()
+    seeded = pipe(HEART, num_images=2, latents=z_t, seed=9, output_type="latent")
+    np.testing.assert_array_equal(seeded.images, result.images)
+    assert seeded.seeds == ()
     assert pipe(HEART, latents=z_t[:1], height=12, width=4).images[0].size == (4, 12)
 
 

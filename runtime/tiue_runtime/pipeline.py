@@ -143,7 +143,7 @@ class Pipeline:
             None draws one, which the result reports.
         steps: one of the bundle's step counts.
         height, width: pixels, multiples of the bundle's size_multiple.
-        latents: z_T, floats (B,C,h,w), instead of seed, height and width.
+        latents: z_T, floats (B,C,h,w). No noise is drawn then, so seed has no effect, and the picture's size is theirs.
         prompt_embeds: floats (B / num_images, L, D), instead of prompt.
         output_type: "pil"; "np", float32 (B,H,W,3) in [0,1]; or "latent", z_0 float32 (B,C,h,w).
         memory: "parallel" runs the decoder at all steps in one batch; "sequential" runs it step by step, in

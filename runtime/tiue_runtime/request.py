@@ -73,9 +73,7 @@ class Request:
             # Each picture's noise is drawn alone, so that it does not depend on its batch.
             noise = np.stack([gaussian(s, shape) for s in seeds])
         else:
-            if seed is not None:
-                raise RequestError("seed: latents already are the noise; give one of seed and latents")
-            seeds = ()
+            seeds = ()  # the caller's noise is no seed's, whether or not a seed was given too
             noise = _array("latents", latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
             for name, pixels, size in zip(("height", "width"), (height, width), noise.shape[2:], strict=True):
                 implied = size * manifest.pixels_per_latent
