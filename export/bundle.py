@@ -1,5 +1,9 @@
 """Assembling a bundle: built in a temporary directory, checked, and only then moved into place."""
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 import os
 import shutil
 from collections.abc import Callable
@@ -68,9 +72,7 @@ def export_bundle(
     """
     check_target(out, options.overwrite)
     out = out.absolute()
-    building = out.with_name(
-        f".{out.name}.{os.getpid()}.tmp"
-    )  # the same file system, so that moving is renaming
+    building = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # the same file system, so that moving is renaming
     building.mkdir()
     try:
         manifest = _manifest(student, options)
@@ -117,8 +119,8 @@ def _write_graphs(
 def _manifest(student: Student, options: Options) -> bundle.Manifest:
     components = student.components
     vae, unet = components.vae.config, components.unet
-    pixels_per_latent = 2 ** (len(vae.block_out_channels) - 1)
-    sample = unet.config.sample_size
+    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+    sample = unet.config["sample_size"]
     height, width = (sample, sample) if isinstance(sample, int) else sample
     schedules: dict[int, bundle.Schedule] = {}
     for steps, timesteps in sorted(student.schedules.items()):
@@ -134,12 +136,12 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
             "weights": options.weights,
             "text_encoder": options.text_encoder,
         },
-        latent_channels=unet.config.in_channels,
+        latent_channels=unet.config["in_channels"],
         pixels_per_latent=pixels_per_latent,
         default_height=height * pixels_per_latent,
         default_width=width * pixels_per_latent,
         size_multiple=pixels_per_latent * 2**unet.num_upsamplers,
-        vae_scaling_factor=vae.scaling_factor,
+        vae_scaling_factor=vae["scaling_factor"],
         vae_shift_factor=vae.get("shift_factor") or 0.0,
         text_length=components.tokenizer.model_max_length,
         encoder_timestep=student.encoder_timestep,

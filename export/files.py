@@ -1,5 +1,9 @@
 """Writing graphs: stripped of what only the exporter's authors read, and external data for the large."""
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,9 +14,7 @@ EXTERNAL_ABOVE = 10**9  # bytes of weights; a protobuf ends at 2 GiB, and one fi
 def write_graph(graph: ir.Model, path: Path) -> None:
     """Write `path`, and `<path>.data` beside it if the weights exceed EXTERNAL_ABOVE."""
     _strip(graph)
-    weights = sum(
-        v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None
-    )
+    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
     ir.save(graph, path, external_data=f"{path.name}.data" if weights > EXTERNAL_ABOVE else None)
 
 

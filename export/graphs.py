@@ -1,5 +1,9 @@
 """The two UNet graphs: thin modules whose `forward` is the graph's signature, and their tracing."""
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,9 +48,7 @@ class UnetDecoder(nn.Module):
         self.tiue = tiue
         self.register_buffer("table", _embed(tiue, decoder_timesteps))  # (T,E), see UnetEncoder.temb
 
-    def forward(
-        self, features: Sequence[Tensor], text: Tensor, step_index: Tensor, step_weight: Tensor
-    ) -> Tensor:
+    def forward(self, features: Sequence[Tensor], text: Tensor, step_index: Tensor, step_weight: Tensor) -> Tensor:
         """features, text, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B,C,h,w)."""
         k, batch = step_index.shape[0], text.shape[0]
         temb = self.table[step_index][:, None].expand(k, batch, -1).flatten(0, 1)  # step-major
@@ -59,8 +61,8 @@ def unet_graphs(tiue: TiUE, decoder_timesteps: Sequence[int], text_length: int) 
     config = tiue.unet.config
     # A batch of two, three steps, and not square: no size is mistaken for another, or for 1.
     multiple = 2**tiue.unet.num_upsamplers
-    latents = torch.randn(2, config.in_channels, 2 * multiple, 3 * multiple)
-    text = torch.randn(2, text_length, config.cross_attention_dim)
+    latents = torch.randn(2, config["in_channels"], 2 * multiple, 3 * multiple)
+    text = torch.randn(2, text_length, config["cross_attention_dim"])
     batch, height, width, steps = (Dim(name) for name in ("batch", "height", "width", "steps"))
 
     def plane(feature: Tensor) -> dict[int, Any]:

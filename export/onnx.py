@@ -59,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--name", help="the model's name (default: the one in --ckpt)")
     parser.add_argument("--steps", type=_steps, help=_STEPS_HELP)
-    parser.add_argument(
-        "--weights", choices=("fp32", "fp16"), default="fp32", help="storage: fp16 halves the files"
-    )
+    parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="storage: fp16 halves the files")
     parser.add_argument(
         "--text-encoder", choices=("fp32", "int8"), default="fp32", help="int8 quarters the text encoder"
     )

@@ -3,6 +3,10 @@
 The only module that imports optimum.
 """
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,20 +75,19 @@ class _VaeDecoder(nn.Module):
         self.config = vae.config
 
     def forward(self, latent_sample: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"sample": self.vae.decode(latent_sample).sample}
+        return {"sample": self.vae.decode(latent_sample, return_dict=False)[0]}
 
 
 def _text_config_class(model_type: str) -> Any:
     # optimum files CLIP's text model, and only that, under another name and library.
-    library, name = (
-        ("diffusers", "clip-text") if model_type == "clip_text_model" else ("transformers", model_type)
-    )
+    library, name = ("diffusers", "clip-text") if model_type == "clip_text_model" else ("transformers", model_type)
     try:
-        return TasksManager.get_exporter_config_constructor(
+        constructor: Any = TasksManager.get_exporter_config_constructor(
             "onnx", model_type=name, task="feature-extraction", library_name=library
-        ).func
+        )
     except (KeyError, ValueError) as error:
         raise ExportError(f"optimum-onnx cannot export text encoders of type {model_type}") from error
+    return constructor.func
 
 
 def _export(model: nn.Module, config: Any, output: str, shapes: dict[str, int]) -> ir.Model:

@@ -1,5 +1,9 @@
 """Smaller files: float16 storage and int8 text encoders. Computation stays in float32."""
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 

@@ -1,8 +1,12 @@
 """Silence what the exporters say that no user can act on, and nothing else."""
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +19,7 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # optimum-onnx uses the TorchScript exporter, and transformers branches on shapes that we hold constant.
     (r"You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
     (r"The feature will be removed. Please remove usage of this function", DeprecationWarning),
-    (r"", torch.jit.TracerWarning),
+    (r"", torch.jit.TracerWarning),  # pyright: ignore[reportPrivateImportUsage]
 )
 _LOGGERS = (
     "torch.onnx._internal.exporter._registration",  # "torchvision is not installed": we use none of it
@@ -24,7 +28,7 @@ _LOGGERS = (
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Within the block, drop the exporters' known chatter."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():

@@ -1,5 +1,9 @@
 """What there is to export: a student checkpoint, or a diffusers pipeline directory."""
 
+# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,21 +49,18 @@ def load_source(path: Path, steps: Sequence[int] | None = None) -> Student:
 def _check_fit(components: Components) -> None:
     """Raise ExportError where the parts do not belong together, or a bundle cannot say what they need."""
     unet, vae, text = components.unet.config, components.vae.config, components.text_encoder.config
-    if unet.in_channels != vae.latent_channels:
+    channels, latent_channels = unet["in_channels"], vae["latent_channels"]
+    if channels != latent_channels:
+        raise ExportError(f"the UNet has {channels} latent channels but the VAE {latent_channels}")
+    if unet["cross_attention_dim"] != text.hidden_size:
         raise ExportError(
-            f"the UNet has {unet.in_channels} latent channels but the VAE {vae.latent_channels}"
-        )
-    if unet.cross_attention_dim != text.hidden_size:
-        raise ExportError(
-            f"the UNet expects text embeddings of {unet.cross_attention_dim} but the text encoder "
+            f"the UNet expects text embeddings of {unet['cross_attention_dim']} but the text encoder "
             f"makes {text.hidden_size}"
         )
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ExportError("a VAE with latents_mean or latents_std is not supported")
     length, limit = components.tokenizer.model_max_length, text.max_position_embeddings
     if length > limit:
-        raise ExportError(
-            f"the tokenizer's model_max_length is {length}, the text encoder takes at most {limit}"
-        )
-    if unet.sample_size is None:
+        raise ExportError(f"the tokenizer's model_max_length is {length}, the text encoder takes at most {limit}")
+    if unet["sample_size"] is None:
         raise ExportError("the UNet's configuration has no sample_size, so there is no default image size")

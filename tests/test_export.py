@@ -61,9 +61,7 @@ def test_golden_latents_and_images(golden, golden_bundles, memory):
     np.testing.assert_allclose(latents, golden.latents.numpy(), atol=GOLDEN_LATENTS, rtol=0)
     images = pipeline(**given, **size, memory=memory).images
     expected = golden.image_uint8.permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(
-        np.stack(images).astype(int), expected.astype(int), atol=GOLDEN_IMAGE_LEVELS, rtol=0
-    )
+    np.testing.assert_allclose(np.stack(images).astype(int), expected.astype(int), atol=GOLDEN_IMAGE_LEVELS, rtol=0)
 
 
 def test_golden_prompts(golden, golden_bundles):
@@ -298,9 +296,7 @@ def test_parts_that_do_not_fit(tmp_path, capsys):
         assert_refused(capsys, status, message, tmp_path, ["s.safetensors"])
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("--ckpt", "x", "--steps", "four"), ("--ckpt", "x", "--steps", "0")]
-)
+@pytest.mark.parametrize("arguments", [(), ("--ckpt", "x", "--steps", "four"), ("--ckpt", "x", "--steps", "0")])
 def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         export(*arguments)

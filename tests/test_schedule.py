@@ -8,9 +8,7 @@ from tolerances import REORDERED
 
 from tiue.schedule import alphas_cumprod, closed_form, ddim_timesteps
 
-KINDS = list(
-    itertools.product(("epsilon", "v_prediction"), ("leading", "trailing", "linspace"), (False, True))
-)
+KINDS = list(itertools.product(("epsilon", "v_prediction"), ("leading", "trailing", "linspace"), (False, True)))
 
 
 def config(prediction_type="epsilon", timestep_spacing="leading", set_alpha_to_one=False, **changes):

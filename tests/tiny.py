@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -50,10 +50,10 @@ def sd15() -> Components:
 
 
 def v_prediction() -> Components:
-    """Like SD 2.1 at 768 pixels: v-prediction, linear projections, heads per level."""
+    """Like SD 2.1 at 768 pixels (v-prediction, linear projections, heads per level), with a TAESD autoencoder."""
     model = unet(use_linear_projection=True, attention_head_dim=(2, 4))
     scheduler = SCHEDULER | {"prediction_type": "v_prediction"}
-    return _components("tiny-v", model, _clip(), _vae(4), _tokenizer(length=20), scheduler)
+    return _components("tiny-v", model, _clip(), _taesd(), _tokenizer(length=20), scheduler)
 
 
 def emoji() -> Components:
@@ -126,6 +126,16 @@ def _vae(latent_channels: int) -> AutoencoderKL:
         norm_num_groups=4,
         layers_per_block=1,
         sample_size=16,
+    )
+
+
+def _taesd() -> AutoencoderTiny:
+    torch.manual_seed(2)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
     )
 
 
