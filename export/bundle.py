@@ -7,6 +7,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,13 +45,12 @@ class Options:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise ExportError unless `out` is free, or is a bundle that may be replaced."""
-    if not out.exists():
-        if not out.absolute().parent.is_dir():
-            raise ExportError(f"--out {out}: its parent directory does not exist")
-    elif not overwrite:
+    """Raise ExportError unless `out` is free, an empty directory, or a bundle that may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
         raise ExportError(f"--out {out} exists; choose another, or replace it with --overwrite")
-    elif not (out / bundle.MANIFEST).is_file():
+    if not (out / bundle.MANIFEST).is_file():
         raise ExportError(f"--out {out} exists and is not a bundle, so --overwrite does not replace it")
 
 
@@ -73,8 +73,9 @@ def export_bundle(
     check_target(out, options.overwrite)
     out = out.absolute()
     building = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # the same file system, so that moving is renaming
-    building.mkdir()
+    missing = [parent for parent in out.parents if not parent.exists()]
     try:
+        building.mkdir(parents=True)
         manifest = _manifest(student, options)
         _write_graphs(building, student, manifest, options, progress)
         _write_tokenizer(building / bundle.TOKENIZER, student.components)
@@ -87,6 +88,10 @@ def export_bundle(
         _move_into_place(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        if not out.exists():
+            for parent in missing:
+                with suppress(OSError):  # never made, or no longer only ours
+                    parent.rmdir()
     return bundle.Bundle.load(out)
 
 

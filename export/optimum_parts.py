@@ -90,7 +90,7 @@ def _text_config_class(model_type: str) -> Any:
     return constructor.func
 
 
-def _export(model: nn.Module, config: Any, output: str, shapes: dict[str, int]) -> ir.Model:
+def _export(model: Any, config: Any, output: str, shapes: dict[str, int]) -> ir.Model:
     with TemporaryDirectory() as directory, quiet():
         path = Path(directory) / "model.onnx"
         export(model, config, path, opset=OPSET, input_shapes=shapes)

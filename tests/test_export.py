@@ -213,9 +213,23 @@ def test_the_gate_closes_on_nan_and_on_what_is_not_close(exact):
     ],
     ids=["interrupt", "disk full", "permission"],
 )
-def test_nothing_is_left_when_the_export_stops(students, tmp_path, quick, capsys, error, message):
+@pytest.mark.parametrize("out", ["out", "new/parents/out"])
+def test_nothing_is_left_when_the_export_stops(students, tmp_path, quick, capsys, error, message, out):
     quick(error)
-    assert_refused(capsys, export("--ckpt", students["sd15"], "--out", tmp_path / "out"), message, tmp_path)
+    assert_refused(capsys, export("--ckpt", students["sd15"], "--out", tmp_path / out), message, tmp_path)
+
+
+def test_parents_are_made_and_an_empty_directory_is_filled(students, tmp_path):
+    out = tmp_path / "new" / "out"
+    assert export("--ckpt", students["sd15"], "--out", out, "--steps", "2") == 0
+    bundle.Bundle.load(out).verify()
+    (tmp_path / "empty").mkdir()
+    building = tmp_path / "building"
+    out.rename(building)
+    assembling.check_target(tmp_path / "empty", overwrite=False)
+    assembling._move_into_place(building, tmp_path / "empty")
+    bundle.Bundle.load(tmp_path / "empty").verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
 def test_an_existing_bundle_is_replaced_only_on_demand_and_only_by_a_good_one(
@@ -277,11 +291,6 @@ def test_a_bad_source_is_refused_in_one_line(tmp_path, capsys, source, message):
 def test_steps_the_student_was_not_trained_for(students, tmp_path, capsys):
     status = export("--ckpt", students["sd15"], "--out", tmp_path / "out", "--steps", "3")
     assert_refused(capsys, status, "--steps 3", tmp_path)
-
-
-def test_no_parent_directory(students, tmp_path, capsys):
-    status = export("--ckpt", students["sd15"], "--out", tmp_path / "a" / "b")
-    assert_refused(capsys, status, "parent directory", tmp_path)
 
 
 def test_parts_that_do_not_fit(tmp_path, capsys):
