@@ -16,7 +16,8 @@ def drawings() -> data.Drawings:
     random = np.random.default_rng(0)
     concepts = np.repeat(np.arange(80), len(data.STYLES))
     styles = np.tile(np.arange(len(data.STYLES)), 80)
-    held_out = np.array([data.is_held_out(f"{c:X}", list(data.STYLES)[s]) for c, s in zip(concepts, styles, strict=True)])
+    names = list(data.STYLES)
+    held_out = np.array([data.is_held_out(f"{c:X}", names[s]) for c, s in zip(concepts, styles, strict=True)])
     images = random.integers(0, 256, (len(concepts), 64, 64, 3), np.uint8)
     return data.Drawings(images, concepts, styles, held_out, [[f"thing {i}", f"a thing {i}"] for i in range(80)])
 
@@ -46,7 +47,7 @@ def test_chosen_concepts_are_unique():
 def test_frechet_distance_of_gaussians():
     a = np.random.default_rng(0).normal(size=(4000, 3))
     assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert measure.frechet(a, a + [1.0, 2.0, 0.0]) == pytest.approx(5.0, rel=1e-6)
+    assert measure.frechet(a, a + np.array([1.0, 2.0, 0.0])) == pytest.approx(5.0, rel=1e-6)
     assert measure.frechet(a, 2 * a) == pytest.approx(3.0, rel=0.1)  # (2 - 1)^2 in each of 3 dimensions
 
 

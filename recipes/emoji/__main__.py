@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .presets import PRESETS
 
-STAGES = ("data", "autoencoder", "teacher", "polish", "student", "distil", "bundle", "report")
+STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distil", "bundle", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,39 +19,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     arguments = parser.parse_args(argv)
     preset, out = PRESETS[arguments.preset], arguments.out
-    last = STAGES.index(arguments.until)
 
-    from . import data
+    from . import data  # not for --help
 
     drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
-    if last >= STAGES.index("autoencoder"):
-        from .autoencoder import autoencoder
+    if arguments.until == "data":
+        return 0
 
-        vae = autoencoder(preset, drawings, out / "vae")
-    if last >= STAGES.index("teacher"):
-        from .teacher import teacher
+    from .autoencoder import autoencoder
+    from .polish import polish
+    from .report import report
+    from .student import bundle, distil, warm_start
+    from .teacher import teacher
 
-        teacher(preset, drawings, vae, out / "teacher")
-    if last >= STAGES.index("polish"):
-        from .polish import polish
-
-        polish(preset, drawings, out / "teacher", out / "polished")
-    if last >= STAGES.index("student"):
-        from .student import warm_start
-
-        warm_start(preset, drawings, out / "polished", out / "warm.safetensors")
-    if last >= STAGES.index("distil"):
-        from .student import distil
-
-        distil(preset, drawings, out / "polished", out / "warm.safetensors", out / "distil")
-    if last >= STAGES.index("bundle"):
-        from .student import bundle
-
-        bundle(out / "distil/student.safetensors", out)
-    if last >= STAGES.index("report"):
-        from .report import report
-
-        report(preset, drawings, out)
+    vae = autoencoder(preset, drawings, out / "vae")
+    rest = {
+        "autoencoder": lambda: None,
+        "teacher": lambda: teacher(preset, drawings, vae, out / "teacher"),
+        "student": lambda: warm_start(preset, drawings, out / "teacher", out / "warm.safetensors"),
+        "polish": lambda: polish(preset, drawings, out / "teacher", out / "polished"),
+        "distil": lambda: distil(preset, drawings, out / "polished", out / "warm.safetensors", out / "distil"),
+        "bundle": lambda: bundle(out / "distil/student.safetensors", out),
+        "report": lambda: report(preset, drawings, out),
+    }
+    for name, run in rest.items():
+        run()
+        if name == arguments.until:
+            break
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Between autoencoder and student: train the decoder on, with the encoder and so all latents as they are.
+"""After the teacher: train the decoder on, with the encoder and so all latents as they are.
 
 The teacher only needs latents, so it can begin with an autoencoder that is good enough; what is seen depends on
 the decoder alone, and that can be improved at any time after.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -61,11 +62,13 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
+    warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distil/student.safetensors"))
+    warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # polished, like the others'
     contenders = {
         "held-out drawings": (drawings.images[drawings.held_out], drawings.concept[drawings.held_out]),
         "teacher": (draw_teacher(pipeline, captions, preset.guidance), concept),
-        "warm start": (draw_student(load_student(out / "warm.safetensors"), captions), concept),
-        "distilled": (draw_student(load_student(out / "distil/student.safetensors"), captions), concept),
+        "warm start": (draw_student(warm, captions), concept),
+        "distilled": (draw_student(distilled, captions), concept),
     }
     figures = {name: measure(judging, drawings, *pictures) for name, pictures in contenders.items()}
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

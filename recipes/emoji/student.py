@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
-
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import encode_text, load_components
 from tiue.distill import Distillation
