@@ -130,9 +130,7 @@ def test_shift_may_be_absent(edit):
     assert Bundle.load(edit(drop("vae_shift_factor"))).manifest.vae_shift_factor == 0
 
 
-@pytest.mark.parametrize(
-    "text, message", [("{", "expected JSON"), ("[]", "expected an object"), ("\xff", "decode")]
-)
+@pytest.mark.parametrize("text, message", [("{", "expected JSON"), ("[]", "expected an object"), ("\xff", "decode")])
 def test_refuses_other_text(copy, text, message):
     (copy / "bundle.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(BundleError, match=message):

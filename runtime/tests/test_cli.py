@@ -23,9 +23,7 @@ def run(capsys, monkeypatch, tiny):
 
 def test_generate_writes_the_picture_and_says_how(run, tmp_path, pipe):
     path = tmp_path / "heart.png"
-    code, out, err = run(
-        "generate", "a red heart", "--out", path, "--seed", 5, "--steps", 2, "--device", "cpu"
-    )
+    code, out, err = run("generate", "a red heart", "--out", path, "--seed", 5, "--steps", 2, "--device", "cpu")
     assert (code, err) == (0, "")
     assert f"{path}  12x8  seed 5\n" in out and "s on cpu" in out
     with Image.open(path) as image:
@@ -153,9 +151,7 @@ def test_doctor(run, tiny, monkeypatch):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     assert "CPUExecutionProvider" in out and str(tiny) in out and "onnxruntime" in out
-    monkeypatch.setattr(
-        sessions, "installed_wheels", lambda: {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"}
-    )
+    monkeypatch.setattr(sessions, "installed_wheels", lambda: {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"})
     monkeypatch.setenv("TIUE_BUNDLE", "nothing")
     code, out, err = run("doctor")
     assert code == 2 and "python" in out

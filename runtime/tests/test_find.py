@@ -62,9 +62,7 @@ def test_unknown_name_lists_what_is_installed(installed):
 
 
 def test_package_that_is_gone(installed):
-    with pytest.raises(
-        BundleError, match=r"'lost' is installed as package 'no_such_package', but there is no"
-    ):
+    with pytest.raises(BundleError, match=r"'lost' is installed as package 'no_such_package', but there is no"):
         find_bundle("lost")
 
 

@@ -11,9 +11,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 def modules_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after running `code`."""
     report = "import sys, json; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -21,9 +19,7 @@ def test_import_is_light():
     assert not modules_after("import tiue_runtime") & {*HEAVY, "numpy", "PIL", "tokenizers"}
 
 
-@pytest.mark.parametrize(
-    "module", ["bundle", "cli", "doctor", "find", "graph", "noise", "pipeline", "sessions"]
-)
+@pytest.mark.parametrize("module", ["bundle", "cli", "doctor", "find", "graph", "noise", "pipeline", "sessions"])
 def test_no_module_imports_a_training_library_or_onnxruntime(module):
     assert not modules_after(f"import tiue_runtime.{module}") & set(HEAVY)
 

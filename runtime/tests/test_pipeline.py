@@ -28,9 +28,7 @@ def test_latents_equal_the_closed_form(pipe, closed_form, close, steps, memory):
 
 def test_pixels_equal_the_closed_form(pipe, closed_form, close):
     z_0 = closed_form(gaussian(7, (4, 4, 6)), HEART)
-    image = (
-        (z_0 / 0.5 + 0.25)[:3].repeat(2, axis=1).repeat(2, axis=2).transpose(1, 2, 0)
-    )  # (H,W,3) in about [-1,1]
+    image = (z_0 / 0.5 + 0.25)[:3].repeat(2, axis=1).repeat(2, axis=2).transpose(1, 2, 0)  # (H,W,3) in about [-1,1]
     unit = np.clip(image / 2 + 0.5, 0, 1)
     assert unit.min() == 0 and unit.max() == 1  # so that clipping is tested
     result = pipe(HEART, seed=7, output_type="np")
@@ -137,9 +135,7 @@ def test_timings(pipe):
 
 
 def test_the_part_cut_off_is_named(pipe):
-    with pytest.warns(
-        UserWarning, match=r"longer than 8 tokens; this part was cut off: 'THE sea, a star'"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"longer than 8 tokens; this part was cut off: 'THE sea, a star'") as caught:
         pipe(["a red heart", "a red heart a blue star THE sea, a star"], seed=1)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -158,9 +154,7 @@ def test_concurrent_calls_do_not_mix(pipe):
 def test_generate_keeps_its_pipeline(tiny, pipe, monkeypatch):
     loads = []
     load = Pipeline.load
-    monkeypatch.setattr(
-        Pipeline, "load", lambda *args, **options: loads.append(args) or load(*args, **options)
-    )
+    monkeypatch.setattr(Pipeline, "load", lambda *args, **options: loads.append(args) or load(*args, **options))
     monkeypatch.setenv("TIUE_BUNDLE", str(tiny))
     for seed in (1, 2):
         images = tiue_runtime.generate([HEART, STAR], seed=seed, device="cpu")

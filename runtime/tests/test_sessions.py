@@ -31,9 +31,7 @@ def test_cuda_is_refused_on_a_cpu_wheel(tiny):
 @no_cuda
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_a_provider_that_is_built_in_but_does_not_start(monkeypatch, tiny):
-    monkeypatch.setattr(
-        sessions, "available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
+    monkeypatch.setattr(sessions, "available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(DeviceError, match=r"could not be started: .*nvidia-smi"):
         choose_device("cuda")
     with pytest.warns(UserWarning, match="running on the CPU, because CUDA could not be started"):
@@ -43,9 +41,7 @@ def test_a_provider_that_is_built_in_but_does_not_start(monkeypatch, tiny):
 @no_cuda
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_a_session_that_fell_back_is_refused(tiny):
-    with pytest.raises(
-        DeviceError, match=r"asked for cuda \(CUDAExecutionProvider\).*got CPUExecutionProvider"
-    ):
+    with pytest.raises(DeviceError, match=r"asked for cuda \(CUDAExecutionProvider\).*got CPUExecutionProvider"):
         Graph(tiny / "vae_decoder.onnx", Device("cuda"))
 
 

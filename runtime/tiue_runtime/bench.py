@@ -38,9 +38,7 @@ def bench(
     loading = time.perf_counter() - start
 
     def run():
-        return pipeline(
-            PROMPT, seed=0, steps=steps, height=height, width=width, memory=memory, output_type="np"
-        )
+        return pipeline(PROMPT, seed=0, steps=steps, height=height, width=width, memory=memory, output_type="np")
 
     warm_up = run()
     results = [run() for _ in range(runs)]

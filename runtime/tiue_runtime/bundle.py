@@ -118,9 +118,7 @@ class Manifest:
     def _check_schedules(self) -> None:
         rows = self.decoder_timesteps
         expected = "distinct timesteps >= 0, at least one"
-        _require(
-            bool(rows) and min(rows) >= 0 and len(set(rows)) == len(rows), "decoder_timesteps", expected, rows
-        )
+        _require(bool(rows) and min(rows) >= 0 and len(set(rows)) == len(rows), "decoder_timesteps", expected, rows)
         _require(self.encoder_timestep >= 0, "encoder_timestep", "an integer >= 0", self.encoder_timestep)
         for steps, schedule in self.schedules.items():
             where = f"schedules.{steps}"
@@ -145,9 +143,7 @@ class Manifest:
         )
 
     def _check_files(self) -> None:
-        _require(
-            PORTABLE in self.variants, "variants", f"a variant named {PORTABLE!r}", sorted(self.variants)
-        )
+        _require(PORTABLE in self.variants, "variants", f"a variant named {PORTABLE!r}", sorted(self.variants))
         for variant, graphs in self.variants.items():
             _require(set(graphs) == set(GRAPHS), f"variants.{variant}", ", ".join(GRAPHS), sorted(graphs))
         for name, info in self.files.items():
@@ -210,9 +206,7 @@ class Bundle:
         files = self.manifest.files.items()
         wrong = [name for name, info in files if _sha256(self.directory / name) != info.sha256]
         if wrong:
-            raise BundleError(
-                f"{self.directory}: content differs from {MANIFEST}: {', '.join(wrong)}. {_REMEDY}"
-            )
+            raise BundleError(f"{self.directory}: content differs from {MANIFEST}: {', '.join(wrong)}. {_REMEDY}")
 
 
 def write_bundle(directory: str | Path, manifest: Manifest) -> Bundle:

@@ -164,15 +164,9 @@ def _parser() -> _Parser:
 
     generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them as PNG")
     generate.add_argument("prompt", help='what to draw, such as "a red heart"')
-    generate.add_argument(
-        "--out", required=True, metavar="FILE.png", help="where to save; several get -1, -2, ..."
-    )
-    generate.add_argument(
-        "--seed", type=int, help="the same seed gives the same picture (default: a new one)"
-    )
-    generate.add_argument(
-        "--num-images", type=int, default=1, metavar="N", help="with seeds seed .. seed+N-1"
-    )
+    generate.add_argument("--out", required=True, metavar="FILE.png", help="where to save; several get -1, -2, ...")
+    generate.add_argument("--seed", type=int, help="the same seed gives the same picture (default: a new one)")
+    generate.add_argument("--num-images", type=int, default=1, metavar="N", help="with seeds seed .. seed+N-1")
     _bundle_flag(generate)
     _run_flags(generate)
 
@@ -186,9 +180,7 @@ def _parser() -> _Parser:
     _command(commands, "doctor", _doctor, "show versions, devices and installed bundles, and what is wrong")
 
     bench = _command(commands, "bench", _bench, "measure seconds per image, graph by graph")
-    bench.add_argument(
-        "--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)"
-    )
+    bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
     _bundle_flag(bench)
     _run_flags(bench)
     return parser

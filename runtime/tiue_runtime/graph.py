@@ -47,17 +47,14 @@ class Graph:
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
         return {
-            name: value if keep_on_device else value.numpy()
-            for name, value in zip(self.outputs, values, strict=True)
+            name: value if keep_on_device else value.numpy() for name, value in zip(self.outputs, values, strict=True)
         }
 
     def expect(self, inputs: set[str], outputs: set[str], needed: set[str] | None = None) -> None:
         """Raise BundleError unless needed <= the inputs <= `inputs`, and outputs <= the outputs."""
         unknown = ", ".join(sorted(set(self.inputs) - inputs))
         if unknown:
-            raise BundleError(
-                f"{self.name}: expected inputs among {', '.join(sorted(inputs))}, got {unknown}"
-            )
+            raise BundleError(f"{self.name}: expected inputs among {', '.join(sorted(inputs))}, got {unknown}")
         absent = ((needed or set()) - set(self.inputs)) | (outputs - set(self.outputs))
         if absent:
             names = ", ".join((*self.inputs, *self.outputs))
@@ -68,6 +65,4 @@ class Graph:
         if value.shape != shape:
             raise BundleError(f"{self.name}: expected {name} of shape {shape}, got {value.shape}")
         if not np.isfinite(value).all():
-            raise InferenceError(
-                f"{self.name}: {name} has NaN or infinity: an overflow in reduced precision?"
-            )
+            raise InferenceError(f"{self.name}: {name} has NaN or infinity: an overflow in reduced precision?")

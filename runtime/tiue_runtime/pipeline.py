@@ -47,9 +47,7 @@ Cancel = Flag | Callable[[], bool]
 class Result(Generic[Images]):
     """What a request made, in prompt-major order."""
 
-    images: (
-        Images  # list of PIL images; float32 (B,H,W,3) in [0,1] for "np"; z_0 float32 (B,C,h,w) for "latent"
-    )
+    images: Images  # list of PIL images; float32 (B,H,W,3) in [0,1] for "np"; z_0 float32 (B,C,h,w) for "latent"
     seeds: tuple[int, ...]  # one per image; empty when the caller brought the latents
     timings: Mapping[str, float]  # seconds: each graph that ran, and "total"
     device: str  # where the graphs ran: "cpu", "cuda", "cuda:1"
@@ -190,9 +188,7 @@ class Pipeline:
             tokens = self._tokenizer(request.prompts)
             for cut in filter(None, tokens.cut):
                 length = self.bundle.manifest.text_length
-                warnings.warn(
-                    f"prompt longer than {length} tokens; this part was cut off: {cut!r}", stacklevel=3
-                )
+                warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {cut!r}", stacklevel=3)
             feed = {contract.INPUT_IDS: tokens.input_ids, contract.ATTENTION_MASK: tokens.attention_mask}
             with run.timed(contract.TEXT_ENCODER):
                 text = cast(Float32, self._text_encoder(feed)[contract.TEXT])

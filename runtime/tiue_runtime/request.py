@@ -126,9 +126,7 @@ def _size(name: str, value: int | None, default: int, multiple: int) -> int:
     if value < multiple or value % multiple:
         below = max(value // multiple, 0) * multiple
         near = f"{below} or {below + multiple}" if below else f"{multiple}"
-        raise RequestError(
-            f"{name}: expected a multiple of {multiple} in pixels, such as {near}, got {value}"
-        )
+        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, such as {near}, got {value}")
     return int(value)
 
 

@@ -131,9 +131,7 @@ def load_onnxruntime() -> Any:
     except ImportError as error:
         raise DeviceError(f"onnxruntime cannot be imported: {error}. Reinstall: {INSTALL}") from error
     if not hasattr(module, "InferenceSession"):
-        raise DeviceError(
-            f"onnxruntime is incomplete (another wheel removed its files): {replace_wheels('cpu')}"
-        )
+        raise DeviceError(f"onnxruntime is incomplete (another wheel removed its files): {replace_wheels('cpu')}")
     return module
 
 
@@ -180,9 +178,7 @@ def _start(model: str | bytes, device: Device) -> Any:
         providers = [(device.provider, {"device_id": device.index}), cpu]
         with contextlib.redirect_stdout(sys.stderr):  # where ONNX Runtime prints what it cannot load
             ort.preload_dlls()
-            session = ort.InferenceSession(
-                model, sess_options=options, providers=providers, enable_fallback=False
-            )
+            session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=False)
     session.disable_fallback()  # a failing run shall fail, not move to the CPU
     return session
 

@@ -1,0 +1,20 @@
+"""Watch a picture form, step by step, and stop it when it takes too long."""
+
+import time
+
+from tiue_runtime import Cancelled, Pipeline
+
+pipe = Pipeline.load()
+deadline = time.monotonic() + 10
+
+
+def show(step, steps, preview):
+    """Called after each decoder: preview is the latents (B,C,h,w) as they would become."""
+    print(f"step {step} of {steps}, latents' spread {preview.std():.2f}")
+
+
+try:
+    result = pipe("a sunflower", seed=3, callback=show, cancel=lambda: time.monotonic() > deadline)
+    result.images[0].save("sunflower.png")
+except Cancelled:
+    print("took too long")
