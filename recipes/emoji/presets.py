@@ -46,6 +46,8 @@ class Preset:
     teacher_batch: int = 64
     teacher_lr: float = 8e-4
     teacher_ema_decay: float = 0.999
+    colour_steps: int = 2000  # of the teacher's second phase, see teacher.colour_weight
+    colour_lr: float = 4e-4
     null_text_probability: float = 0.1
 
     guidance: float = 3.0  # of the teacher when it draws the pairs of the warm start
@@ -74,6 +76,7 @@ PRESETS = {
         polish_steps=2,
         teacher_widths=(32, 32),
         teacher_steps=4,
+        colour_steps=2,
         pair_steps=2,
         pairs=8,
         regression_steps=2,
@@ -93,6 +96,7 @@ PRESETS = {
         teacher_widths=(256, 384),
         teacher_layers=2,
         teacher_steps=40_000,
+        colour_steps=10_000,
         teacher_batch=256,
         teacher_lr=4e-4,
         teacher_ema_decay=0.9995,

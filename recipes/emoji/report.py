@@ -150,9 +150,10 @@ def grid(
 
 def plot_losses(out: Path, path: Path) -> None:
     """The loss of every stage over its steps, from the CSV files of a run."""
-    logs = [("autoencoder", out / "vae.csv", "loss"), ("teacher", out / "teacher.csv", "loss")]
+    logs = [("autoencoder", out / "vae.csv", "loss"), ("teacher: shapes", out / "teacher-shapes.csv", "loss")]
+    logs += [("teacher: colours", out / "teacher-colours.csv", "loss")]
     logs += [("warm start", out / "warm.csv", "loss")]
-    logs += [(f"distil: {name}", out / "distil/losses.csv", name) for name in ("vsd", "kl", "fake")]
+    logs += [(f"distil: {name}", out / "distil/losses.csv", name) for name in ("vsd", "kl")]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), dpi=100)
     for axis, (title, file, column) in zip(axes.flat, logs, strict=True):
         with file.open(newline="") as lines:

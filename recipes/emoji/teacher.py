@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from .data import STYLES, Drawings
 from .presets import Preset
 
 TEXT_LENGTH = 32  # tokens
-SNR_GAMMA = 5.0  # Min-SNR loss weights, arXiv 2303.09556
+SNR_GAMMA = 5.0
 STYLE_PROBABILITY = 0.6  # that a caption names its style
 
 # Stable Diffusion's schedule
@@ -27,7 +29,9 @@ SCHEDULER = {
     "beta_end": 0.012,
     "clip_sample": False,
     "set_alpha_to_one": False,
-    "steps_offset": 1,
+    # From t = 999, where sampling begins with what training ended with: noise. Stable Diffusion's "leading" spacing
+    # begins lower and washes colours out (arXiv 2305.08891).
+    "timestep_spacing": "trailing",
 }
 
 
@@ -106,6 +110,19 @@ def build_unet(preset: Preset) -> UNet2DConditionModel:
     )
 
 
+def min_snr(snr: Tensor) -> Tensor:
+    """Min-SNR weights of an epsilon loss (arXiv 2303.09556): less of the nearly clean, where little is to be learned."""
+    return snr.clamp(max=SNR_GAMMA) / snr
+
+
+def colour_weight(snr: Tensor) -> Tensor:
+    """Min-SNR weights over sqrt(abar): more of the noisiest timesteps, where a picture's colours are decided.
+
+    There an error in epsilon is an error in the picture sqrt(1 - abar) / sqrt(abar) times as large: 15 times at t = 999.
+    """
+    return min_snr(snr) * ((1 + snr) / snr).sqrt()
+
+
 def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
     torch.manual_seed(preset.seed)
     device = loop.device()
@@ -116,26 +133,23 @@ def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
     latents = encode(vae, to_pixels(drawings.images[~drawings.held_out]))
     concept, style = (torch.from_numpy(a)[seen] for a in (drawings.concept, drawings.style))
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, weight: Callable[[Tensor], Tensor]) -> Tensor:
         rows = torch.randint(len(latents), (preset.teacher_batch,), generator=generator)
         t = torch.randint(1000, (len(rows),), generator=generator)
         text = captions.draw(concept[rows], style[rows], generator, preset.null_text_probability)
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = scheduler.add_noise(latents[rows], noise, t)
         eps = unet(noisy.to(device), t.to(device), text.to(device, torch.bfloat16)).sample
-        snr = compute_snr(scheduler, t)
         error = (eps.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
-        return (error * (snr.clamp(max=SNR_GAMMA) / snr).to(device)).mean()
+        return (error * weight(compute_snr(scheduler, t)).to(device)).mean()
 
+    common = {"seed": preset.seed, "ema_decay": preset.teacher_ema_decay, "weight_decay": 0.01}
+    first, second = directory.with_name("teacher-shapes"), directory.with_name("teacher-colours")
     loop.train(
-        unet,
-        loss,
-        steps=preset.teacher_steps,
-        lr=preset.teacher_lr,
-        seed=preset.seed,
-        out=directory,
-        ema_decay=preset.teacher_ema_decay,
-        weight_decay=0.01,
+        unet, partial(loss, weight=min_snr), steps=preset.teacher_steps, lr=preset.teacher_lr, out=first, **common
+    )
+    loop.train(
+        unet, partial(loss, weight=colour_weight), steps=preset.colour_steps, lr=preset.colour_lr, out=second, **common
     )
     text_encoder, tokenizer = text_parts()
     StableDiffusionPipeline(
