@@ -54,9 +54,9 @@ class Preset:
     pair_steps: int = 12  # DDIM steps per pair
     pairs: int = 6720
     student_steps: int = 4  # decoders
-    regression_steps: int = 650
+    regression_steps: int = 1000
     regression_batch: int = 24
-    regression_lr: float = 5e-5
+    regression_lr: float = 1e-4
 
     distil: DistillConfig = DISTIL
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -55,8 +55,13 @@ def draw_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
 def sample_teacher(
     pipeline: StableDiffusionPipeline, text: Tensor, null: Tensor, noise: Tensor, steps: int, guidance: float
 ) -> Tensor:
-    """Noise (n, C, h, w) => the teacher's scaled latents after `steps` DDIM steps with guidance."""
+    """Noise (n, C, h, w) => the teacher's scaled latents after `steps` DDIM steps with guidance.
+
+    The teacher begins at t = 999, where its training ended with noise: "trailing" spacing. Stable Diffusion's "leading"
+    begins lower, which washes colours out (arXiv 2305.08891). The student needs no such care: it learns the result.
+    """
     device = pipeline.unet.device
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     with torch.autocast(device.type, torch.bfloat16):
         return pipeline(
             prompt_embeds=text.to(device),

@@ -29,9 +29,7 @@ SCHEDULER = {
     "beta_end": 0.012,
     "clip_sample": False,
     "set_alpha_to_one": False,
-    # From t = 999, where sampling begins with what training ended with: noise. Stable Diffusion's "leading" spacing
-    # begins lower and washes colours out (arXiv 2305.08891).
-    "timestep_spacing": "trailing",
+    "steps_offset": 1,
 }
 
 
