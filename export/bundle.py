@@ -26,7 +26,7 @@ from .files import write_graph
 from .graphs import unet_graphs
 from .optimum_parts import text_encoder_graph, vae_decoder_graph
 from .parity import Row, check, judge
-from .precision import quantize_text_encoder, store_float16
+from .precision import store_float16, store_int8
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,9 @@ def _write_graphs(
 
     progress("exporting the text encoder")
     text_encoder = text_encoder_graph(student.components)
-    write(
-        bundle.TEXT_ENCODER,
-        quantize_text_encoder(text_encoder) if options.text_encoder == "int8" else text_encoder,
-    )
+    if options.text_encoder == "int8":
+        store_int8(text_encoder)
+    write(bundle.TEXT_ENCODER, text_encoder)
     progress("exporting the UNet's encoder and decoder")
     encoder, decoder = unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length)
     write(bundle.UNET_ENCODER, encoder)

@@ -165,13 +165,14 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path):
 
 
 def test_a_run_begins_from_an_initial_student(tmp_path):
-    components = tiny.emoji()
+    components = dataclasses.replace(tiny.emoji(), name="started")
     with torch.no_grad():
         components.unet.conv_out.bias += 1.0
     initial = Student(components, 751, {4: [751, 501, 251, 1]}, provenance={"history": ["warm"]})
     run = Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
     assert torch.equal(run.tiue.unet.conv_out.bias, components.unet.conv_out.bias)
     assert run._finished().provenance["history"][0] == "warm"
+    assert run._finished().components.name == "started"
     other = dataclasses.replace(initial, schedules={2: [501, 1]}, encoder_timestep=501)
     with pytest.raises(ValueError, match="this run needs"):
         Distillation(tiny.emoji(), PROMPTS, tmp_path / "other", CONFIG, initial=other)

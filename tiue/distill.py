@@ -266,7 +266,8 @@ def _student(teacher: Components, timesteps: list[int], initial: Student | None)
         return Student(components, timesteps[0], {len(timesteps): timesteps}, base_model=teacher.name)
     if initial.schedules.get(len(timesteps)) != timesteps or initial.encoder_timestep != timesteps[0]:
         raise ValueError(f"the initial student has schedules {initial.schedules}, this run needs {timesteps}")
-    components = dataclasses.replace(teacher, unet=initial.components.unet)
+    kept = {name: getattr(initial.components, name) for name in ("unet", "name", "licence")}
+    components = dataclasses.replace(teacher, **kept)
     return dataclasses.replace(initial, components=components, schedules={len(timesteps): timesteps})
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from tiue.config import DistillConfig
 
 DISTIL = DistillConfig(
-    iterations=400,
+    iterations=240,
     batch_size=16,
-    learning_rate=5e-6,
+    learning_rate=1e-5,
     guidance=3.0,
     fake_guidance=1.0,
     fake_score="full",
@@ -37,7 +37,7 @@ class Preset:
     autoencoder_batch: int = 32
     autoencoder_lr: float = 1e-3
 
-    polish_steps: int = 1000  # of the decoder alone, at the end
+    polish_steps: int = 500  # of the decoder alone, at the end
     polish_lr: float = 5e-4
 
     teacher_widths: tuple[int, ...] = (128, 192)
