@@ -134,7 +134,7 @@ def grid(
     above = draw_teacher(teacher, prompts, guidance, seeds)
     below = (student(prompts, seed=GRID_SEED, output_type="np").images * 255).round().astype(np.uint8)
     bands = -(-len(prompts) // GRID_COLUMNS)
-    figure, axes = plt.subplots(2 * bands, GRID_COLUMNS, figsize=(GRID_COLUMNS * 1.35, bands * 3.1), dpi=120)
+    figure, axes = plt.subplots(2 * bands, GRID_COLUMNS, figsize=(GRID_COLUMNS * 1.35, bands * 3.3), dpi=120)
     for axis in axes.flat:
         axis.axis("off")
     for index, prompt in enumerate(prompts):
@@ -143,8 +143,8 @@ def grid(
             axes[2 * band + row, column].imshow(images[index], interpolation="lanczos")
         star = " *" if prompt in held else ""
         axes[2 * band, column].set_title(prompt.replace(", ", ",\n") + star, fontsize=7)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path)
+    figure.tight_layout(pad=0.4, h_pad=0.8)
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -109,14 +109,14 @@ def build_unet(preset: Preset) -> UNet2DConditionModel:
 
 
 def min_snr(snr: Tensor) -> Tensor:
-    """Min-SNR weights of an epsilon loss (arXiv 2303.09556): less of the nearly clean, where little is to be learned."""
+    """Min-SNR weights of an epsilon loss (arXiv 2303.09556): less of the nearly clean, which teach little."""
     return snr.clamp(max=SNR_GAMMA) / snr
 
 
 def colour_weight(snr: Tensor) -> Tensor:
     """Min-SNR weights over sqrt(abar): more of the noisiest timesteps, where a picture's colours are decided.
 
-    There an error in epsilon is an error in the picture sqrt(1 - abar) / sqrt(abar) times as large: 15 times at t = 999.
+    There an error in epsilon is an error in the picture sqrt(1 - abar) / sqrt(abar) times as large: 15 at t = 999.
     """
     return min_snr(snr) * ((1 + snr) / snr).sqrt()
 
