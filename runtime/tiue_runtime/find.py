@@ -18,8 +18,9 @@ DEFAULT_NAME = "emoji"
 
 
 def installed_bundles() -> dict[str, str]:
-    """Names of installed bundles, with the packages that hold them."""
-    return {entry.name: entry.value for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
+    """Names of installed bundles, with the packages that hold them: of two alike, the first on sys.path."""
+    last_first = reversed(list(entry_points(group=GROUP)))
+    return dict(sorted({entry.name: entry.value for entry in last_first}.items()))
 
 
 def find_bundle(name_or_path: str | Path | None = None) -> Path:
