@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from tiue.components import Components, load_components
@@ -46,3 +48,10 @@ def golden_directory() -> Path:
 @pytest.fixture(scope="session")
 def golden_components() -> Components:
     return load_components(GOLDEN_DIRECTORY)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first run for all that follow; tests are runs of their own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
