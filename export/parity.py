@@ -86,11 +86,13 @@ def judge(rows: list[Row], exact: bool) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, one a line."""
+    """The rows as text, one a line; a star marks those that the gate judges."""
     lines = [f"{'output':<26} {'batch, latents':<16} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
     for r in rows:
         relative = r.max_diff / r.std if r.std else float("inf")
-        lines.append(f"{r.output:<26} {r.case:<16} {r.max_diff:>10.2e} {relative:>9.1e} {r.psnr_db:>8.1f}")
+        figures = f"{r.max_diff:>10.2e} {relative:>9.1e} {r.psnr_db:>8.1f}"
+        lines.append(f"{r.output:<26} {r.case:<16} {figures}{' *' if r.gated else ''}")
+    lines.append(f"* must pass: {FLOAT32_TOLERANCE} of std in float32, {PSNR_FLOOR_DB} dB with smaller weights")
     return "\n".join(lines)
 
 

@@ -184,6 +184,7 @@ def test_a_run_begins_from_an_initial_student(tmp_path):
         (["--teacher", "{tmp}/none"], "no such pipeline directory"),
         (["--prompts", "{tmp}/none.txt"], "none.txt: No such file"),
         (["--batch-size", "0"], "batch_size must be positive"),
+        (["--learning-rate", "nan"], "learning_rate must be positive"),
         (["--init", "{tmp}/none.safetensors"], "no such checkpoint"),
         (["--preset", "{tmp}/none.json"], "none.json: No such file"),
     ],

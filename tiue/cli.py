@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,8 @@ def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
     prompts = load_prompts(arguments.prompts)
     samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
 
+    # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
+    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     from tiue.checkpoint import load_student
     from tiue.components import load_components
     from tiue.distill import Distillation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class DistillConfig:
                 "guidance": 0,
                 "fake_guidance": 0,
             }
-            if not isinstance(value, str) and (value < 0 or (value == 0 and field.name not in least)):
+            if isinstance(value, str):
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in least):
                 raise ValueError(f"{field.name} must be positive, got {value}")
         if self.t_min > self.t_max:
             raise ValueError(f"t_min must not exceed t_max, got {self.t_min} and {self.t_max}")

@@ -55,6 +55,10 @@ WRONG = {
         {"latents": Z, "height": 12},
         "height: latents of shape (1, 4, 4, 6) make 8, got 12",
     ),
+    "prompt surrogate": (
+        {"prompt": "caf\udce9"},
+        "prompt[0]: expected text, got bytes that are not UTF-8: 'caf\\udce9'",
+    ),
     "num_images": ({"num_images": 0}, "num_images: expected an integer of at least 1, got 0"),
     "num_images float": ({"num_images": 1.5}, "num_images: expected an integer of at least 1, got 1.5"),
     "seed": ({"seed": -1}, "seed: expected an integer in [0, 2**64), got -1"),

@@ -45,7 +45,7 @@ def test_a_session_that_fell_back_is_refused(tiny):
         Graph(tiny / "vae_decoder.onnx", Device("cuda"))
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cpu:1", "CPU", "openvino"])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cpu:1", "CPU", "openvino", 3, None])
 def test_refuses_other_devices(device):
     with pytest.raises(DeviceError, match='device: expected "auto", "cpu", "cuda" or "cuda:N", got'):
         choose_device(device)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from . import __version__
 from .bundle import Bundle
 from .errors import TiueError
-from .find import DEFAULT_NAME, find_bundle, installed_bundles
+from .find import find_bundle, installed_bundles
 from .sessions import available_providers, choose_device, installed_wheels, thread_count
 
 
@@ -34,6 +34,6 @@ def examine() -> tuple[dict[str, object], list[str]]:
     try:
         rows["default bundle"] = Bundle.load(find_bundle()).directory
     except TiueError as error:
-        rows["default bundle"] = f"none ({DEFAULT_NAME} is not installed and TIUE_BUNDLE names no other)"
+        rows["default bundle"] = "none, see below"
         problems.append(str(error))
     return rows, list(dict.fromkeys(problems))

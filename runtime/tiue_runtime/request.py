@@ -86,7 +86,7 @@ class Request:
 
 def _prompts(prompt: object) -> list[str]:
     if isinstance(prompt, str):
-        return [prompt]
+        prompt = [prompt]
     if not isinstance(prompt, list | tuple):
         raise RequestError(f"prompt: expected a string or a list of strings, got {type(prompt).__name__}")
     items = list(cast(Sequence[object], prompt))
@@ -95,6 +95,8 @@ def _prompts(prompt: object) -> list[str]:
     for i, item in enumerate(items):
         if not isinstance(item, str):
             raise RequestError(f"prompt[{i}]: expected a string, got {type(item).__name__}")
+        if any("\ud800" <= character <= "\udfff" for character in item):
+            raise RequestError(f"prompt[{i}]: expected text, got bytes that are not UTF-8: {item!a}")
     return cast(list[str], items)
 
 
