@@ -3,7 +3,7 @@ PYTHON ?= python3
 FULL := .venv
 LIGHT := .venv-runtime
 
-.PHONY: setup demo test test-full test-runtime lint emoji readme-grid check clean
+.PHONY: setup demo test test-full test-runtime lint emoji check clean
 
 setup: $(FULL)/ready $(LIGHT)/ready
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHOICES = {"fake_score": ("lora", "full"), "mixed_precision": ("no", "fp16", "bf16")}
+_MAY_BE_ZERO = {"kl_weight", "null_probability", "seed", "t_min", "guidance", "fake_guidance"}
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,9 @@ class DistillConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = {
-                "kl_weight": 0,
-                "null_probability": 0,
-                "seed": 0,
-                "t_min": 0,
-                "guidance": 0,
-                "fake_guidance": 0,
-            }
             if isinstance(value, str):
                 continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in least):
+            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in _MAY_BE_ZERO):
                 raise ValueError(f"{field.name} must be positive, got {value}")
         if self.t_min > self.t_max:
             raise ValueError(f"t_min must not exceed t_max, got {self.t_min} and {self.t_max}")

@@ -1,4 +1,4 @@
-"""Stage 2: an AutoencoderKL from pictures to latents of an eighth of their side, L1 plus gradient loss."""
+"""An AutoencoderKL from pictures to latents of an eighth of their side, L1 plus gradient loss."""
 
 from __future__ import annotations
 

@@ -101,12 +101,11 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def judge(model: Classifier, images: np.ndarray, concept: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     """uint8 images (n, H, W, 3) and the concepts asked for => ({"top1", "top5"} as fractions, features (n, 128))."""
     pixels = to_pixels(images)
-    features = torch.cat([model.features(part.to(loop.device())).cpu() for part in pixels.split(256)])
-    order = model.head.cpu()(features).argsort(dim=1, descending=True)
-    model.head.to(loop.device())
+    features = torch.cat([model.features(part.to(loop.device())) for part in pixels.split(256)])
+    order = model.head(features).argsort(dim=1, descending=True).cpu()
     hit = order[:, :5] == torch.from_numpy(concept)[:, None]
     scores = {"top1": hit[:, 0].float().mean().item(), "top5": hit.any(dim=1).float().mean().item()}
-    return scores, features.double().numpy()
+    return scores, features.cpu().double().numpy()
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

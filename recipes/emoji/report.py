@@ -1,4 +1,4 @@
-"""Stage 6: the grid of the README, the loss curves and the table of figures."""
+"""The grid of the README, the loss curves and the table of figures."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .data import Drawings
 from .measure import Classifier, classifier, frechet, judge
 from .presets import Preset
 from .student import sample_teacher
+from .teacher import load_teacher
 
 TEACHER_STEPS = 25
 BATCH = 64
@@ -58,8 +59,7 @@ GRID_PROMPTS = [
 def report(preset: Preset, drawings: Drawings, out: Path) -> None:
     """Measure drawings, teacher and both students, and write figures.json, losses.png and grid.png into `out`."""
     judging = classifier(preset, drawings, out / "judge.safetensors")
-    pipeline = StableDiffusionPipeline.from_pretrained(out / "polished", local_files_only=True).to(loop.device())
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_teacher(out / "polished")
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
     warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distil/student.safetensors"))
@@ -70,7 +70,8 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
         "warm start": (draw_student(warm, captions), concept),
         "distilled": (draw_student(distilled, captions), concept),
     }
-    figures = {name: measure(judging, drawings, *pictures) for name, pictures in contenders.items()}
+    _, real = judge(judging, drawings.images, drawings.concept)
+    figures = {name: measure(judging, real, *pictures) for name, pictures in contenders.items()}
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     plot_losses(out, out / "losses.png")
     grid(pipeline, Pipeline.load(out / "bundle"), drawings, GRID_PROMPTS, preset.guidance, out / "grid.png")
@@ -89,9 +90,9 @@ def draw_student(student: Student, captions: list[str]) -> np.ndarray:
     components.text_encoder.to(loop.device())
     components.vae.to(loop.device())
     images = []
-    for part in _batches(captions):
-        text = encode_text(components, part[1])
-        noise = _noise(range(part[0], part[0] + len(part[1])), components.unet.config)
+    for start, part in _batches(captions):
+        text = encode_text(components, part)
+        noise = _noise(range(start, start + len(part)), components.unet.config)
         with torch.autocast(text.device.type, torch.bfloat16):
             images.append(decode(components.vae, model(noise.to(text.device), text)))
     return torch.cat(images).numpy()
@@ -113,10 +114,9 @@ def draw_teacher(
     return torch.cat(images).numpy()
 
 
-def measure(model: Classifier, drawings: Drawings, images: np.ndarray, concept: np.ndarray) -> dict[str, float]:
-    """top1, top5 (fractions) and the Frechet distance to all drawings."""
+def measure(model: Classifier, real: np.ndarray, images: np.ndarray, concept: np.ndarray) -> dict[str, float]:
+    """top1, top5 (fractions) and the Frechet distance to the features `real` of all drawings."""
     scores, features = judge(model, images, concept)
-    _, real = judge(model, drawings.images, drawings.concept)
     return scores | {"frechet": frechet(features, real)}
 
 

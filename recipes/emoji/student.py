@@ -1,4 +1,4 @@
-"""Stage 4: the student. A warm start on pairs that the teacher draws, then VSD + KL by `python -m tiue`."""
+"""The student. A warm start on pairs that the teacher draws, then VSD + KL by `python -m tiue`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiue.schedule import ddim_timesteps
 from . import loop
 from .data import Drawings
 from .presets import Preset
-from .teacher import STYLE_PROBABILITY
+from .teacher import STYLE_PROBABILITY, load_teacher
 
 PAIR_BATCH = 64
 LICENCE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
@@ -92,11 +92,10 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
     return torch.load(path, weights_only=True)
 
 
-def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) -> Student:
+def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) -> None:
     """Regress the student on the teacher's pairs (once): it learns to do in one pass what DDIM does in many."""
     if not path.exists():
-        pipeline = StableDiffusionPipeline.from_pretrained(teacher, local_files_only=True).to(loop.device())
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = load_teacher(teacher)
         pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
         components = replace(load_components(teacher), name="emoji", licence=LICENCE)
         timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
@@ -124,7 +123,6 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         }
         student.provenance["history"] = [warm | {"steps": preset.regression_steps, "batch": preset.regression_batch}]
         save_student(path, student)
-    return load_student(path)
 
 
 def distil(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path) -> None:

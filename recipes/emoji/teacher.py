@@ -1,4 +1,4 @@
-"""Stage 3: the teacher, a text-conditioned UNet on the latents, saved as a diffusers pipeline directory."""
+"""The teacher, a text-conditioned UNet on the latents, saved as a diffusers pipeline directory."""
 
 from __future__ import annotations
 
@@ -82,10 +82,14 @@ class Captions:
         return self.embeddings[torch.where(uniform[2] < null, 0, row)]
 
 
-def teacher(preset: Preset, drawings: Drawings, vae, directory: Path) -> StableDiffusionPipeline:
-    """Train (once) and load the teacher pipeline."""
+def teacher(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
+    """Train the teacher pipeline (once)."""
     if not (directory / "model_index.json").exists():
         _train(preset, drawings, vae, directory)
+
+
+def load_teacher(directory: Path) -> StableDiffusionPipeline:
+    """A teacher pipeline, on the device, without progress bars."""
     pipeline = StableDiffusionPipeline.from_pretrained(directory, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(loop.device())
