@@ -1,8 +1,9 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
-from tiue_runtime.bundle import Bundle, Manifest, Schedule, write_bundle
+from tiue_runtime.bundle import GRAPHS, Bundle, Manifest, MemoryUse, Schedule, write_bundle
 from tiue_runtime.errors import BundleError
 
 
@@ -95,6 +96,30 @@ WRONG = {
         put("variants/portable/vae_decoder", "other.onnx"),
         "files: expected an entry for other.onnx",
     ),
+    "unknown vae": (put("vaes", {"large": "vae_decoder"}), "vaes: expected kinds among kl, tiny, at least one, got"),
+    "no vae": (put("vaes", {}), "vaes: expected kinds among kl, tiny, at least one, got []"),
+    "default vae": (put("vaes", {"tiny": "vae_decoder_tiny"}), "vaes.tiny: expected vae_decoder, got 'vae_dec"),
+    "second vae": (
+        put("vaes", {"kl": "vae_decoder", "tiny": "vae_decoder"}),
+        "vaes.tiny: expected vae_decoder_tiny, got 'vae_decoder'",
+    ),
+    "vae without graph": (
+        put("vaes", {"kl": "vae_decoder", "tiny": "vae_decoder_tiny"}),
+        "variants.portable: expected text_encoder, unet_encoder, unet_decoder, vae_decoder, vae_decoder_tiny, got",
+    ),
+    "memory of no variant": (put("memory", {"cuda": {}}), "memory: expected variants among portable, got 'cuda'"),
+    "memory of no graph": (
+        put("memory", {"portable": {"vae": {"per_latent": 1, "per_latent_squared": 0}}}),
+        "memory.portable: expected graphs among text_encoder, unet_encoder, unet_decoder, vae_decoder, got 'vae'",
+    ),
+    "negative memory": (
+        put("memory", {"portable": {"vae_decoder": {"per_latent": -1, "per_latent_squared": 0}}}),
+        "memory.portable.vae_decoder: expected bytes >= 0, got (-1.0, 0.0)",
+    ),
+    "half a memory": (
+        put("memory", {"portable": {"vae_decoder": {"per_latent": 1}}}),
+        "missing field memory.portable.vae_decoder.per_latent_squared",
+    ),
     "no files": (put("files", {}), "files: expected an entry for every file but bundle.json"),
     "negative size": (put("files/README.md/size", -1), "files.README.md.size: expected bytes >= 0"),
     "short sha256": (put("files/README.md/sha256", "ab"), "files.README.md.sha256: expected 64 lower-case"),
@@ -126,8 +151,10 @@ def test_reads_every_field(tiny):
     assert (manifest.step_rows(2), manifest.step_rows(4)) == ((1, 3), (0, 1, 2, 3))
 
 
-def test_shift_may_be_absent(edit):
-    assert Bundle.load(edit(drop("vae_shift_factor"))).manifest.vae_shift_factor == 0
+@pytest.mark.parametrize("name, default", [("vae_shift_factor", 0), ("vaes", {"kl": "vae_decoder"}), ("memory", {})])
+def test_what_older_bundles_lack(edit, name, default):
+    manifest = Bundle.load(edit(lambda content: content.pop(name, None))).manifest
+    assert getattr(manifest, name) == default
 
 
 @pytest.mark.parametrize("text, message", [("{", "expected JSON"), ("[]", "expected an object"), ("\xff", "decode")])
@@ -164,6 +191,25 @@ def test_written_is_read_back(copy):
     assert set(written.manifest.files) == {*manifest.files, "data/weights.data"}
     assert not list(copy.glob("*.tmp")) and not list(copy.glob(".*"))
     written.verify()
+
+
+def test_a_second_vae_and_memory_are_written_and_read_back(copy):
+    manifest = Bundle.load(copy).manifest
+    (copy / "vae_decoder_tiny.onnx").write_bytes((copy / "vae_decoder.onnx").read_bytes())
+    memory = {"portable": {"vae_decoder_tiny": MemoryUse(per_latent=10, per_latent_squared=2)}}
+    written = write_bundle(
+        copy,
+        replace(
+            manifest,
+            vaes={"kl": "vae_decoder", "tiny": "vae_decoder_tiny"},
+            variants={"portable": {**manifest.variants["portable"], "vae_decoder_tiny": "vae_decoder_tiny.onnx"}},
+            memory=memory,
+            files={},
+        ),
+    ).manifest
+    assert written.graphs == (*GRAPHS, "vae_decoder_tiny") and list(written.vaes) == ["kl", "tiny"]
+    assert written.memory == memory
+    assert memory["portable"]["vae_decoder_tiny"].bytes(rows=3, latents=4) == 3 * (10 * 4 + 2 * 16)
 
 
 def test_writing_needs_every_file(copy):

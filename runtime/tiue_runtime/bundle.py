@@ -10,6 +10,9 @@ The graphs, with B, h, w and k dynamic:
     unet_decoder   features [, text], step_index int64 (k), step_weight (k)     => contribution (B,C,h,w)
     vae_decoder    latents (B,C,h,w), unscaled                                  => image (B,3,H,W) in [-1,1]
 
+A second autoencoder is one more graph, vae_decoder_tiny or vae_decoder_kl, with the signature of vae_decoder and for
+the same latents.
+
 text, latents, step_weight, contribution and image are float32 at every precision; features are of whatever
 type the two UNet graphs agree on. step_index holds rows of `decoder_timesteps`, and
 contribution = sum_k step_weight_k eps_k, so that z_0 = noise_weight * z_T + contribution.
@@ -31,6 +34,7 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 PORTABLE = "portable"  # the variant that every bundle has and every device runs
+CUDA = "cuda"  # the variant for NVIDIA GPUs, where the bundle has one
 
 TEXT_ENCODER = "text_encoder"
 UNET_ENCODER = "unet_encoder"
@@ -38,6 +42,9 @@ UNET_DECODER = "unet_decoder"
 VAE_DECODER = "vae_decoder"
 GRAPHS = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)  # in the order they run
 GRAPH_FILES = {graph: f"{graph}.onnx" for graph in GRAPHS}
+
+KL, TINY = "kl", "tiny"  # the kinds of image decoder: the teacher's AutoencoderKL, a small autoencoder for its latents
+VAE_KINDS = (KL, TINY)
 
 # Names of graph inputs and outputs. The features between the UNet graphs are named by the exporter.
 INPUT_IDS = "input_ids"
@@ -72,6 +79,22 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """Working memory of one run of a graph, beyond its weights, measured at export.
+
+    On h*w latents it is rows * (per_latent * h*w + per_latent_squared * (h*w)**2) bytes, where rows is k*B for
+    unet_decoder and B for the other graphs.
+    """
+
+    per_latent: float  # bytes
+    per_latent_squared: float  # bytes; of attention maps
+
+    def bytes(self, rows: int, latents: int) -> float:
+        """Estimate a run of `rows` rows of `latents` = h*w latent pixels."""
+        return rows * (self.per_latent * latents + self.per_latent_squared * latents**2)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of bundle.json. Raises BundleError when its values contradict each other."""
 
@@ -92,6 +115,11 @@ class Manifest:
     precision: str  # one of PRECISIONS
     variants: Mapping[str, Mapping[str, str]]  # variant -> graph -> file name
     vae_shift_factor: float = 0.0
+    # One of VAE_KINDS -> graph: the first is the default and vae_decoder, a second is vae_decoder_{kind}.
+    vaes: Mapping[str, str] = field(default_factory=lambda: {KL: VAE_DECODER})
+    memory: Mapping[str, Mapping[str, MemoryUse]] = field(  # variant -> graph -> estimate; what is absent is unknown
+        default_factory=dict[str, Mapping[str, MemoryUse]]
+    )
     files: Mapping[str, FileInfo] = field(default_factory=dict[str, FileInfo])  # write_bundle fills this
 
     def __post_init__(self) -> None:
@@ -113,7 +141,9 @@ class Manifest:
         _require(math.isfinite(shift), "vae_shift_factor", "a finite number", shift)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         self._check_schedules()
+        self._check_vaes()
         self._check_files()
+        self._check_memory()
 
     def _check_schedules(self) -> None:
         rows = self.decoder_timesteps
@@ -142,10 +172,28 @@ class Manifest:
             self.default_steps,
         )
 
+    def _check_vaes(self) -> None:
+        known = bool(self.vaes) and set(self.vaes) <= set(VAE_KINDS)
+        _require(known, "vaes", f"kinds among {', '.join(VAE_KINDS)}, at least one", sorted(self.vaes))
+        for i, (kind, graph) in enumerate(self.vaes.items()):
+            expected = f"{VAE_DECODER}_{kind}" if i else VAE_DECODER  # the first one stands for "the" image decoder
+            _require(graph == expected, f"vaes.{kind}", expected, graph)
+
+    def _check_memory(self) -> None:
+        for variant, graphs in self.memory.items():
+            _require(variant in self.variants, "memory", f"variants among {', '.join(self.variants)}", variant)
+            for graph, use in graphs.items():
+                where = f"memory.{variant}"
+                _require(graph in self.graphs, where, f"graphs among {', '.join(self.graphs)}", graph)
+                numbers = use.per_latent, use.per_latent_squared
+                valid = all(math.isfinite(number) and number >= 0 for number in numbers)
+                _require(valid, f"{where}.{graph}", "bytes >= 0", numbers)
+
     def _check_files(self) -> None:
         _require(PORTABLE in self.variants, "variants", f"a variant named {PORTABLE!r}", sorted(self.variants))
         for variant, graphs in self.variants.items():
-            _require(set(graphs) == set(GRAPHS), f"variants.{variant}", ", ".join(GRAPHS), sorted(graphs))
+            expected = ", ".join(self.graphs)
+            _require(set(graphs) == set(self.graphs), f"variants.{variant}", expected, sorted(graphs))
         for name, info in self.files.items():
             _require(_is_inside(name), "files", "names relative to the bundle, with '/', without '..'", name)
             _require(info.size >= 0, f"files.{name}.size", "bytes >= 0", info.size)
@@ -156,6 +204,11 @@ class Manifest:
             _require(_is_inside(name), "variants", "file names inside the bundle", name)
             if self.files:
                 _require(name in self.files, "files", f"an entry for {name}", sorted(self.files))
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Every graph of a variant: GRAPHS and the further image decoders."""
+        return tuple(dict.fromkeys((*GRAPHS, *self.vaes.values())))
 
     def step_rows(self, steps: int) -> tuple[int, ...]:
         """The step_index values of a schedule: rows of decoder_timesteps."""
@@ -193,7 +246,7 @@ class Bundle:
         return cls(directory, manifest)
 
     def graph_path(self, graph: str, variant: str = PORTABLE) -> Path:
-        """The ONNX file of one of GRAPHS."""
+        """The ONNX file of one of Manifest.graphs."""
         return self.directory / self.manifest.variants[variant][graph]
 
     @property
@@ -262,9 +315,13 @@ _manifest = object_of(
         "default_steps": as_int,
         "precision": as_str,
         "variants": map_of(map_of(as_str)),
+        "vaes": map_of(as_str),
+        "memory": map_of(
+            map_of(object_of(MemoryUse, {"per_latent": as_float, "per_latent_squared": as_float})),
+        ),
         "files": map_of(object_of(FileInfo, {"sha256": as_str, "size": as_int})),
     },
-    optional=("vae_shift_factor",),
+    optional=("vae_shift_factor", "vaes", "memory"),
 )
 
 
