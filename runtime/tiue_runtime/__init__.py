@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bundle import Bundle
-    from .errors import BundleError, Cancelled, DeviceError, InferenceError, RequestError, TiueError
+    from .errors import (
+        BundleError,
+        Cancelled,
+        DeviceError,
+        InferenceError,
+        OutOfMemoryError,
+        RequestError,
+        TiueError,
+    )
     from .pipeline import Pipeline, Result, generate
 
 __version__ = "0.1.0"
@@ -22,6 +30,7 @@ __all__ = [
     "Cancelled",
     "DeviceError",
     "InferenceError",
+    "OutOfMemoryError",
     "Pipeline",
     "RequestError",
     "Result",

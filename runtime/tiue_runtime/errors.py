@@ -22,4 +22,30 @@ class Cancelled(TiueError):
 
 
 class InferenceError(TiueError):
-    """A graph failed while running (out of memory, most often) or computed values that are not finite."""
+    """A graph failed while running, or computed values that are not finite."""
+
+
+class OutOfMemoryError(InferenceError):
+    """There was not enough memory to run a graph, however little of the request it took at once."""
+
+
+# What an exhausted allocator says, in lower case: the C++ library and operating systems, ONNX Runtime's arena, CUDA,
+# cuBLAS and cuDNN (whose version 9 puts more words between INTERNAL_ERROR and ALLOCATION_FAILED).
+_EXHAUSTED = (
+    "bad_alloc",
+    "bad allocation",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "smaller than requested bytes",
+    "bfcarena",
+    "out of memory",
+    "cudaerrormemoryallocation",
+    "_alloc_failed",
+    "allocation_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, of Python or of ONNX Runtime, means that memory ran out."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | OutOfMemoryError) or any(phrase in said for phrase in _EXHAUSTED)

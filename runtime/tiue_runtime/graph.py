@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, InferenceError
+from .errors import BundleError, InferenceError, OutOfMemoryError, is_out_of_memory
 from .sessions import Device, create_session, first_line
 
 Array = NDArray[Any]
@@ -29,7 +29,7 @@ class Graph:
         """Run the graph on the entries of `feed` that it has inputs for.
 
         Values are numpy arrays, or what an earlier call returned with `keep_on_device`: opaque values that
-        never leave the device. Returns every output by name. Raises InferenceError.
+        never leave the device. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
         """
         place = (self.device.kind, self.device.index) if keep_on_device else ("cpu", 0)
         try:
@@ -44,11 +44,14 @@ class Graph:
                 binding.bind_output(name, *place)
             self._session.run_with_iobinding(binding)
             values = binding.get_outputs()
+            return {
+                name: value if keep_on_device else value.numpy()
+                for name, value in zip(self.outputs, values, strict=True)
+            }
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
-        return {
-            name: value if keep_on_device else value.numpy() for name, value in zip(self.outputs, values, strict=True)
-        }
 
     def expect(self, inputs: set[str], outputs: set[str], needed: set[str] | None = None) -> None:
         """Raise BundleError unless needed <= the inputs <= `inputs`, and outputs <= the outputs."""
@@ -60,9 +63,9 @@ class Graph:
             names = ", ".join((*self.inputs, *self.outputs))
             raise BundleError(f"{self.name}: expected {', '.join(sorted(absent))}, got only {names}")
 
-    def check_output(self, name: str, value: Array, shape: tuple[int, ...]) -> None:
-        """Raise BundleError if a computed value has another shape, InferenceError if it is not finite."""
+    def check_output(self, name: str, value: Array, shape: tuple[int, ...], remedy: str = "") -> None:
+        """Raise BundleError if a computed value has another shape, InferenceError with `remedy` if it is not finite."""
         if value.shape != shape:
             raise BundleError(f"{self.name}: expected {name} of shape {shape}, got {value.shape}")
         if not np.isfinite(value).all():
-            raise InferenceError(f"{self.name}: {name} has NaN or infinity: an overflow in reduced precision?")
+            raise InferenceError(f"{self.name}: {name} has NaN or infinity on {self.device}. {remedy}".rstrip())
