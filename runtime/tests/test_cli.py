@@ -84,6 +84,8 @@ MISTAKES = {
     "num_images": (["generate", "a", "--out", "TMP/a.png", "--num-images", "0"], "num_images: expected"),
     "device": (["generate", "a", "--out", "TMP/a.png", "--device", "tpu"], "device: expected"),
     "memory": (["generate", "a", "--out", "TMP/a.png", "--memory", "low"], "--memory: invalid choice: 'low'"),
+    "vae": (["generate", "a", "--out", "TMP/a.png", "--vae", "tiny"], "vae: bundle tiny has kl, got 'tiny'"),
+    "vae kind": (["bench", "--vae", "big"], "--vae: invalid choice: 'big'"),
     "bundle name": (["generate", "a", "--out", "TMP/a.png", "--bundle", "nothing"], "neither a directory"),
     "bundle path": (["info", "--bundle", "TMP/none"], "is not a directory"),
     "verify": (["verify", "--bundle", "TMP"], "has no bundle.json"),
@@ -130,6 +132,7 @@ def test_info(run, tiny):
     code, out, _ = run("info")
     assert code == 0
     assert "Apache-2.0" in out and "12x8; multiples of 4" in out and "2, 4 (default 4)" in out
+    assert "kl (default kl)" in out
     code, out, _ = run("info", "--json", "--bundle", tiny)
     content = json.loads(out)
     assert code == 0
@@ -163,7 +166,7 @@ def test_bench_states_its_conditions(run):
     code, out, _ = run("bench", "--runs", 2, "--device", "cpu", "--steps", 2)
     rows = dict(line.split(None, 1) for line in out.splitlines())
     assert code == 0
-    assert rows["image"] == "12x8, batch 1, 2 steps, parallel"
+    assert rows["image"] == "12x8, batch 1, 2 steps, parallel, vae kl"
     assert "threads" in rows["cpu"] and "onnxruntime" in rows["versions"] and "ms" in rows["warm-up"]
     for graph in ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder", "total"):
         median, least, most = (float(part.strip("().")) for part in rows[graph].replace("..", " ").split())

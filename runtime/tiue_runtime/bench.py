@@ -9,7 +9,7 @@ import numpy as np
 
 from . import __version__
 from .errors import InferenceError, RequestError
-from .pipeline import Pipeline
+from .pipeline import Options, Pipeline, Vae
 from .request import Memory
 from .sessions import installed_wheels, thread_count
 
@@ -25,6 +25,8 @@ def bench(
     height: int | None = None,
     width: int | None = None,
     memory: Memory = "auto",
+    vae: Vae | None = None,
+    vae_tiling: bool | None = None,
 ) -> dict[str, object]:
     """Time `runs` pictures after one untimed, whose pixels every timed one must repeat.
 
@@ -34,11 +36,13 @@ def bench(
     if runs < 1:
         raise RequestError(f"runs: expected at least 1, got {runs}")
     start = time.perf_counter()
-    pipeline = Pipeline.load(bundle, device=device)
+    pipeline = Pipeline.load(bundle, device=device, vae=vae)
     loading = time.perf_counter() - start
 
+    options = Options(seed=0, steps=steps, height=height, width=width, memory=memory, vae_tiling=vae_tiling)
+
     def run():
-        return pipeline(PROMPT, seed=0, steps=steps, height=height, width=width, memory=memory, output_type="np")
+        return pipeline(PROMPT, output_type="np", **options)
 
     warm_up = run()
     results = [run() for _ in range(runs)]
@@ -46,10 +50,11 @@ def bench(
     if not all(np.allclose(result.images, warm_up.images, atol=0.02) for result in results):
         raise InferenceError("the same seed gave different pictures from run to run")
     _, rows, columns, _ = warm_up.images.shape
+    tiles = ", tiles of {1}x{0}".format(*warm_up.tile) if warm_up.tile else ""
     wheels = ", ".join(f"{name} {number}" for name, number in installed_wheels().items())
     report: dict[str, object] = {
         "bundle": f"{pipeline.bundle.manifest.name}, {pipeline.bundle.manifest.precision}",
-        "image": f"{columns}x{rows}, batch 1, {warm_up.steps} steps, {warm_up.memory}",
+        "image": f"{columns}x{rows}, batch 1, {warm_up.steps} steps, {warm_up.memory}, vae {warm_up.vae}{tiles}",
         "device": pipeline.device,
         "cpu": f"{_cpu_name()}, {thread_count()} threads",
         "versions": f"tiue-runtime {__version__}, {wheels}, python {platform.python_version()}",

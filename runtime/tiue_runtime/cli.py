@@ -54,7 +54,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     paths = _numbered(Path(arguments.out), arguments.num_images)
     for path in paths:
         check_png_path(path)
-    pipeline = Pipeline.load(arguments.bundle, device=arguments.device)
+    pipeline = Pipeline.load(arguments.bundle, device=arguments.device, vae=arguments.vae)
     result = pipeline(
         arguments.prompt,
         num_images=arguments.num_images,
@@ -63,6 +63,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         height=arguments.height,
         width=arguments.width,
         memory=arguments.memory,
+        vae_tiling=arguments.vae_tiling,
     )
     for path, image, seed in zip(paths, result.images, result.seeds, strict=True):
         text = {
@@ -95,6 +96,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "directory": bundle.directory,
         "size": f"{megabytes:.1f} MB in {len(manifest.files)} files, {manifest.precision}",
         "variants": ", ".join(manifest.variants),
+        "vae": f"{', '.join(manifest.vaes)} (default {next(iter(manifest.vaes))})",
         "image": f"{manifest.default_width}x{manifest.default_height}; multiples of {manifest.size_multiple}",
         "prompt": f"up to {manifest.text_length} tokens",
         "steps": f"{', '.join(map(str, sorted(manifest.schedules)))} (default {manifest.default_steps})",
@@ -135,6 +137,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         height=arguments.height,
         width=arguments.width,
         memory=arguments.memory,
+        vae=arguments.vae,
+        vae_tiling=arguments.vae_tiling,
     )
     _print_rows(rows)
     return 0
@@ -206,6 +210,7 @@ def _bundle_flag(parser: _Parser) -> None:
 
 
 def _run_flags(parser: _Parser) -> None:
+    from .bundle import VAE_KINDS
     from .request import Memory
 
     parser.add_argument("--steps", type=int, help="a step count of the bundle (default: the bundle's)")
@@ -218,5 +223,14 @@ def _run_flags(parser: _Parser) -> None:
         "--memory",
         choices=get_args(Memory),
         default="auto",
-        help="parallel: all steps in one batch; sequential: one by one, in less memory",
+        help="parallel: all steps in one batch; partial: two at once; sequential: one by one, in the least memory; "
+        "auto (default): the first of them that fits",
+    )
+    parser.add_argument(
+        "--vae", choices=VAE_KINDS, help="kl: the full image decoder; tiny: a small, fast one (default: the bundle's)"
+    )
+    parser.add_argument(
+        "--vae-tiling",
+        action=argparse.BooleanOptionalAction,
+        help="decode large pictures in tiles, in less memory (default: where memory is short)",
     )

@@ -1,5 +1,7 @@
 """From a prompt to pictures: four graphs, run once each (the decoder at all timesteps in one batch).
 
+Where memory is short, the decoder runs at fewer timesteps at once, and the image decoder on parts of the pictures.
+
 prompt -> text_encoder -> text;  z_T, text -> unet_encoder -> features
 features, text -> unet_decoder at t_1 .. t_N -> contribution;  z_0 = w_0 z_T + contribution
 z_0 / scaling + shift -> vae_decoder -> image
@@ -20,16 +22,19 @@ from PIL.Image import Image
 
 from . import bundle as contract
 from .bundle import Bundle
-from .errors import Cancelled, RequestError
+from .errors import Cancelled, OutOfMemoryError, RequestError
 from .find import find_bundle
 from .graph import Graph
 from .images import to_pil, to_unit
+from .memory import Budget, Mode, lower_mode, timesteps_at_once
 from .request import Float32, Memory, OutputType, Request
 from .sessions import Device, choose_device
 from .text import PromptTokenizer
+from .tiling import Plan, decode, plans
 
 Images = TypeVar("Images")
 Callback = Callable[[int, int, Float32], object]
+Vae = Literal["kl", "tiny"]  # bundle.VAE_KINDS
 
 
 class Flag(Protocol):
@@ -52,7 +57,9 @@ class Result(Generic[Images]):
     timings: Mapping[str, float]  # seconds: each graph that ran, and "total"
     device: str  # where the graphs ran: "cpu", "cuda", "cuda:1"
     steps: int
-    memory: Literal["parallel", "sequential"]
+    memory: Mode  # the one the decoder really ran in; after running out of memory, the one it ended in
+    vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
+    tile: tuple[int, int] | None  # (height, width) in pixels, if pictures were decoded in tiles
 
 
 class Options(TypedDict, total=False):
@@ -66,39 +73,48 @@ class Options(TypedDict, total=False):
     latents: Any
     prompt_embeds: Any
     memory: Memory
+    vae_tiling: bool | None
     callback: Callback | None
     cancel: Cancel | None
 
 
 class Pipeline:
-    """A loaded bundle. Calls from several threads at once are safe: nothing changes after loading."""
+    """A loaded bundle. Calls from several threads at once are safe: only what memory sufficed for is remembered."""
 
     bundle: Bundle
     device: str
+    vae: str  # the kind of image decoder that was loaded
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
-        """Load every graph of `bundle` on `device`; `Pipeline.load` finds both."""
+    def __init__(self, bundle: Bundle, device: Device, vae: Vae | None = None) -> None:
+        """Load the graphs of `bundle` on `device`; `Pipeline.load` finds both."""
         manifest = bundle.manifest
         self.bundle = bundle
         self.device = str(device)
-        variant = device.kind if device.kind in manifest.variants else contract.PORTABLE
+        self.vae = next(iter(manifest.vaes)) if vae is None else vae
+        if self.vae not in manifest.vaes:
+            raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
+        variant = self._variant = device.kind if device.kind in manifest.variants else contract.PORTABLE
+        self._budget = Budget(manifest, variant, device)
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
-        graphs = {name: Graph(bundle.graph_path(name, variant), device) for name in contract.GRAPHS}
-        self._text_encoder, self._unet_encoder, self._unet_decoder, self._vae_decoder = graphs.values()
+        names = contract.TEXT_ENCODER, contract.UNET_ENCODER, contract.UNET_DECODER, manifest.vaes[self.vae]
+        graphs = [Graph(bundle.graph_path(name, variant), device) for name in names]
+        self._text_encoder, self._unet_encoder, self._unet_decoder, self._vae_decoder = graphs
         self._check_graphs()
 
     @classmethod
-    def load(cls, bundle: str | Path | None = None, *, device: str = "auto") -> "Pipeline":
+    def load(cls, bundle: str | Path | None = None, *, device: str = "auto", vae: Vae | None = None) -> "Pipeline":
         """Find, validate and load a bundle.
 
         bundle: a directory, the name of an installed bundle, or None for the environment variable
             TIUE_BUNDLE, else the installed "emoji".
         device: "auto" (CUDA if it really works, else the CPU), "cpu", "cuda" or "cuda:N". A device asked
             for by name is never replaced by another.
-        Raises BundleError, DeviceError.
+        vae: the image decoder: "kl", the original AutoencoderKL; "tiny", a small autoencoder, faster and in less
+            memory with coarser details; or None for the bundle's default. Only this one is loaded.
+        Raises BundleError, DeviceError, RequestError if the bundle has no such vae.
         """
         found = Bundle.load(find_bundle(bundle))
-        return cls(found, choose_device(device))
+        return cls(found, choose_device(device), vae)
 
     @overload
     def __call__(
@@ -131,6 +147,7 @@ class Pipeline:
         prompt_embeds: Any = None,
         output_type: OutputType = "pil",
         memory: Memory = "auto",
+        vae_tiling: bool | None = None,
         callback: Callback | None = None,
         cancel: Cancel | None = None,
     ) -> Result[list[Image]] | Result[Float32]:
@@ -144,41 +161,53 @@ class Pipeline:
         latents: z_T, floats (B,C,h,w). No noise is drawn then, so seed has no effect, and the picture's size is theirs.
         prompt_embeds: floats (B / num_images, L, D), instead of prompt.
         output_type: "pil"; "np", float32 (B,H,W,3) in [0,1]; or "latent", z_0 float32 (B,C,h,w).
-        memory: "parallel" runs the decoder at all steps in one batch; "sequential" runs it step by step, in
-            about 1/steps of the memory; "auto" is parallel unless there is a callback to show previews to.
-        callback: called as callback(step, steps, preview) after each decoder run. preview is the z_0
+        memory: "parallel" runs the decoder at all steps in one batch; "partial" at two at once; "sequential" step by
+            step, in about 1/steps of the memory; "auto" is sequential if there is a callback to show previews to,
+            else the first of the three that fits into the free memory by the bundle's estimate. A mode that runs out
+            of memory is followed by the next, with a warning; the pictures are the same.
+        vae_tiling: whether pictures larger than the bundle's default are decoded in overlapping tiles, in less memory.
+            They differ slightly from those decoded whole, because group norms see one tile at a time. None does so,
+            with a warning, where memory does not suffice otherwise.
+        callback: in sequential mode called as callback(step, steps, preview) after each step. preview is the z_0
             (B,C,h,w) that would result if the noise predicted last were right for all steps left; after the
-            last step it is z_0. In parallel mode there is one call, with step == steps.
-        cancel: a threading.Event or a function returning bool, asked between graphs and steps.
+            last step it is z_0. In the other modes there is one call, with step == steps.
+        cancel: a threading.Event or a function returning bool, asked between graphs, steps and tiles.
 
-        Raises RequestError for a wrong argument, Cancelled, InferenceError.
+        Raises RequestError for a wrong argument, Cancelled, InferenceError, and of its kind OutOfMemoryError.
         """
         start = time.perf_counter()
         run = _Run(cancel)
-        request = Request.make(
-            self.bundle.manifest,
-            self._text_width(),
-            prompt,
-            num_images=num_images,
-            seed=seed,
-            steps=steps,
-            height=height,
-            width=width,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            output_type=output_type,
-            memory=memory,
-            previews=callback is not None,
-        )
-        text = self._encode_text(request, run)
-        z_0 = self._denoise(request, text, run, callback)
-        images: Any = z_0
-        if output_type != "latent":
-            unit = to_unit(self._decode(z_0, run))
-            images = to_pil(unit) if output_type == "pil" else unit
+        try:
+            request = Request.make(
+                self.bundle.manifest,
+                self._text_width(),
+                prompt,
+                num_images=num_images,
+                seed=seed,
+                steps=steps,
+                height=height,
+                width=width,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                output_type=output_type,
+                memory=memory,
+                vae_tiling=vae_tiling,
+                previews=callback is not None,
+            )
+            text = self._encode_text(request, run)
+            z_0, mode = self._denoise(request, text, run, callback)
+            images: Any = z_0
+            tile = None
+            if output_type != "latent":
+                image, tile = self._decode(z_0, request.vae_tiling, run)
+                unit = to_unit(image)
+                images = to_pil(unit) if output_type == "pil" else unit
+        except (OutOfMemoryError, MemoryError) as error:
+            tiny = ', load with vae="tiny"' if contract.TINY in self.bundle.manifest.vaes and self.vae != "tiny" else ""
+            tiles = ", allow vae_tiling" if vae_tiling is False else ""
+            raise OutOfMemoryError(f"{error}: make smaller pictures, fewer at once{tiny}{tiles}") from error
         run.timings["total"] = time.perf_counter() - start
-        mode = "sequential" if request.sequential else "parallel"
-        return Result(images, request.seeds, run.timings, self.device, request.steps, mode)
+        return Result(images, request.seeds, run.timings, self.device, request.steps, mode, self.vae, tile)
 
     def _encode_text(self, request: Request, run: "_Run") -> Float32:
         """Text embeddings (B,L,D), each prompt encoded once and repeated for its images."""
@@ -192,49 +221,101 @@ class Pipeline:
             feed = {contract.INPUT_IDS: tokens.input_ids, contract.ATTENTION_MASK: tokens.attention_mask}
             with run.timed(contract.TEXT_ENCODER):
                 text = cast(Float32, self._text_encoder(feed)[contract.TEXT])
+            shape = (len(request.prompts), self.bundle.manifest.text_length, text.shape[-1])
+            self._text_encoder.check_output(contract.TEXT, text, shape, self._overflow_remedy())
         return np.repeat(text, request.num_images, axis=0)
 
-    def _denoise(self, request: Request, text: Float32, run: "_Run", callback: Callback | None) -> Float32:
-        """z_T => z_0, both float32 (B,C,h,w)."""
+    def _denoise(self, request: Request, text: Float32, run: "_Run", callback: Callback | None) -> tuple[Float32, Mode]:
+        """z_T => z_0, both float32 (B,C,h,w), and the mode that had memory enough."""
         manifest = self.bundle.manifest
-        schedule = manifest.schedules[request.steps]
-        rows = np.array(manifest.step_rows(request.steps), dtype=np.int64)
+        steps, schedule = request.steps, manifest.schedules[request.steps]
+        rows = np.array(manifest.step_rows(steps), dtype=np.int64)
         weights = np.array(schedule.step_weights, dtype=np.float32)
         known = {contract.LATENTS: request.latents, contract.TEXT: text}
         with run.timed(contract.UNET_ENCODER):
             features = self._unet_encoder(known, keep_on_device=True)
         z = np.float32(schedule.noise_weight) * request.latents
         feed = {**known, **features}
+        count, latents = len(z), z.shape[2] * z.shape[3]
+        if request.memory == "auto":
+            mode = self._budget.fastest_mode(contract.UNET_DECODER, steps, count, latents)
+        else:
+            mode = request.memory
+        i = 0
+        while i < steps:
+            now = slice(i, i + timesteps_at_once(mode, steps))
+            sequential = mode == "sequential"
+            feed[contract.STEP_INDEX] = rows[now]
+            # A step alone gives its noise unweighted, which previews need.
+            feed[contract.STEP_WEIGHT] = np.ones(1, dtype=np.float32) if sequential else weights[now]
+            try:
+                with run.timed(contract.UNET_DECODER):
+                    contribution = self._unet_decoder(feed)[contract.CONTRIBUTION]
+            except OutOfMemoryError as error:
+                lower = lower_mode(mode, steps)
+                if lower is None:
+                    raise
+                warnings.warn(f"{error} in {mode} mode: going on in {lower} mode", stacklevel=3)
+                mode = lower
+                continue
+            self._unet_decoder.check_output(contract.CONTRIBUTION, contribution, z.shape, self._overflow_remedy())
+            self._budget.succeeded(contract.UNET_DECODER, len(rows[now]) * count, latents)
+            if sequential:
+                if callback is not None:
+                    # The noise predicted at this step stands in for that of the steps to come.
+                    callback(i + 1, steps, z + weights[i:].sum() * contribution)
+                contribution = weights[i] * contribution
+            z = z + contribution
+            i = now.stop
+        if callback is not None and mode != "sequential":
+            callback(steps, steps, z.copy())
+        return z, mode
 
-        def decode(step_index: Any, step_weight: Any) -> Float32:
-            feed.update({contract.STEP_INDEX: step_index, contract.STEP_WEIGHT: step_weight})
-            with run.timed(contract.UNET_DECODER):
-                contribution = self._unet_decoder(feed)[contract.CONTRIBUTION]
-            self._unet_decoder.check_output(contract.CONTRIBUTION, contribution, z.shape)
-            return contribution
-
-        if not request.sequential:
-            z = z + decode(rows, weights)
-            if callback is not None:
-                callback(request.steps, request.steps, z.copy())
-            return z
-        for i in range(request.steps):
-            eps = decode(rows[i : i + 1], np.ones(1, dtype=np.float32))
-            if callback is not None:
-                # The noise predicted at this step stands in for that of the steps to come.
-                callback(i + 1, request.steps, z + weights[i:].sum() * eps)
-            z = z + weights[i] * eps
-        return z
-
-    def _decode(self, z_0: Float32, run: "_Run") -> Float32:
-        """z_0 (B,C,h,w) => image float32 (B,3,H,W) in [-1,1]."""
-        manifest = self.bundle.manifest
+    def _decode(self, z_0: Float32, tiling: bool | None, run: "_Run") -> tuple[Float32, tuple[int, int] | None]:
+        """z_0 (B,C,h,w) => image float32 (B,3,H,W) in [-1,1], and (height, width) of its tiles in pixels, if any."""
+        manifest, graph = self.bundle.manifest, self._vae_decoder
+        name = manifest.vaes[self.vae]
         scale, shift = np.float32(manifest.vae_scaling_factor), np.float32(manifest.vae_shift_factor)
-        with run.timed(contract.VAE_DECODER):
-            image = self._vae_decoder({contract.LATENTS: z_0 / scale + shift})[contract.IMAGE]
-        height, width = (size * manifest.pixels_per_latent for size in z_0.shape[2:])
-        self._vae_decoder.check_output(contract.IMAGE, image, (len(z_0), 3, height, width))
-        return image
+        pixels = manifest.pixels_per_latent
+
+        def decode_part(latents: Float32) -> Float32:
+            count, _, height, width = latents.shape
+            with run.timed(contract.VAE_DECODER):
+                image = graph({contract.LATENTS: latents})[contract.IMAGE]
+            graph.check_output(
+                contract.IMAGE, image, (count, 3, height * pixels, width * pixels), self._overflow_remedy(vae=True)
+            )
+            return image
+
+        def fits(plan: Plan) -> bool:
+            return self._budget.fits(name, plan.rows, plan.height * plan.width)
+
+        ways = plans(manifest, z_0.shape, tiling)
+        first = next((i for i, plan in enumerate(ways) if fits(plan)), len(ways) - 1)
+        why = f"{name} would run out of memory on {self.device}, by the bundle's estimate"
+        for plan in ways[first:]:
+            if plan is not ways[first] or (plan.tiled and tiling is None):
+                warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=3)
+            try:
+                image = decode(decode_part, z_0 / scale + shift, plan, pixels)
+            except OutOfMemoryError as error:
+                why = str(error)
+                continue
+            self._budget.succeeded(name, plan.rows, plan.height * plan.width)
+            return image, (plan.height * pixels, plan.width * pixels) if plan.tiled else None
+        raise OutOfMemoryError(why)
+
+    def _overflow_remedy(self, *, vae: bool = False) -> str:
+        """What helps when a graph computes values that are not finite."""
+        precision = self.bundle.manifest.precision
+        if self._variant != contract.PORTABLE:
+            remedy = f'Its {self._variant} graphs overflowed: load with device="cpu", which runs the portable ones'
+        elif precision != "fp32":
+            remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
+        else:
+            remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
+        tiny = vae and contract.TINY in self.bundle.manifest.vaes and self.vae != contract.TINY
+        return remedy + (', or load with vae="tiny"' if tiny else "")
 
     def _text_width(self) -> int | None:
         shape = self._unet_encoder.inputs.get(contract.TEXT) or self._unet_decoder.inputs.get(contract.TEXT)
@@ -276,6 +357,7 @@ def generate(
     *,
     bundle: str | Path | None = None,
     device: str = "auto",
+    vae: Vae | None = None,
     **options: Unpack[Options],
 ) -> list[Image]:
     """Make pictures of a prompt with a pipeline that stays loaded; options are those of `Pipeline.__call__`.
@@ -283,7 +365,7 @@ def generate(
     Raises BundleError, DeviceError, RequestError.
     """
     with _loading:
-        pipeline = _cached_pipeline(str(find_bundle(bundle).resolve()), device)
+        pipeline = _cached_pipeline(str(find_bundle(bundle).resolve()), device, vae)
     return pipeline(prompt, **options).images
 
 
@@ -291,5 +373,5 @@ _loading = Lock()
 
 
 @lru_cache(maxsize=2)
-def _cached_pipeline(directory: str, device: str) -> Pipeline:
-    return Pipeline.load(Path(directory), device=device)
+def _cached_pipeline(directory: str, device: str, vae: Vae | None) -> Pipeline:
+    return Pipeline.load(Path(directory), device=device, vae=vae)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from .bundle import Manifest
 from .errors import RequestError
+from .memory import Mode
 from .noise import check_seed, gaussian
 
-Memory = Literal["auto", "parallel", "sequential"]
+Memory = Literal["auto", Mode]
 OutputType = Literal["pil", "np", "latent"]
 Float32 = NDArray[np.float32]
 
@@ -27,7 +28,8 @@ class Request:
     seeds: tuple[int, ...]  # of each picture; empty when the caller brought the latents
     steps: int
     latents: Float32  # z_T (B,C,h,w)
-    sequential: bool  # one decoder call per step, instead of one for all
+    memory: Memory  # "auto" where the free memory shall decide
+    vae_tiling: bool | None
 
     @classmethod
     def make(
@@ -45,11 +47,14 @@ class Request:
         prompt_embeds: Any,
         output_type: OutputType,
         memory: Memory,
+        vae_tiling: bool | None,
         previews: bool,
     ) -> "Request":
         """Check the arguments of `Pipeline.__call__`; text_width is D, if known. Raises RequestError."""
         _one_of("output_type", output_type, get_args(OutputType))
         _one_of("memory", memory, get_args(Memory))
+        if not isinstance(vae_tiling, bool | None):  # pyright: ignore[reportUnnecessaryIsInstance] (untyped callers)
+            raise RequestError(f"vae_tiling: expected True, False or None, got {vae_tiling!r}")
         if (prompt is None) == (prompt_embeds is None):
             given = "neither" if prompt is None else "both"
             raise RequestError(f"prompt: expected either prompt or prompt_embeds, got {given}")
@@ -80,8 +85,9 @@ class Request:
                 if pixels is not None and pixels != implied:
                     raise RequestError(f"{name}: latents of shape {noise.shape} make {implied}, got {pixels}")
                 _size(f"latents: {name} of the image", implied, implied, manifest.size_multiple)
-        sequential = memory == "sequential" or (memory == "auto" and previews)
-        return cls(prompts, embeds, num_images, seeds, steps, noise, sequential)
+        if memory == "auto" and previews:
+            memory = "sequential"  # the other modes have no preview of every step
+        return cls(prompts, embeds, num_images, seeds, steps, noise, memory, vae_tiling)
 
 
 def _prompts(prompt: object) -> list[str]:

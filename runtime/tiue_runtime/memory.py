@@ -1,0 +1,183 @@
+"""How much memory a run will take and how much is free, so that requests are split before they fail."""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from .bundle import PORTABLE, Manifest
+from .sessions import Device
+
+Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least
+
+# Timesteps per run of the decoder; None is all.
+_TIMESTEPS: dict[Mode, int | None] = {"parallel": None, "partial": 2, "sequential": 1}
+
+# The part of the free memory that a run may be planned to take. The rest is for what the estimate, measured on another
+# machine, does not know (fragments of ONNX Runtime's arena, workspaces of convolutions) and for other programs.
+USABLE = 0.8
+
+_MIB = 2**20
+
+
+def timesteps_at_once(mode: Mode, steps: int) -> int:
+    """k, the timesteps of one decoder run."""
+    return min(_TIMESTEPS[mode] or steps, steps)
+
+
+def lower_mode(mode: Mode, steps: int) -> Mode | None:
+    """The next mode that takes fewer timesteps at once, None at the end."""
+    modes = list(_TIMESTEPS)
+    now = timesteps_at_once(mode, steps)
+    return next((m for m in modes[modes.index(mode) :] if timesteps_at_once(m, steps) < now), None)
+
+
+class Budget:
+    """Whether runs of a bundle's graphs fit into the free memory of a device, by the estimates in its manifest.
+
+    Without an estimate, or where the free memory is not known, everything fits.
+    """
+
+    def __init__(self, manifest: Manifest, variant: str, device: Device) -> None:
+        self._manifest = manifest
+        self._variant = variant
+        self._device = device
+        self._held: dict[str, float] = {}
+
+    def fits(self, graph: str, rows: int, latents: int) -> bool:
+        """Whether a run of `rows` rows of `latents` = h*w latent pixels fits."""
+        need = self._need(graph, rows, latents)
+        if need is None or need <= self._held.get(graph, 0):
+            return True
+        free = free_memory(self._device)
+        return free is None or need <= USABLE * free
+
+    def succeeded(self, graph: str, rows: int, latents: int) -> None:
+        """Note a run: ONNX Runtime's arena keeps the memory for the next one, though it no longer counts as free."""
+        self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
+
+    def fastest_mode(self, graph: str, steps: int, images: int, latents: int) -> Mode:
+        """The first mode whose decoder runs fit; the last one if none does."""
+        for mode in _TIMESTEPS:
+            if self.fits(graph, timesteps_at_once(mode, steps) * images, latents):
+                return mode
+        return "sequential"
+
+    def _need(self, graph: str, rows: int, latents: int) -> float | None:
+        # The graphs of another variant are made from the portable ones to take less, so theirs is an upper bound.
+        for variant in (self._variant, PORTABLE):
+            use = self._manifest.memory.get(variant, {}).get(graph)
+            if use is not None:
+                return use.bytes(rows, latents)
+        return None
+
+
+def free_memory(device: Device) -> int | None:
+    """Bytes that this process can still get on a device; None if that cannot be known."""
+    if device.kind == "cuda":
+        return _cuda_free(device.index)
+    if sys.platform == "win32":
+        return _windows_free()
+    # macOS answers only through its own kernel interface.
+    return _linux_free(Path("/")) if sys.platform.startswith("linux") else None
+
+
+def _linux_free(root: Path) -> int | None:
+    """The least of what the machine has available, and what control groups and RLIMIT_AS leave to this process."""
+    import resource  # exists on Unix only
+
+    left: list[int] = []
+    try:
+        left += [1024 * kib for name, kib in _kib(root / "proc/meminfo") if name == "MemAvailable"]
+        left += _cgroups_left(root)
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            left += [limit - 1024 * kib for name, kib in _kib(root / "proc/self/status") if name == "VmSize"]
+    except (OSError, ValueError):
+        return None
+    return max(min(left), 0) if left else None
+
+
+def _kib(path: Path) -> Iterator[tuple[str, int]]:
+    """The lines `Name:   123 kB` of a file in /proc."""
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        words = line.split()
+        if words[2:] == ["kB"]:
+            yield words[0].rstrip(":"), int(words[1])
+
+
+def _cgroups_left(root: Path) -> Iterator[int]:
+    """What the limit of each control group of this process leaves, at every level of versions 1 and 2."""
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            top = root / "sys/fs/cgroup"
+            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            limit, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        path = PurePosixPath(group.lstrip("/"))
+        # In a container the path may be the host's and absent here: then its own group is the top.
+        for directory in (top / path, *(top / parent for parent in path.parents)):
+            if not (directory / limit).is_file():
+                continue
+            most = (directory / limit).read_text(encoding="ascii").strip()
+            if most == "max":
+                continue
+            used = int((directory / usage).read_text(encoding="ascii"))
+            # Files read once, such as the bundle's, stay counted until the memory is wanted.
+            pages = (directory / "memory.stat").read_text(encoding="ascii").split()
+            used -= int(pages[pages.index(cache) + 1]) if cache in pages else 0
+            yield int(most) - used
+
+
+def _windows_free() -> int | None:
+    """The least of free memory, memory that may still be committed, and address space."""
+    if sys.platform != "win32":
+        return None
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return int(min(status.available, status.available_commit, status.available_virtual))
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("total_commit", ctypes.c_uint64),
+        ("available_commit", ctypes.c_uint64),
+        ("total_virtual", ctypes.c_uint64),
+        ("available_virtual", ctypes.c_uint64),
+        ("available_extended_virtual", ctypes.c_uint64),
+    )
+
+
+def _cuda_free(index: int, load: Callable[[str], Any] = ctypes.CDLL) -> int | None:
+    """Free bytes of a GPU through the CUDA driver, which numbers them as ONNX Runtime does (CUDA_VISIBLE_DEVICES)."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        driver = load("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
+            return None
+        # The primary context is the one ONNX Runtime works in, so nothing is created here that is not there already.
+        if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+            return None
+        try:
+            if driver.cuCtxPushCurrent_v2(context):
+                return None
+            failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+            driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+        finally:
+            driver.cuDevicePrimaryCtxRelease_v2(device)
+    except (OSError, AttributeError):  # no driver, or one without these functions
+        return None
+    return None if failed else free.value

@@ -1,0 +1,108 @@
+"""Decoding pictures in less memory: one at a time, then in overlapping tiles that are blended linearly.
+
+One at a time changes nothing. Tiles do, slightly: the group norms and the attention of an autoencoder see the whole of
+what they are given, so each tile gets contrasts and colours of its own, and the blend hides the seams.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Manifest
+
+Float32 = NDArray[np.float32]
+
+# Latent pixels. Smaller tiles than this are mostly overlap, and less than what a Stable Diffusion decoder sees around
+# a pixel, so their seams show.
+MIN_TILE = 16
+
+OVERLAP = 0.25  # of a tile's side, shared with its neighbour
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the latents of a request are cut into runs of the image decoder."""
+
+    rows: int  # pictures at once
+    height: int  # latent pixels of a tile, or of the whole picture
+    width: int
+    tiled: bool = False
+
+    def describe(self, scale: int) -> str:
+        """In words for a warning; scale is pixels per latent."""
+        if not self.tiled:
+            return f"decoding {self.rows} at once"
+        size = f"{self.width * scale}x{self.height * scale}"
+        return f"decoding in tiles of {size} pixels, which changes the picture slightly"
+
+
+def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> list[Plan]:
+    """The ways to decode latents of `shape` (B,C,h,w), each in less memory than the one before.
+
+    tiling: None for whole pictures, then tiles; False for whole pictures only; True for tiles at once, where a picture
+        is larger than one. The first tiles have the bundle's default size, the next ones half of it, down to MIN_TILE.
+    """
+    count, _, height, width = shape
+    scale = manifest.pixels_per_latent
+    multiple = manifest.size_multiple // scale  # tiles have sides that the bundle allows for pictures
+    side = manifest.default_height // scale, manifest.default_width // scale
+    small = height <= side[0] and width <= side[1]
+    tiles: list[Plan] = []
+    while True:
+        if height > side[0] or width > side[1]:
+            tiles.append(Plan(1, min(side[0], height), min(side[1], width), tiled=True))
+        half = side[0] // 2 // multiple * multiple, side[1] // 2 // multiple * multiple
+        if min(half) < MIN_TILE:
+            break
+        side = half
+    if tiling and not small:
+        return tiles
+    whole = [Plan(rows, height, width) for rows in ((1,) if tiling or count == 1 else (count, 1))]
+    return whole if tiling is False else whole + tiles
+
+
+def decode(run: Callable[[Float32], Float32], latents: Float32, plan: Plan, scale: int) -> Float32:
+    """latents (B,C,h,w) => image (B,3,H,W), by `run`, which does the same for a part of them.
+
+    scale: pixels per latent, H = scale * h. Besides the result, one part at a time is in memory.
+    """
+    count, _, height, width = latents.shape
+    if (plan.rows, plan.height, plan.width) == (count, height, width):
+        return run(latents)
+    image = np.zeros((count, 3, height * scale, width * scale), dtype=np.float32)
+    parts = product(range(0, count, plan.rows), windows(height, plan.height, scale), windows(width, plan.width, scale))
+    for first, (top, down), (left, across) in parts:
+        rows, bottom, right = slice(first, first + plan.rows), top + plan.height, left + plan.width
+        part = run(latents[rows, :, top:bottom, left:right])
+        image[rows, :, top * scale : bottom * scale, left * scale : right * scale] += part * (down[:, None] * across)
+    return image
+
+
+def windows(size: int, tile: int, scale: int) -> list[tuple[int, Float32]]:
+    """Tiles along one axis of `size` latents: (first latent, weight of each of tile * scale pixels).
+
+    They are spread evenly and overlap by at least OVERLAP. Weights rise and fall linearly over that, not at the border
+    of the picture, and those of a pixel add up to 1.
+    """
+    if tile >= size:
+        return [(0, np.ones(size * scale, dtype=np.float32))]
+    overlap = int(tile * OVERLAP)
+    count = ceil((size - overlap) / (tile - overlap))
+    starts = [round(i * (size - tile) / (count - 1)) for i in range(count)]
+    rise = (np.arange(tile * scale) + 0.5) / max(overlap * scale, 1)
+    weights: list[NDArray[np.float64]] = []
+    total = np.zeros(size * scale)
+    for start in starts:
+        weight = np.ones(tile * scale)
+        if start > 0:
+            weight = np.minimum(weight, rise)
+        if start < size - tile:
+            weight = np.minimum(weight, rise[::-1])
+        total[start * scale : (start + tile) * scale] += weight
+        weights.append(weight)
+    sums = (total[start * scale : (start + tile) * scale] for start in starts)
+    return [(s, (w / t).astype(np.float32)) for s, w, t in zip(starts, weights, sums, strict=True)]
