@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, InferenceError, OutOfMemoryError, is_out_of_memory
-from .sessions import Device, create_session, first_line
+from .sessions import Device, create_session, first_line, shrinking_options
 
 Array = NDArray[Any]
 Shape = tuple[int | str | None, ...]  # None or a name where a dimension is dynamic
@@ -22,6 +22,7 @@ class Graph:
         self.name = path.stem
         self.device = device
         self._session = create_session(path, device)
+        self._options: Any = None
         self.inputs: dict[str, Shape] = {node.name: tuple(node.shape) for node in self._session.get_inputs()}
         self.outputs: tuple[str, ...] = tuple(node.name for node in self._session.get_outputs())
 
@@ -42,7 +43,7 @@ class Graph:
                     binding.bind_ortvalue_input(name, value)
             for name in self.outputs:
                 binding.bind_output(name, *place)
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._options)
             values = binding.get_outputs()
             return {
                 name: value if keep_on_device else value.numpy()
@@ -50,6 +51,10 @@ class Graph:
             }
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
             if is_out_of_memory(error):
+                if self.device.kind == "cpu":
+                    # Before it fails, the arena takes most of what is left. From now on it gives back after each run
+                    # what the run no longer needs; on a GPU a captured CUDA graph might still need it.
+                    self._options = shrinking_options()
                 raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 

@@ -156,6 +156,13 @@ def create_session(path: Path, device: Device) -> Any:
     return session
 
 
+def shrinking_options() -> Any:
+    """Options of a run after which the CPU's arena gives back the memory that is not in use."""
+    options = load_onnxruntime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def _probe(device: Device) -> str:
     """Start a session of almost nothing on `device`. Returns what went wrong, or "" when it was granted."""
     try:
