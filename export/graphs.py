@@ -1,24 +1,49 @@
-"""The two UNet graphs: thin modules whose `forward` is the graph's signature, and their tracing."""
+"""The UNet and VAE graphs: thin modules whose `forward` is the graph's signature, and their tracing."""
 
 # torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL
 from tiue_runtime import bundle
 from torch import Tensor, nn
 from torch.export import Dim
 
 from tiue.unet import Features, TiUE
 
+from .cuda import fuse
 from .quiet import quiet
+from .translate import CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 
 OPSET = 18  # from 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel
 MID = "mid"  # features are named mid, skip_0, skip_1 ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a graph is made for and computes in."""
+
+    target: str  # bundle.PORTABLE: standard operators; bundle.CUDA: ONNX Runtime's with CUDA kernels, channels last
+    dtype: torch.dtype  # float32, or float16 with the parts that overflow in float32
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether features are (B,h,w,C)."""
+        return self.target == bundle.CUDA
+
+    @property
+    def translations(self) -> Translations:
+        """Operators that are not left to the exporter."""
+        if self.target == bundle.CUDA:
+            return CUDA
+        return FLOAT16 if self.dtype == torch.float16 else PLAIN
 
 
 class UnetEncoder(nn.Module):
@@ -26,15 +51,19 @@ class UnetEncoder(nn.Module):
 
     temb: Tensor
 
-    def __init__(self, tiue: TiUE):
+    def __init__(self, tiue: TiUE, form: Form, temb: Tensor):
+        """temb: the embedding (1,E) of the encoder's timestep, which is fixed, so a constant of the graph."""
         super().__init__()
         self.tiue = tiue
-        # The timestep is fixed, so its embedding (1,E) is a constant of the graph.
-        self.register_buffer("temb", _embed(tiue, [tiue.encoder_timestep]))
+        self.form = form
+        self.register_buffer("temb", temb.to(form.dtype))
 
     def forward(self, latents: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """latents (B,C,h,w), text (B,L,D) => the features: mid, then the skips."""
+        """latents (B,C,h,w), text (B,L,D), float32 => the features: mid, then the skips."""
+        latents, text = latents.to(self.form.dtype), text.to(self.form.dtype)
         features = self.tiue.encode_embedded(latents, self.temb.expand(latents.shape[0], -1), text)
+        if self.form.channels_last:
+            return tuple(feature.permute(TO_CHANNELS_LAST) for feature in (features.mid, *features.skips))
         return features.mid, *features.skips
 
 
@@ -43,61 +72,136 @@ class UnetDecoder(nn.Module):
 
     table: Tensor
 
-    def __init__(self, tiue: TiUE, decoder_timesteps: Sequence[int]):
+    def __init__(self, tiue: TiUE, form: Form, table: Tensor):
+        """table: the embeddings (T,E) of the decoder's timesteps."""
         super().__init__()
         self.tiue = tiue
-        self.register_buffer("table", _embed(tiue, decoder_timesteps))  # (T,E), see UnetEncoder.temb
+        self.form = form
+        self.register_buffer("table", table.to(form.dtype))
 
     def forward(self, features: Sequence[Tensor], text: Tensor, step_index: Tensor, step_weight: Tensor) -> Tensor:
         """features, text, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B,C,h,w)."""
         k, batch = step_index.shape[0], text.shape[0]
         temb = self.table[step_index][:, None].expand(k, batch, -1).flatten(0, 1)  # step-major
-        eps = self.tiue.decode_embedded(Features(features[0], tuple(features[1:])), temb, text)
+        if self.form.channels_last:
+            features = [feature.permute(TO_CHANNELS_FIRST) for feature in features]
+        text = text.to(self.form.dtype)
+        eps = self.tiue.decode_embedded(Features(features[0], tuple(features[1:])), temb, text).float()
         return (step_weight[:, None, None, None, None] * eps.unflatten(0, (k, batch))).sum(0)
 
 
-def unet_graphs(tiue: TiUE, decoder_timesteps: Sequence[int], text_length: int) -> tuple[ir.Model, ir.Model]:
+class VaeDecoder(nn.Module):
+    """The graph of a VAE's decoder, of whichever kind."""
+
+    def __init__(self, vae: Any, dtype: torch.dtype, scale: float, shift: float):
+        """scale, shift: what z_0 was scaled by for the VAE whose place this one takes; 1, 0 for the model's own."""
+        super().__init__()
+        own = 1.0 if (scale, shift) == (1.0, 0.0) else vae.config["scaling_factor"]
+        self.factor, self.offset = scale / own, -shift * scale / own
+        self.dtype = dtype
+        self.vae = _in_precision(vae, dtype)
+        if dtype == torch.float16 and isinstance(vae, AutoencoderKL):
+            _tail_in_float32(self.vae.decoder)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1]."""
+        if (self.factor, self.offset) != (1.0, 0.0):
+            latents = latents * self.factor + self.offset
+        return self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+
+def unet_graphs(
+    tiue: TiUE, decoder_timesteps: Sequence[int], text_length: int, form: Form
+) -> tuple[ir.Model, ir.Model]:
     """Trace both halves, with every size dynamic: (unet_encoder, unet_decoder)."""
     config = tiue.unet.config
+    with torch.no_grad():  # embedded in float32, whatever the graphs compute in
+        temb, table = (tiue.embed(torch.tensor(t), torch.float32) for t in ([tiue.encoder_timestep], decoder_timesteps))
+    tiue = TiUE(_in_precision(tiue.unet, form.dtype), tiue.schedule, tiue.encoder_timestep)
     # A batch of two, three steps, and not square: no size is mistaken for another, or for 1.
     multiple = 2**tiue.unet.num_upsamplers
     latents = torch.randn(2, config["in_channels"], 2 * multiple, 3 * multiple)
     text = torch.randn(2, text_length, config["cross_attention_dim"])
     batch, height, width, steps = (Dim(name) for name in ("batch", "height", "width", "steps"))
+    rows = 1 if form.channels_last else 2  # the axis of the features' heights
 
-    def plane(feature: Tensor) -> dict[int, Any]:
+    def plane(feature: Tensor, axis: int) -> dict[int, Any]:
         """The dynamic shape of a map: height and width count units of the coarsest feature's pixels."""
-        factor = feature.shape[2] // 2
-        return {0: batch, 2: factor * height, 3: factor * width}
+        factor = feature.shape[axis] // 2
+        return {0: batch, axis: factor * height, axis + 1: factor * width}
 
-    encoder = UnetEncoder(tiue).eval()
+    encoder = UnetEncoder(tiue, form, temb).eval()
     with torch.no_grad():
         features = encoder(latents, text)
     names = [MID, *(f"skip_{i}" for i in range(len(features) - 1))]
     encoder_graph = _trace(
         encoder,
         (latents, text),
-        dynamic_shapes=(plane(latents), {0: batch}),
+        form,
+        dynamic_shapes=(plane(latents, 2), {0: batch}),
         input_names=[bundle.LATENTS, bundle.TEXT],
         output_names=names,
     )
     decoder_graph = _trace(
-        UnetDecoder(tiue, decoder_timesteps).eval(),
+        UnetDecoder(tiue, form, table).eval(),
         (list(features), text, torch.zeros(3, dtype=torch.int64), torch.ones(3)),
-        dynamic_shapes=([plane(f) for f in features], {0: batch}, {0: steps}, {0: steps}),
+        form,
+        dynamic_shapes=([plane(f, rows) for f in features], {0: batch}, {0: steps}, {0: steps}),
         input_names=[*names, bundle.TEXT, bundle.STEP_INDEX, bundle.STEP_WEIGHT],
         output_names=[bundle.CONTRIBUTION],
     )
     return encoder_graph, decoder_graph
 
 
-def _trace(module: nn.Module, args: tuple[Any, ...], **options: Any) -> ir.Model:
+def vae_decoder_graph(vae: Any, form: Form, scale: float = 1.0, shift: float = 0.0) -> ir.Model:
+    """Trace a VAE's decoder: latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1].
+
+    Args:
+        vae: an AutoencoderKL or AutoencoderTiny.
+        scale, shift: the scaling of the VAE whose place this one takes, so that it takes the same latents.
+    """
+    batch, height, width = (Dim(name) for name in ("batch", "height", "width"))
+    return _trace(
+        VaeDecoder(vae, form.dtype, scale, shift).eval(),
+        (torch.randn(2, vae.config["latent_channels"], 16, 24),),
+        form,
+        dynamic_shapes=({0: batch, 2: height, 3: width},),
+        input_names=[bundle.LATENTS],
+        output_names=[bundle.IMAGE],
+    )
+
+
+def _trace(module: nn.Module, args: tuple[Any, ...], form: Form, **options: Any) -> ir.Model:
     with quiet(), torch.no_grad():
-        program = torch.onnx.export(module, args, dynamo=True, opset_version=OPSET, verbose=False, **options)
+        program = torch.onnx.export(
+            module,
+            args,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            custom_translation_table=dict(form.translations),
+            **options,
+        )
     assert program is not None  # None only from the exporter that dynamo=True replaces
+    if form.target == bundle.CUDA:
+        fuse(program.model)
     return program.model
 
 
-def _embed(tiue: TiUE, timesteps: Sequence[int]) -> Tensor:
-    with torch.no_grad():
-        return tiue.embed(torch.tensor(timesteps), torch.float32)
+def _in_precision(module: Any, dtype: torch.dtype) -> Any:
+    """`module` itself in its own precision, else a copy with nothing but the weights copied."""
+    if module.dtype == dtype:
+        return module
+    with init_empty_weights():
+        copy = type(module).from_config(module.config)
+    # Names and values that are not parameters, too, as buffers are.
+    copy.load_state_dict({name: t.to(dtype) for name, t in module.state_dict().items()}, assign=True)
+    return copy.eval()
+
+
+def _tail_in_float32(decoder: Any) -> None:
+    """The later half of a KL decoder in float32: its activations are the ones that exceed float16."""
+    tail = decoder.up_blocks[len(decoder.up_blocks) // 2 :]
+    for module in (*tail, decoder.conv_norm_out, decoder.conv_out):
+        module.float()
+    tail[0].register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))

@@ -146,4 +146,4 @@ def _text_argument(block: nn.Module, text: torch.Tensor) -> dict[str, torch.Tens
 
 def _repeat(tensor: torch.Tensor, steps: int) -> torch.Tensor:
     """[B,...] => [steps*B,...], step-major."""
-    return tensor.expand(steps, *tensor.shape).flatten(0, 1)
+    return tensor.repeat(steps, *[1] * (tensor.ndim - 1))
