@@ -21,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parity import table
     from .source import load_source
 
-    source = Path(arguments.ckpt)
-    out = Path(arguments.out or f"{source.resolve().stem}-bundle")
+    source = arguments.ckpt  # not yet a Path, which would make the Hub id owner/name of ./owner/name
+    out = Path(arguments.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
     try:
         check_target(out, arguments.overwrite)
         _progress(f"loading {source}")
-        student = load_source(source, arguments.steps)
+        student = load_source(source, arguments.steps, arguments.base)
         options = Options(
             name=arguments.name or student.components.name,
             weights=arguments.weights,
@@ -53,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ckpt",
         required=True,
-        help="student.safetensors, or a diffusers pipeline directory (Loopfree's layout)",
+        help="student.safetensors; a diffusers pipeline directory (Loopfree's layout); the Hugging Face Hub id "
+        "owner/name of one, to download it; or, with --base, a safetensors file of UNet weights",
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="of UNet weights: the pipeline directory (or Hub id) that has all the rest"
     )
     parser.add_argument("--out", help="the bundle directory to make (default: <name of --ckpt>-bundle, here)")
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")

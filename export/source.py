@@ -1,14 +1,18 @@
-"""What there is to export: a student checkpoint, or a diffusers pipeline directory."""
+"""What there is to export: a student checkpoint, a diffusers pipeline, or a UNet's weights with one for the rest."""
 
 # torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, load_components
+from tiue.hub import is_hub_id
 from tiue.schedule import ddim_timesteps
 
 from .errors import ExportError
@@ -16,34 +20,61 @@ from .errors import ExportError
 DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
 
 
-def load_source(path: Path, steps: Sequence[int] | None = None) -> Student:
-    """Load `path` and settle the schedules to export.
+def load_source(path_or_id: str | Path, steps: Sequence[int] | None = None, base: str | Path | None = None) -> Student:
+    """Load what there is to export and settle the schedules.
 
     Args:
-        path: a student.safetensors, or a diffusers pipeline directory.
+        path_or_id: a student.safetensors; a diffusers pipeline directory; with `base`, a safetensors file of UNet
+            weights; or, where there is no such path, the Hugging Face Hub id (owner/name) of a pipeline to download.
         steps: the step counts wanted. Of a student's schedules all by default; of a pipeline, DDIM's with 4
             steps. A pipeline's encoder runs at the first timestep of the longest.
+        base: the pipeline directory, or Hub id, that has the rest of a UNet's model, and its configuration.
 
     Raises ValueError (CheckpointError, ComponentsError, ExportError), in one line.
     """
-    if path.is_dir():
-        components = load_components(path)
-        wanted = steps or [DEFAULT_STEPS]
-        schedules = {n: ddim_timesteps(components.scheduler_config, n) for n in wanted}
-        encoder_timestep = schedules[max(schedules)][0]
-        student = Student(components, encoder_timestep, schedules, base_model=components.name)
+    source = Path(path_or_id)
+    if not source.is_file():
+        if base is not None:
+            what = "is a pipeline" if source.is_dir() else "is no such file"
+            raise ExportError(f"--base goes with a file of UNet weights, but {path_or_id} {what}")
+        if not source.is_dir() and not is_hub_id(str(path_or_id)):
+            raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
+        components = load_components(path_or_id, local_files_only=False)
+        student = _undeclared(components, steps, base_model=components.name)
+    elif base is not None:
+        if _is_student(source):
+            raise ExportError(f"--base goes with a file of UNet weights, but {source} is a student, which has its own")
+        components = load_components(base, local_files_only=False, unet_file=source)
+        student = _undeclared(components, steps, base_model=Path(base).resolve().name)
+    elif _is_student(source):
+        student = _declared(load_student(source), steps, source)
     else:
-        student = load_student(path)
-        unknown = sorted(set(steps or ()) - set(student.schedules))
-        if unknown:
-            known = ", ".join(map(str, sorted(student.schedules)))
-            raise ExportError(f"--steps {unknown[0]}: {path} was trained for {known} steps")
-        schedules = {n: student.schedules[n] for n in steps or student.schedules}
-        student = Student(
-            student.components, student.encoder_timestep, schedules, student.base_model, student.provenance
-        )
+        raise ExportError(f"{source} is not a TiUE student; if it is a UNet's weights, --base DIR must give the rest")
     _check_fit(student.components)
     return student
+
+
+def _is_student(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return "tiue_student" in (file.metadata() or {})
+    except SafetensorError as error:
+        raise ExportError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+
+
+def _undeclared(components: Components, steps: Sequence[int] | None, base_model: str) -> Student:
+    """A student that does not say what it was trained for: DDIM's timesteps are taken for it."""
+    schedules = {n: ddim_timesteps(components.scheduler_config, n) for n in steps or [DEFAULT_STEPS]}
+    return Student(components, schedules[max(schedules)][0], schedules, base_model)
+
+
+def _declared(student: Student, steps: Sequence[int] | None, path: Path) -> Student:
+    """A student with those of its schedules that are wanted."""
+    unknown = sorted(set(steps or ()) - set(student.schedules))
+    if unknown:
+        known = ", ".join(map(str, sorted(student.schedules)))
+        raise ExportError(f"--steps {unknown[0]}: {path} was trained for {known} steps")
+    return replace(student, schedules={n: student.schedules[n] for n in steps or student.schedules})
 
 
 def _check_fit(components: Components) -> None:

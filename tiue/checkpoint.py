@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tiue.components import Components, class_named
 from tiue.schedule import closed_form
 from tiue.unet import TiUE
+from tiue.weights import WeightsError, fill
 
 FORMAT = 1
 _PARTS = ("unet", "text_encoder", "vae")
@@ -109,11 +110,11 @@ def load_student(path: str | Path) -> Student:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _parse(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     try:
-        return _build(path, metadata, tensors)
+        return _build(path, metadata, names)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has incomplete or malformed metadata: {error!r}") from error
 
@@ -130,7 +131,7 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} has malformed metadata: {error}") from error
 
 
-def _build(path: Path, metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Student:
+def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
     modules = {}
     with init_empty_weights():  # parameters come from the file, so none is initialised first
         modules["unet"] = UNet2DConditionModel.from_config(metadata["unet"])
@@ -139,11 +140,14 @@ def _build(path: Path, metadata: dict[str, Any], tensors: dict[str, torch.Tensor
         modules["vae"] = vae_class.from_config(vae)
         text_class = class_named(transformers, text["_class_name"], PreTrainedModel)
         modules["text_encoder"] = text_class(text_class.config_class.from_dict(text))
-    unknown = [name for name in tensors if name.partition(".")[0] not in modules]
+    unknown = [name for name in names if name.partition(".")[0] not in modules]
     if unknown:
         raise CheckpointError(f"{path} has an unexpected tensor {unknown[0]} ({len(unknown)} in all)")
     for part, module in modules.items():
-        _fill(path, part, module, tensors)
+        try:
+            fill(module, path, f"{part}.")
+        except WeightsError as error:
+            raise CheckpointError(f"{path} {error}") from error
     components = Components(
         **modules,
         tokenizer=PreTrainedTokenizerFast(
@@ -161,22 +165,6 @@ def _build(path: Path, metadata: dict[str, Any], tensors: dict[str, torch.Tensor
         base_model=metadata["base_model"],
         provenance=metadata["provenance"],
     )
-
-
-def _fill(path: Path, part: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give a skeleton its tensors, exactly those it calls for."""
-    given = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{part}.")}
-    expected = module.state_dict()
-    misshapen = [name for name in expected if name in given and given[name].shape != expected[name].shape]
-    for problem, names in (
-        ("lacks tensor", sorted(expected.keys() - given.keys())),
-        ("has an unexpected tensor", sorted(given.keys() - expected.keys())),
-        ("has a wrong shape for", misshapen),
-    ):
-        if names:
-            raise CheckpointError(f"{path} {problem} {part}.{names[0]} ({len(names)} in all)")
-    module.load_state_dict({n: t.to(expected[n].dtype) for n, t in given.items()}, assign=True)
-    module.eval()
 
 
 def _config(module: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,26 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from tiue import hub
+from tiue.schedule import alphas_cumprod, ignored_options
+from tiue.weights import WeightsError, choose_weights, fill, tensor_names
+
+_WITH_WEIGHTS = ("unet", "text_encoder", "vae")
+_PARTS = (*_WITH_WEIGHTS, "tokenizer", "scheduler")
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # no picture depends on these
+_CONFIGURATIONS = (
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    *(f"{part}/config.json" for part in _WITH_WEIGHTS),
+)
 
 
 class ComponentsError(ValueError):
@@ -31,33 +50,42 @@ class Components:
     licence: str
 
 
-def load_components(directory: str | Path, *, local_files_only: bool = True) -> Components:
+def load_components(
+    directory: str | Path, *, local_files_only: bool = True, unet_file: str | Path | None = None
+) -> Components:
     """Load a diffusers pipeline directory. Weights are read from safetensors only, never from pickles.
+
+    Each part's weights may be one file or shards, of any precision; the variant "fp16" is read where a part has no
+    other. Memory holds them once, as float32. The tokenizer may be in the files of the slow class or the fast one.
 
     Args:
         directory: holds model_index.json and unet/, text_encoder/, vae/, tokenizer/ and scheduler/.
         local_files_only: if False and there is no such directory, take the name for a Hugging Face Hub id and
             download it.
+        unet_file: read the UNet's weights from this safetensors file, under the names that diffusers gives them
+            or those with "unet." before; unet/ then needs a config.json only, and the model is named after the file.
 
+    Warns of scheduler options that a schedule in closed form leaves out.
     Raises ComponentsError, naming the part, for anything missing, unreadable or of an unsupported class.
     """
+    parts = [part for part in _WITH_WEIGHTS if part != "unet" or unet_file is None]
     root = Path(directory)
     if not root.is_dir():
-        if local_files_only:
+        if local_files_only or not hub.is_hub_id(str(directory)):
             raise ComponentsError(f"no such pipeline directory: {directory}")
-        root = _download(str(directory))
-    index = _read_json(root, "model_index.json")
-    unet_class = _class_of(index, "unet", diffusers, UNet2DConditionModel)
-    vae_class = _class_of(index, "vae", diffusers, (AutoencoderKL, AutoencoderTiny))
-    text_class = _class_of(index, "text_encoder", transformers, PreTrainedModel)
+        root = _download(str(directory), parts)
+    classes = _classes(root)
+    scheduler_config = _read_scheduler(root)
+    tokenizer = _load_tokenizer(classes["tokenizer"], root)
+    unet = _load_module(classes["unet"], root, "unet") if unet_file is None else _load_unet(Path(unet_file), root)
     return Components(
-        unet=_load_module(unet_class, root, "unet"),
-        text_encoder=_load_module(text_class, root, "text_encoder"),
-        vae=_load_module(vae_class, root, "vae"),
-        tokenizer=_load_tokenizer(index, root),
-        scheduler_config=_read_json(root, "scheduler/scheduler_config.json"),
-        name=Path(directory).resolve().name,
-        licence=_licence(root),
+        unet=unet,
+        text_encoder=_load_module(classes["text_encoder"], root, "text_encoder"),
+        vae=_load_module(classes["vae"], root, "vae"),
+        tokenizer=tokenizer,
+        scheduler_config=scheduler_config,
+        name=Path(directory).resolve().name if unet_file is None else Path(unet_file).stem,
+        licence=_licence(root) if unet_file is None else "unknown",  # the rest's licence says nothing of the UNet's
     )
 
 
@@ -91,11 +119,23 @@ def uses_attention_mask(text_encoder: PreTrainedModel) -> bool:
     return bool(getattr(text_encoder.config, "use_attention_mask", False))
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    weights = ["*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
-    return Path(snapshot_download(hub_id, allow_patterns=["README.md", "*.json", "*.txt", *weights]))
+def _download(hub_id: str, parts: Sequence[str]) -> Path:
+    """A Hub model's snapshot, with the weights of `parts` in one form each. Raises ComponentsError."""
+    try:
+        if hub.offline():
+            return hub.fetch(hub_id, [])
+        names = hub.list_files(hub_id)
+        root = hub.fetch(hub_id, _CONFIGURATIONS)
+        _classes(root)  # what is not supported is refused before gigabytes come
+        weights: list[str] = []
+        for part in parts:
+            own = [name.removeprefix(f"{part}/") for name in names if re.fullmatch(rf"{part}/[^/]+", name)]
+            weights += [f"{part}/{name}" for name in choose_weights(part, own)[1]]
+        return hub.fetch(hub_id, weights)
+    except hub.HubError as error:
+        raise ComponentsError(str(error)) from error
+    except WeightsError as error:
+        raise ComponentsError(f"{hub_id}: {error}") from error
 
 
 def _read_json(root: Path, name: str) -> dict[str, Any]:
@@ -111,12 +151,37 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _class_of(index: dict[str, Any], part: str, library: Any, expected: type | tuple[type, ...]) -> Any:
-    """The class that model_index.json names for a part, if it is one of the expected."""
-    name = (index.get(part) or [None, None])[1]
-    if name is None:
-        raise ComponentsError(f"model_index.json names no {part}")
-    return class_named(library, name, expected)
+def _classes(root: Path) -> dict[str, Any]:
+    """The classes that model_index.json names for the parts, if they are what we handle and all there is."""
+    index = _read_json(root, "model_index.json")
+    named = {part: value[1] for part, value in index.items() if isinstance(value, list) and len(value) == 2}
+    others = [part for part in named if named[part] and part not in _PARTS + _LEFT_OUT]
+    if others:
+        kind = index.get("_class_name", "the pipeline")
+        raise ComponentsError(f"{kind} is not supported: expected no parts but {', '.join(_PARTS)}; it has {others[0]}")
+    for part in _PARTS:
+        if part != "scheduler" and named.get(part) is None:
+            raise ComponentsError(f"model_index.json names no {part}")
+    return {
+        "unet": class_named(diffusers, named["unet"], UNet2DConditionModel),
+        "vae": class_named(diffusers, named["vae"], (AutoencoderKL, AutoencoderTiny)),
+        "text_encoder": class_named(transformers, named["text_encoder"], PreTrainedModel),
+        "tokenizer": class_named(
+            transformers, named["tokenizer"].removesuffix("Fast") + "Fast", PreTrainedTokenizerFast
+        ),
+    }
+
+
+def _read_scheduler(root: Path) -> dict[str, Any]:
+    config = _read_json(root, "scheduler/scheduler_config.json")
+    try:
+        alphas_cumprod(config)
+    except ValueError as error:
+        raise ComponentsError(f"{root / 'scheduler'}: {error}") from error
+    if ignored := ignored_options(config):
+        options = " and ".join(ignored)
+        warnings.warn(f"{root / 'scheduler'} sets {options}, left out: steps here are not clipped", stacklevel=3)
+    return config
 
 
 def class_named(library: Any, name: str, expected: type | tuple[type, ...]) -> Any:
@@ -130,26 +195,59 @@ def class_named(library: Any, name: str, expected: type | tuple[type, ...]) -> A
 
 def _load_module(cls: Any, root: Path, part: str) -> Any:
     _read_json(root, f"{part}/config.json")
+    directory = root / part
+    precision = "dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"
     try:
-        module = cls.from_pretrained(root / part, use_safetensors=True, local_files_only=True)
+        variant, _ = choose_weights(part, (path.name for path in directory.iterdir()))
+        module, report = cls.from_pretrained(
+            directory,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **{precision: torch.float32},  # converted one by one as they are read
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ComponentsError(f"{root / part} cannot be loaded as {cls.__name__}: {reason}") from error
-    return module.float().eval()
+        raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {_one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # which the libraries leave at random
+        raise ComponentsError(f"{directory} cannot be loaded: it lacks tensor {missing[0]} ({len(missing)} in all)")
+    # A text encoder's head, which we have no use for, is often saved along; elsewhere the model would be another.
+    if part != "text_encoder" and (unknown := sorted(report["unexpected_keys"])):
+        count = f"({len(unknown)} in all)"
+        raise ComponentsError(f"{directory} cannot be loaded: it has an unexpected tensor {unknown[0]} {count}")
+    return module.eval()
 
 
-def _load_tokenizer(index: dict[str, Any], root: Path) -> PreTrainedTokenizerFast:
-    name = (index.get("tokenizer") or [None, None])[1]
-    if name is None:
-        raise ComponentsError("model_index.json names no tokenizer")
-    cls = class_named(transformers, name.removesuffix("Fast") + "Fast", PreTrainedTokenizerFast)
+def _load_unet(path: Path, root: Path) -> UNet2DConditionModel:
+    """The UNet that a pipeline's configuration describes, with the weights of a file of its own."""
+    config = _read_json(root, "unet/config.json")
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(config)
+    try:
+        prefixed = all(name.startswith("unet.") for name in tensor_names(path))
+        fill(unet, path, "unet." if prefixed else "")
+    except WeightsError as error:
+        raise ComponentsError(f"{path} {error}, by {root / 'unet' / 'config.json'}") from error
+    return unet
+
+
+def _load_tokenizer(cls: Any, root: Path) -> PreTrainedTokenizerFast:
     if not (root / "tokenizer").is_dir():
         raise ComponentsError(f"{root} is not a complete diffusers pipeline: tokenizer is missing")
     try:
-        return cls.from_pretrained(root / "tokenizer", local_files_only=True)
+        tokenizer = cls.from_pretrained(root / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ComponentsError(f"{root / 'tokenizer'} cannot be loaded as {cls.__name__}: {reason}") from error
+        message = f"{root / 'tokenizer'} cannot be loaded as {cls.__name__}: {_one_line(error)}"
+        raise ComponentsError(message) from error
+    limit = _read_json(root, "text_encoder/config.json").get("max_position_embeddings")
+    if tokenizer.model_max_length == VERY_LARGE_INTEGER and limit:  # vocab.json and merges.txt do not say
+        tokenizer.model_max_length = limit
+    return tokenizer
+
+
+def _one_line(error: Exception, length: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def _licence(root: Path) -> str:

@@ -10,12 +10,15 @@ just the same, and the weights multiply v.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from math import sqrt
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+
+_CLIPPING = ("clip_sample", "thresholding")  # scheduler options that make a step nonlinear
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> torch.Tensor:
 def ddim_timesteps(scheduler_config: Mapping[str, Any], steps: int) -> list[int]:
     """The `steps` timesteps, descending, that diffusers' DDIMScheduler takes with this configuration.
 
-    Any configuration of the same family will do (PNDM, DDPM, Euler ...): betas, spacing and offset are read
-    from it.
+    Any scheduler's configuration will do that has betas (PNDM, DDPM, Euler, UniPC ...): they, the spacing and the
+    offset are read from it.
     Raises ValueError if `steps` is not between 1 and the number of training timesteps.
     """
     scheduler = _ddim(scheduler_config)
@@ -53,8 +56,8 @@ def ddim_timesteps(scheduler_config: Mapping[str, Any], steps: int) -> list[int]
 def closed_form(scheduler_config: Mapping[str, Any], steps: int | Sequence[int]) -> Schedule:
     """The schedule of `steps`: a number of DDIM steps, or the descending timesteps themselves.
 
-    Weights are computed in float64. Raises ValueError if the timesteps do not fit the scheduler, or if the
-    configuration asks for something that is not linear (see `_ddim`).
+    Weights are computed in float64. A configuration's clipping has no place in a sum: see `ignored_options`.
+    Raises ValueError if the timesteps do not fit the scheduler, or the scheduler not DDIM (see `_ddim`).
     """
     scheduler = _ddim(scheduler_config)
     timesteps = ddim_timesteps(scheduler_config, steps) if isinstance(steps, int) else [int(t) for t in steps]
@@ -74,6 +77,14 @@ def closed_form(scheduler_config: Mapping[str, Any], steps: int | Sequence[int])
         noise_weight *= a
         step_weights = [w * a for w in step_weights] + [b]
     return Schedule(tuple(timesteps), noise_weight, tuple(step_weights))
+
+
+def ignored_options(scheduler_config: Mapping[str, Any]) -> list[str]:
+    """The options of a configuration that clip a sampler's steps, which are therefore left out here.
+
+    Stable Diffusion is sampled without them: diffusers' own pipeline sets clip_sample to false.
+    """
+    return [option for option in _CLIPPING if scheduler_config.get(option)]
 
 
 def _arrivals(scheduler_config: Mapping[str, Any], timesteps: list[int]) -> list[int]:
@@ -104,18 +115,36 @@ def _v_step(abar: float, abar_next: float) -> tuple[float, float]:
 _STEPS = {"epsilon": _epsilon_step, "v_prediction": _v_step}
 
 
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
+# Their processes are others, even where a configuration still has the betas of the one it was made from.
+_WITHOUT_BETAS = ("FlowMatch", "EDM", "CogVideoX")
+
+
 def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
-    """DDIMScheduler for a configuration of its family; ValueError if sampling is not linear in eps or v."""
-    config = dict(scheduler_config)
-    name = config.get("_class_name", "DDIMScheduler")
-    if name not in {"DDIMScheduler", *DDIMScheduler._compatibles} - {"EDMEulerScheduler"}:
-        raise ValueError(f"{name} has no DDIM equivalent: expected DDIM, PNDM, DDPM or alike")
-    if config.get("thresholding") or config.get("clip_sample"):
-        culprit = "thresholding" if config.get("thresholding") else "clip_sample"
-        raise ValueError(f"the scheduler sets {culprit}, which makes sampling nonlinear: set it to false")
-    # DDIM clips unless told otherwise, and the other schedulers' configurations do not say.
-    config["clip_sample"] = False
-    scheduler = DDIMScheduler.from_config(config)
+    """DDIMScheduler with the betas, spacing and offset of any scheduler's configuration, and without clipping.
+
+    What is not given is as DDIMScheduler has it. Raises ValueError if there are no betas, or if the network
+    predicts something that DDIM is not linear in.
+    """
+    name = scheduler_config.get("_class_name", "DDIMScheduler")
+    own_betas = scheduler_config.get("trained_betas")
+    if name.startswith(_WITHOUT_BETAS) or scheduler_config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{name} has no DDIM equivalent: expected a scheduler with betas (DDIM, PNDM, DDPM, Euler ...)"
+        )
+    absent = [key for key in _BETAS if scheduler_config.get(key) is None]
+    if absent and own_betas is None:
+        raise ValueError(f"{name} has no DDIM equivalent: its configuration has no {absent[0]}")
+    accepted = signature(DDIMScheduler.__init__).parameters
+    config = {key: value for key, value in scheduler_config.items() if key in accepted}
+    try:
+        scheduler = DDIMScheduler(**config | dict.fromkeys(_CLIPPING, False))
+    except NotImplementedError as error:
+        expected = "linear, scaled_linear or squaredcos_cap_v2"
+        raise ValueError(f"beta_schedule {config['beta_schedule']!r} is not supported: expected {expected}") from error
+    trained, betas = scheduler.config.num_train_timesteps, len(scheduler.betas)
+    if trained != betas:
+        raise ValueError(f"the scheduler has {betas} trained_betas for {trained} num_train_timesteps")
     if scheduler.config.prediction_type not in _STEPS:
         found = scheduler.config.prediction_type
         raise ValueError(f"prediction_type {found!r} is not supported: expected one of {sorted(_STEPS)}")

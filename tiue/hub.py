@@ -1,0 +1,61 @@
+"""Models on the Hugging Face Hub. Only a caller whose user named one comes here; nothing else uses a network."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".json", ".onnx")
+
+
+class HubError(ValueError):
+    """A model cannot be had from the Hub; the message says why, in one line."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here can be meant for a Hub id, owner/name, and not for a mistyped path."""
+    return _ID.fullmatch(name) is not None and not name.endswith(_FILES) and not Path(name).parent.exists()
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set: only earlier downloads are used then."""
+    return constants.HF_HUB_OFFLINE
+
+
+def list_files(hub_id: str) -> list[str]:
+    """The files of a model, by their paths in it. Raises HubError."""
+    try:
+        return HfApi().list_repo_files(hub_id)
+    except (OSError, ValueError) as error:
+        raise HubError(_reason(hub_id, error)) from error
+
+
+def fetch(hub_id: str, patterns: Sequence[str]) -> Path:
+    """Download files of a model into the Hub's cache, unless they are there, and return the snapshot's directory.
+
+    Args:
+        patterns: of the files wanted. While offline they are not looked at: the cache holds what was downloaded.
+
+    Raises HubError.
+    """
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=offline()))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: from the Hub's transfer library
+        raise HubError(_reason(hub_id, error)) from error
+
+
+def _reason(hub_id: str, error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"{hub_id} is gated: accept its terms on huggingface.co, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{hub_id} is neither a path here nor a model on the Hugging Face Hub (if private: `hf auth login`)"
+    if isinstance(error, LocalEntryNotFoundError) and offline():
+        return f"{hub_id} is not a path here, nor was it downloaded before, and HF_HUB_OFFLINE is set"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"{hub_id} is not a path here, and cannot be downloaded from the Hugging Face Hub: {lines[0]} "
+        "(HF_HUB_OFFLINE=1 uses an earlier download)"
+    )
