@@ -1,4 +1,4 @@
-"""Make data/tiny: a bundle of a few KB whose answers are known in closed form. Needs onnx; the tests do not.
+"""Make data/tiny and data/heavy: bundles of a few KB with answers in closed form. Needs onnx; the tests do not.
 
 python make_tiny_bundle.py
 
@@ -6,6 +6,9 @@ text         = EMBEDDING[input_ids] * attention_mask
 mid, skip.0  = 0.5 z_T, mean(text)
 eps_i        = tanh(mid * TAU[i] + skip.0)
 image        = latents[:, :3], every pixel repeated twice in height and width
+
+heavy computes the same, but eps and image as the mean of COPIES copies, which takes memory. It has estimates of that,
+default pictures of 128 x 128 pixels, and a second image decoder, light and with half the contrast.
 """
 
 import shutil
@@ -14,14 +17,26 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from tiue_runtime.bundle import GRAPH_FILES, PORTABLE, TOKENIZER, Manifest, Schedule, write_bundle
+from tiue_runtime.bundle import (
+    GRAPH_FILES,
+    KL,
+    PORTABLE,
+    TINY,
+    TOKENIZER,
+    VAE_DECODER,
+    Manifest,
+    MemoryUse,
+    Schedule,
+    write_bundle,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-DIRECTORY = Path(__file__).parent / "data" / "tiny"
+DATA = Path(__file__).parent / "data"
 WORDS = ["<pad>", "<start>", "<end>", "<unknown>", "a", "red", "blue", "heart", "star", "on", "the", "sea"]
 LENGTH = 8
 EMBEDDING = np.array([[i / 10, -i / 20, 1 / (1 + i)] for i in range(len(WORDS))], dtype=np.float32)
 TAU = np.array([0.9, 0.7, 0.4, 0.2], dtype=np.float32)
+COPIES = 64
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -29,22 +44,64 @@ def value(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def save(name: str, nodes: list, inputs: list, outputs: list, constants: dict[str, np.ndarray]) -> None:
+def save(path: Path, nodes: list, inputs: list, outputs: list, constants: dict[str, np.ndarray]) -> None:
     tensors = [numpy_helper.from_array(array, key) for key, array in constants.items()]
-    graph = helper.make_graph(nodes, name, inputs, outputs, tensors)
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, DIRECTORY / GRAPH_FILES[name])
+    onnx.save(model, path)
 
 
-def main() -> None:
+def copied(name: str, last: list, heavy: bool) -> tuple[list, dict[str, np.ndarray]]:
+    """The nodes `last`, of which the last one computes `name`; when heavy, then the mean of COPIES copies of it."""
+    if not heavy:
+        return last, {}
+    last[-1].output[0] = "once"
     node = helper.make_node
-    shutil.rmtree(DIRECTORY, ignore_errors=True)
-    DIRECTORY.mkdir(parents=True)
+    nodes = [
+        node("Shape", ["once"], ["shape"]),
+        node("Concat", ["copies", "shape"], ["many"], axis=0),
+        node("Expand", ["once", "many"], ["copied"]),
+        node("ReduceMean", ["copied", "leading"], [name], keepdims=0),
+    ]
+    return [*last, *nodes], {"copies": np.array([COPIES]), "leading": np.array([0])}
+
+
+def vae(path: Path, contrast: float, heavy: bool) -> None:
+    node = helper.make_node
+    nodes, constants = copied(
+        "image",
+        [
+            node("Slice", ["latents", "from", "to", "channel"], ["rgb"]),
+            node("Mul", ["rgb", "contrast"], ["scaled"]),
+            node("Resize", ["scaled", "", "scales"], ["image"], mode="nearest"),
+        ],
+        heavy,
+    )
+    save(
+        path,
+        nodes,
+        [value("latents", FLOAT, "B", 4, "h", "w")],
+        [value("image", FLOAT, "B", 3, "H", "W")],
+        {
+            "from": np.array([0]),
+            "to": np.array([3]),
+            "channel": np.array([1]),
+            "contrast": np.float32(contrast),
+            "scales": np.array([1, 1, 2, 2], dtype=np.float32),
+            **constants,
+        },
+    )
+
+
+def make(directory: Path, heavy: bool) -> None:
+    node = helper.make_node
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     latents, text = value("latents", FLOAT, "B", 4, "h", "w"), value("text", FLOAT, "B", LENGTH, 3)
     mid, skip = value("mid", FLOAT, "B", 4, "h", "w"), value("skip.0", FLOAT, "B", 1, 1, 1)
     save(
-        "text_encoder",
+        directory / "text_encoder.onnx",
         [
             node("Gather", ["embedding", "input_ids"], ["raw"]),
             node("Cast", ["attention_mask"], ["mask"], to=FLOAT),
@@ -56,7 +113,7 @@ def main() -> None:
         {"embedding": EMBEDDING, "last": np.array([-1])},
     )
     save(
-        "unet_encoder",
+        directory / "unet_encoder.onnx",
         [
             node("Mul", ["latents", "half"], ["mid"]),
             node("ReduceMean", ["text", "axes"], ["mean"], keepdims=1),
@@ -66,37 +123,32 @@ def main() -> None:
         [mid, skip],
         {"half": np.float32(0.5), "axes": np.array([1, 2]), "last": np.array([-1])},
     )
-    save(
-        "unet_decoder",
+    eps, constants = copied(
+        "eps",
         [
             node("Gather", ["tau", "step_index"], ["tau_i"]),
             node("Reshape", ["tau_i", "column"], ["t"]),
-            node("Reshape", ["step_weight", "column"], ["w_i"]),
             node("Mul", ["mid", "t"], ["scaled"]),
             node("Add", ["scaled", "skip.0"], ["sum"]),
             node("Tanh", ["sum"], ["eps"]),
+        ],
+        heavy,
+    )
+    save(
+        directory / "unet_decoder.onnx",
+        [
+            *eps,
+            node("Reshape", ["step_weight", "column"], ["w_i"]),
             node("Mul", ["eps", "w_i"], ["weighted"]),
             node("ReduceSum", ["weighted", "first"], ["contribution"], keepdims=0),
         ],
         [mid, skip, value("step_index", INT, "k"), value("step_weight", FLOAT, "k")],
         [value("contribution", FLOAT, "B", 4, "h", "w")],
-        {"tau": TAU, "column": np.array([-1, 1, 1, 1, 1]), "first": np.array([0])},
+        {"tau": TAU, "column": np.array([-1, 1, 1, 1, 1]), "first": np.array([0]), **constants},
     )
-    save(
-        "vae_decoder",
-        [
-            node("Slice", ["latents", "from", "to", "channel"], ["rgb"]),
-            node("Resize", ["rgb", "", "scales"], ["image"], mode="nearest"),
-        ],
-        [latents],
-        [value("image", FLOAT, "B", 3, "H", "W")],
-        {
-            "from": np.array([0]),
-            "to": np.array([3]),
-            "channel": np.array([1]),
-            "scales": np.array([1, 1, 2, 2], dtype=np.float32),
-        },
-    )
+    vae(directory / GRAPH_FILES[VAE_DECODER], contrast=1, heavy=heavy)
+    if heavy:
+        vae(directory / "vae_decoder_tiny.onnx", contrast=0.5, heavy=False)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unknown>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -105,16 +157,21 @@ def main() -> None:
     )
     tokenizer.enable_padding(length=LENGTH, pad_id=0, pad_token="<pad>")
     tokenizer.enable_truncation(LENGTH)
-    tokenizer.save(str(DIRECTORY / TOKENIZER))
-    (DIRECTORY / "README.md").write_text("A synthetic bundle for tests.\n", encoding="utf-8")
+    tokenizer.save(str(directory / TOKENIZER))
+    (directory / "README.md").write_text("A synthetic bundle for tests.\n", encoding="utf-8")
+    floats = 4 * (COPIES + 1)  # bytes of the copies of a number and itself
+    estimates = {
+        "unet_decoder": MemoryUse(4 * floats, 0),  # 4 channels
+        "vae_decoder": MemoryUse(3 * 4 * floats, 0),  # 3 channels of 2 x 2 pixels
+    }
     manifest = Manifest(
-        name="tiny",
+        name=directory.name,
         licence="Apache-2.0",
         created_from={"script": "make_tiny_bundle.py"},
         latent_channels=4,
         pixels_per_latent=2,
-        default_height=8,
-        default_width=12,
+        default_height=128 if heavy else 8,
+        default_width=128 if heavy else 12,
         size_multiple=4,
         vae_scaling_factor=0.5,
         vae_shift_factor=0.25,
@@ -127,9 +184,16 @@ def main() -> None:
         },
         default_steps=4,
         precision="fp32",
-        variants={PORTABLE: GRAPH_FILES},
+        variants={PORTABLE: {**GRAPH_FILES, **({"vae_decoder_tiny": "vae_decoder_tiny.onnx"} if heavy else {})}},
+        vaes={KL: VAE_DECODER, **({TINY: "vae_decoder_tiny"} if heavy else {})},
+        memory={PORTABLE: estimates} if heavy else {},
     )
-    write_bundle(DIRECTORY, manifest).verify()
+    write_bundle(directory, manifest).verify()
+
+
+def main() -> None:
+    make(DATA / "tiny", heavy=False)
+    make(DATA / "heavy", heavy=True)
 
 
 if __name__ == "__main__":

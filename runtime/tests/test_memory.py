@@ -1,0 +1,398 @@
+"""Memory: what is free, what fits, and what happens when it ran out, with real and with pretended shortage."""
+
+import ctypes
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiue_runtime import Pipeline, memory
+from tiue_runtime.bundle import Bundle, MemoryUse
+from tiue_runtime.errors import InferenceError, OutOfMemoryError, is_out_of_memory
+from tiue_runtime.memory import Budget, free_memory, lower_mode, timesteps_at_once
+from tiue_runtime.sessions import Device
+
+HEART, STAR = "a red heart", "a blue star"
+CPU = Device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+
+
+class Scarce:
+    """A graph that runs out of memory on more than `most` rows or `latents` latent pixels at once."""
+
+    def __init__(self, graph, most=1e9, latents=1e9):
+        self._graph, self._most, self._latents = graph, most, latents
+        self.seen = []
+
+    def __call__(self, feed, **options):
+        rows, _, height, width = feed["latents"].shape if "latents" in feed else (1, 1, 1, 1)
+        rows *= len(feed.get("step_index", [0]))
+        self.seen.append((rows, height, width))
+        if rows > self._most or height * width > self._latents:
+            raise OutOfMemoryError(f"{self._graph.name} ran out of memory on cpu")
+        return self._graph(feed, **options)
+
+    def __getattr__(self, name):
+        return getattr(self._graph, name)
+
+
+@pytest.fixture(scope="module")
+def heavy(tiny):
+    return tiny.parent / "heavy"
+
+
+@pytest.fixture(scope="module")
+def heavy_pipe(heavy):
+    return Pipeline.load(heavy, device="cpu")
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """free(bytes) pretends that so much memory is free; None is unknown."""
+    return lambda value: monkeypatch.setattr(memory, "free_memory", lambda device: value)
+
+
+def rows_of(graph):
+    return [rows for rows, *_ in graph.seen]
+
+
+def test_modes_go_down_to_one_timestep():
+    assert [timesteps_at_once(mode, 4) for mode in ("parallel", "partial", "sequential")] == [4, 2, 1]
+    assert (lower_mode("parallel", 4), lower_mode("partial", 4)) == ("partial", "sequential")
+    assert lower_mode("parallel", 2) == "sequential"  # partial would be the same run again
+    assert lower_mode("sequential", 4) is lower_mode("parallel", 1) is None
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_partial_mode_runs_two_timesteps_at_once(pipe, monkeypatch, close, steps):
+    graph = Scarce(pipe._unet_decoder)
+    expected = pipe(HEART, seed=7, steps=steps, output_type="latent").images
+    monkeypatch.setattr(pipe, "_unet_decoder", graph)
+    calls = []
+    result = pipe(HEART, seed=7, steps=steps, memory="partial", output_type="latent",
+                  callback=lambda *call: calls.append(call))  # fmt: skip
+    close(result.images, expected)
+    assert (result.memory, rows_of(graph)) == ("partial", [2] * (steps // 2))
+    assert [call[:2] for call in calls] == [(steps, steps)]
+    close(calls[0][2], expected)
+
+
+@pytest.mark.parametrize(
+    "asked, most, used, rows",
+    [
+        ("auto", 7, "partial", [8, 4, 4]),
+        ("parallel", 3, "sequential", [8, 4, 2, 2, 2, 2]),
+        ("partial", 2, "sequential", [4, 2, 2, 2, 2]),
+    ],
+)
+def test_running_out_of_memory_goes_one_mode_lower(pipe, monkeypatch, close, asked, most, used, rows):
+    expected = pipe([HEART, STAR], seed=7, output_type="np").images
+    graph = Scarce(pipe._unet_decoder, most)
+    monkeypatch.setattr(pipe, "_unet_decoder", graph)
+    with pytest.warns(UserWarning) as caught:
+        result = pipe([HEART, STAR], seed=7, memory=asked, output_type="np")
+    close(result.images, expected)
+    assert (result.memory, rows_of(graph)) == (used, rows)
+    assert len(caught) == rows.count(8) + (used == "sequential")
+    first = "parallel" if asked == "auto" else asked
+    below = "partial" if first == "parallel" else "sequential"
+    message = f"unet_decoder ran out of memory on cpu in {first} mode: going on in {below} mode"
+    assert str(caught[0].message) == message and caught[0].filename == __file__
+
+
+def test_the_lowest_mode_names_the_stage_and_the_remedy(heavy_pipe, monkeypatch):
+    monkeypatch.setattr(heavy_pipe, "_unet_decoder", Scarce(heavy_pipe._unet_decoder, most=0))
+    message = r'unet_decoder ran out .*: make smaller pictures, fewer at once, load with vae="tiny"$'
+    with pytest.raises(OutOfMemoryError, match=message):
+        heavy_pipe(HEART, seed=7, memory="sequential", height=8, width=8)
+
+
+@pytest.mark.parametrize("graph", ["_text_encoder", "_unet_encoder"])
+def test_other_graphs_have_no_lower_mode(pipe, monkeypatch, graph):
+    scarce = Scarce(getattr(pipe, graph), most=0)
+    monkeypatch.setattr(pipe, graph, scarce)
+    with pytest.raises(OutOfMemoryError, match=f"^{graph[1:]} ran out of memory on cpu: make smaller pictures"):
+        pipe(HEART)
+
+
+def test_auto_takes_the_fastest_mode_that_fits(heavy_pipe, free):
+    step = 16 * 16 * heavy_pipe.bundle.manifest.memory["portable"]["unet_decoder"].per_latent / memory.USABLE
+    size = {"height": 32, "width": 32, "output_type": "latent"}
+    # From the least, since what a run once had is not asked for again.
+    for bytes_free, expected in [(0, "sequential"), (1.9, "sequential"), (2.1, "partial"), (3.9, "partial"),
+                                 (4.1, "parallel"), (0, "parallel")]:  # fmt: skip
+        free(int(step * bytes_free))
+        assert heavy_pipe(HEART, seed=1, **size).memory == expected
+    free(int(step * 4.1))
+    assert heavy_pipe(HEART, seed=1, num_images=3, **size).memory == "sequential"
+    assert heavy_pipe(HEART, seed=1, memory="partial", **size).memory == "partial"  # chosen by the caller
+    assert heavy_pipe(HEART, seed=1, callback=lambda *_: None, **size).memory == "sequential"
+    free(None)
+    assert heavy_pipe(HEART, seed=1, num_images=3, **size).memory == "parallel"
+
+
+def test_without_an_estimate_everything_fits(pipe, free):
+    free(0)
+    result = pipe(HEART)
+    assert (result.memory, result.tile) == ("parallel", None)
+
+
+def test_a_variant_without_estimates_takes_those_of_portable(heavy, free):
+    manifest = Bundle.load(heavy).manifest
+    own = {"portable": manifest.memory["portable"], "cuda": {"unet_decoder": MemoryUse(1, 1)}}
+    manifest = type(manifest)(**{**vars(manifest), "variants": {v: manifest.variants["portable"] for v in own},
+                                 "memory": own})  # fmt: skip
+    budget = Budget(manifest, "cuda", CPU)
+    free(int((10 * 4 + 10 * 16) / memory.USABLE))
+    assert budget.fits("unet_decoder", 10, 4) and not budget.fits("unet_decoder", 11, 4)
+    assert not budget.fits("vae_decoder", 10, 4) and budget.fits("text_encoder", 10, 4)
+
+
+def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatch, close, free):
+    size = {"num_images": 2, "seed": 1, "height": 256, "width": 320, "memory": "sequential", "output_type": "np"}
+    free(None)
+    whole = heavy_pipe(HEART, **size)
+    assert whole.tile is None
+    latents = 128 * 160
+    graph = Scarce(heavy_pipe._vae_decoder, most=1)
+    monkeypatch.setattr(heavy_pipe, "_vae_decoder", graph)
+    with pytest.warns(UserWarning, match="^vae_decoder ran out of memory on cpu: decoding 1 at once$") as caught:
+        result = heavy_pipe(HEART, **size)
+    np.testing.assert_array_equal(result.images, whole.images)
+    assert (result.tile, rows_of(graph), len(caught)) == (None, [2, 1, 1], 1)
+
+    graph = Scarce(heavy_pipe._vae_decoder, latents=latents - 1)
+    monkeypatch.setattr(heavy_pipe, "_vae_decoder", graph)
+    with pytest.warns(UserWarning) as caught:
+        result = heavy_pipe(HEART, **size)
+    close(result.images, whole.images)
+    assert result.tile == (128, 128) and set(graph.seen[2:]) == {(1, 64, 64)}
+    assert [str(w.message).partition("decoding ")[2] for w in caught] == [
+        "1 at once",
+        "in tiles of 128x128 pixels, which changes the picture slightly",
+    ]
+    assert caught[1].filename == __file__
+
+    graph = Scarce(heavy_pipe._vae_decoder, latents=32 * 32)
+    monkeypatch.setattr(heavy_pipe, "_vae_decoder", graph)
+    with pytest.warns(UserWarning, match="tiles of 64x64"):
+        result = heavy_pipe(HEART, vae_tiling=True, **size)
+    close(result.images, whole.images)
+    assert result.tile == (64, 64) and graph.seen[:2] == [(1, 64, 64), (1, 32, 32)]
+
+
+def test_the_estimate_decides_how_pictures_are_decoded(heavy, close, free):
+    pipe = Pipeline.load(heavy, device="cpu")
+    size = {"num_images": 2, "seed": 1, "height": 160, "width": 128, "memory": "sequential", "output_type": "np"}
+    picture = 80 * 64 * pipe.bundle.manifest.memory["portable"]["vae_decoder"].per_latent / memory.USABLE
+    graph = pipe._vae_decoder = Scarce(pipe._vae_decoder)
+    free(int(0.9 * picture))
+    with pytest.warns(UserWarning, match="would run out of memory on cpu, by the bundle's estimate: decoding in tiles"):
+        tiled = pipe(HEART, **size)
+    assert tiled.tile == (128, 128)
+    graph.seen.clear()
+    free(int(1.9 * picture))
+    result = pipe(HEART, **size)
+    assert (result.tile, rows_of(graph)) == (None, [1, 1])
+    close(tiled.images, result.images)
+    graph.seen.clear()
+    free(int(2.1 * picture))
+    np.testing.assert_array_equal(pipe(HEART, **size).images, result.images)
+    assert rows_of(graph) == [2]
+
+
+def test_tiling_when_asked_for_and_when_refused(heavy_pipe, monkeypatch, free, close):
+    size = {"seed": 1, "height": 160, "width": 128, "memory": "sequential", "output_type": "np"}
+    free(None)
+    tiled = heavy_pipe(HEART, vae_tiling=True, **size)
+    assert tiled.tile == (128, 128)
+    close(tiled.images, heavy_pipe(HEART, vae_tiling=False, **size).images)
+    assert heavy_pipe(HEART, vae_tiling=True, **{**size, "height": 128}).tile is None
+    monkeypatch.setattr(heavy_pipe, "_vae_decoder", Scarce(heavy_pipe._vae_decoder, latents=0))
+    with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, load with vae="tiny", allow vae_tiling$'):
+        heavy_pipe(HEART, vae_tiling=False, **size)
+
+
+def test_the_image_decoder_is_chosen_at_load(heavy, heavy_pipe, close):
+    tiny = Pipeline.load(heavy, device="cpu", vae="tiny")
+    assert (tiny.vae, heavy_pipe.vae) == ("tiny", "kl")
+    size = {"seed": 1, "height": 8, "width": 8, "output_type": "np"}
+    full, half = heavy_pipe(HEART, **size), tiny(HEART, **size)
+    assert (full.vae, half.vae) == ("kl", "tiny")
+    inside = (full.images > 0) & (full.images < 1)  # clipped elsewhere; in [-1,1] the tiny one has half the contrast
+    close((half.images - 0.5)[inside], ((full.images - 0.5) / 2)[inside])
+    assert inside.any()
+
+
+SHORT = """
+import json, resource, sys, warnings
+from pathlib import Path
+import numpy as np
+from tiue_runtime import Pipeline
+from tiue_runtime.memory import Budget
+
+directory, stage, mib, memory = sys.argv[1:]
+Budget.fits = lambda *_: True  # so that it runs out of memory, whatever the estimate
+pipe = Pipeline.load(directory, device="cpu")
+z = np.random.default_rng(0).standard_normal((1, 4, 256, 256)).astype(np.float32)
+graphs = iter(("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"))
+
+def before_a_graph():
+    if next(graphs, None) == stage:
+        status = Path("/proc/self/status").read_text().split()
+        size = 1024 * int(status[status.index("VmSize:") + 1])
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(mib) * 2**20, resource.RLIM_INFINITY))
+    return False
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    result = pipe("a red heart", latents=z, memory=memory, output_type="np", cancel=before_a_graph)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+whole = pipe("a red heart", latents=z, memory="sequential", output_type="np")
+difference = float(np.abs(result.images - whole.images).max())
+print(json.dumps([result.memory, result.tile, whole.tile, difference, [str(w.message) for w in caught]]))
+"""
+
+
+def short_of_memory(directory, stage, mib, mode):
+    """Make a picture of 512x512 in a process that may take only so much more memory from `stage` on."""
+    command = [sys.executable, "-c", SHORT, str(directory), stage, str(mib), mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@linux
+def test_a_real_shortage_in_the_decoder(heavy):
+    # Parallel needs 4 x 64 MiB in one piece. The lower modes need less, though ONNX Runtime's arena wastes some.
+    mode, _, _, difference, said = short_of_memory(heavy, "unet_decoder", 230, "parallel")
+    assert mode in ("partial", "sequential")
+    assert difference < 1e-5
+    assert said[0] == "unet_decoder ran out of memory on cpu in parallel mode: going on in partial mode"
+
+
+@linux
+def test_a_real_shortage_in_the_image_decoder(heavy):
+    # The whole picture needs 192 MiB, a tile of 128 pixels a 16th of it.
+    mode, tile, whole, difference, said = short_of_memory(heavy, "vae_decoder", 120, "parallel")
+    assert (mode, tile, whole) == ("parallel", [128, 128], None)
+    assert difference < 1e-5
+    assert said == [
+        "vae_decoder ran out of memory on cpu: decoding in tiles of 128x128 pixels, which changes the picture slightly"
+    ]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "std::bad_alloc",
+        "bad allocation",
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node.\n"
+        "bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t) Failed to allocate memory for "
+        "requested buffer of size 939524096",
+        "Available memory of 1024 is smaller than requested bytes of 4096",
+        "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        "CUDNN failure 2: CUDNN_STATUS_ALLOC_FAILED ; GPU=0",
+        "CUDNN failure 5003: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ; GPU=0",
+    ],
+)
+def test_messages_of_exhausted_memory(said):
+    assert is_out_of_memory(RuntimeError(said))
+
+
+def test_other_errors_are_not_exhausted_memory():
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("Got invalid dimensions for input: latents"))
+    assert not is_out_of_memory(InferenceError("unet_decoder failed on cuda: CUDA failure 700"))
+
+
+def test_memory_of_this_process():
+    assert free_memory(CPU) is None or free_memory(CPU) > 2**20
+
+
+@linux
+def test_the_limit_of_the_address_space_counts():
+    code = (
+        "import resource; from tiue_runtime.memory import free_memory; from tiue_runtime.sessions import Device; "
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); print(free_memory(Device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 2**30
+
+
+@linux
+@pytest.mark.parametrize(
+    "groups, files, expected",
+    [
+        ("0::/", {}, 8000),
+        ("0::/app/job", {"app/job/memory": ("max", 100, ""), "app/memory": ("5000", 3000, "anon 1\n")}, 2000),
+        ("0::/app", {"app/memory": ("5000", 3000, "inactive_file 500\ninactive_anon 7\n")}, 2500),
+        ("0::/app", {"app/memory": ("5000", 6000, "")}, 0),
+        ("5:cpu:/\n4:memory:/host/path", {"memory/memory": ("4000", 3000, "total_inactive_file 200\n")}, 1200),
+        ("4:cpu,memory:/a", {"memory/a/memory": ("9223372036854771712", 3000, "")}, 8000),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, groups, files, expected):
+    for name, text in (("meminfo", "MemTotal: 20000 kB\nMemAvailable: 8000 kB\n"), ("self/cgroup", groups),
+                       ("self/status", "VmSize: 1 kB\n")):  # fmt: skip
+        path = tmp_path / "proc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    old = "memory:" in groups or "memory" in groups.partition("\n")[0]
+    for stem, (limit, usage, pages) in files.items():
+        path = tmp_path / "sys/fs/cgroup" / stem
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scaled = limit if limit == "max" else str(1024 * int(limit) if len(limit) < 9 else int(limit))
+        counted = "".join(
+            f"{name} {1024 * int(number)}\n" for name, number in (line.split() for line in pages.splitlines())
+        )
+        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+        for name, content in zip(names, (scaled, str(1024 * usage)), strict=True):
+            path.with_name(f"memory.{name}").write_text(f"{content}\n")
+        path.with_name("memory.stat").write_text(counted)
+    assert memory._linux_free(tmp_path) == 1024 * expected
+
+
+class Driver:
+    """The CUDA driver's functions, as far as they are used; `broken` names one that returns an error."""
+
+    def __init__(self, broken=""):
+        self.calls = []
+        self._broken = broken
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            if name == "cuDeviceGet":
+                assert arguments[1] == 1  # the index asked for
+            if name == "cuMemGetInfo_v2":
+                for reference, value in zip(arguments, (3 * 2**30, 8 * 2**30), strict=True):
+                    ctypes.cast(reference, ctypes.POINTER(ctypes.c_size_t)).contents.value = value
+            return int(name == self._broken)
+
+        return call
+
+
+def test_memory_of_a_gpu():
+    driver = Driver()
+    assert memory._cuda_free(1, lambda _: driver) == 3 * 2**30
+    assert driver.calls[-2:] == ["cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2"]
+
+
+@pytest.mark.parametrize("broken", ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2",
+                                    "cuMemGetInfo_v2"])  # fmt: skip
+def test_memory_of_a_gpu_is_unknown_when_the_driver_fails(broken):
+    driver = Driver(broken)
+    assert memory._cuda_free(1, lambda _: driver) is None
+    retained = "cuDevicePrimaryCtxRetain" in driver.calls and broken != "cuDevicePrimaryCtxRetain"
+    assert ("cuDevicePrimaryCtxRelease_v2" in driver.calls) == retained
+    assert ("cuCtxPopCurrent_v2" in driver.calls) == (broken == "cuMemGetInfo_v2")
+
+
+def test_memory_of_a_gpu_without_a_driver():
+    def load(name):
+        raise OSError(name)
+
+    assert memory._cuda_free(0, load) is None
+    assert memory._cuda_free(0, lambda _: object()) is None
