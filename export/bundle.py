@@ -6,13 +6,16 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+import torch
+from diffusers import AutoencoderTiny
 from tiue_runtime import bundle
 from tokenizers import Tokenizer
 
@@ -22,26 +25,47 @@ from tiue.schedule import closed_form
 
 from .card import model_card
 from .errors import ExportError
-from .files import write_graph
-from .graphs import unet_graphs
-from .optimum_parts import text_encoder_graph, vae_decoder_graph
-from .parity import Row, check, judge
+from .files import GraphWriter
+from .graphs import Form, VaeDecoder, unet_graphs, vae_decoder_graph
+from .optimum_parts import text_encoder_graph
+from .parity import Checker, Row, judge
 from .precision import store_float16, store_int8
+
+
+TARGETS = (bundle.PORTABLE, bundle.CUDA)
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a bundle may differ in."""
+    """What a bundle may differ in. Raises ExportError for what contradicts itself."""
 
     name: str
-    weights: str = "fp32"  # how the files store them: fp32 or fp16
-    text_encoder: str = "fp32"  # or int8
+    targets: tuple[str, ...] = (bundle.PORTABLE,)  # of TARGETS
+    precision: str = "fp32"  # what the graphs compute in: fp32, or fp16 with the parts that overflow in fp32
+    weights: str | None = None  # how the files store them, fp32 or fp16; as the graphs compute by default
+    text_encoder: str = "fp32"  # or int8, which is storage, too
+    tiny_vae: AutoencoderTiny | None = None  # an image decoder that comes with the model's own, or takes its place
+    vaes: tuple[str, ...] = ()  # of bundle.VAE_KINDS, the default first; the model's own by default
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision == "fp16" and self.weights == "fp32":
+            raise ExportError("--weights fp32: what computes in fp16 has fp16 weights; leave it out")
+        if ("tiny" in self.vaes) != (self.tiny_vae is not None):
+            raise ExportError(
+                "--vae tiny needs --vae-path, the directory of a diffusers AutoencoderTiny, and only it does"
+            )
+
+    @property
+    def stored(self) -> str:
+        """How the files store weights."""
+        return self.weights or self.precision
 
     @property
     def exact(self) -> bool:
         """Whether the bundle must match PyTorch to float32 rounding."""
-        return (self.weights, self.text_encoder) == ("fp32", "fp32")
+        return (self.precision, self.stored, self.text_encoder) == ("fp32", "fp32", "fp32")
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -80,9 +104,14 @@ def export_bundle(
         _write_graphs(building, student, manifest, options, progress)
         _write_tokenizer(building / bundle.TOKENIZER, student.components)
         progress("checking the graphs against PyTorch")
-        rows = check(building, manifest, student, options.exact)
+        vaes = {
+            name: VaeDecoder(vae, torch.float32, *scaling) for name, vae, *scaling in _image_decoders(student, options)
+        }
+        checker = Checker(building, manifest, student, vaes, options.exact)
+        rows = checker.check()
         report(rows)
         judge(rows, options.exact)
+        manifest = replace(manifest, memory=checker.memory)
         (building / "README.md").write_text(model_card(manifest), encoding="utf-8")
         bundle.write_bundle(building, manifest)
         _move_into_place(building, out)
@@ -102,22 +131,59 @@ def _write_graphs(
     options: Options,
     progress: Callable[[str], None],
 ) -> None:
-    def write(name: str, graph: ir.Model) -> None:
-        if options.weights == "fp16":
+    writer = GraphWriter(directory, share=len(options.targets) > 1)
+    dtype = _DTYPES[options.precision]
+
+    def write(variant: str, name: str, graph: ir.Model) -> None:
+        if options.stored == "fp16":
             store_float16(graph)
-        write_graph(graph, directory / bundle.GRAPH_FILES[name])
+        writer.write(graph, manifest.variants[variant][name])
 
     progress("exporting the text encoder")
-    text_encoder = text_encoder_graph(student.components)
+    text_encoder = text_encoder_graph(student.components, dtype)
     if options.text_encoder == "int8":
         store_int8(text_encoder)
-    write(bundle.TEXT_ENCODER, text_encoder)
-    progress("exporting the UNet's encoder and decoder")
-    encoder, decoder = unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length)
-    write(bundle.UNET_ENCODER, encoder)
-    write(bundle.UNET_DECODER, decoder)
-    progress("exporting the VAE's decoder")
-    write(bundle.VAE_DECODER, vae_decoder_graph(student.components))
+    write(options.targets[0], bundle.TEXT_ENCODER, text_encoder)
+    del text_encoder
+    for target in options.targets:
+        form = Form(target, dtype)
+        progress(f"exporting the UNet's encoder and decoder, {target}")
+        graphs = list(unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length, form))
+        write(target, bundle.UNET_DECODER, graphs.pop())
+        write(target, bundle.UNET_ENCODER, graphs.pop())
+        for name, vae, scale, shift in _image_decoders(student, options):
+            progress(f"exporting {name}, {target}")
+            write(target, name, vae_decoder_graph(vae, form, scale, shift))
+
+
+def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any, float, float]]:
+    """Each VAE: its graph, itself, and the scale and shift to undo where another's place is its own (1, 0 if not)."""
+    own = student.components.vae
+    for kind, name in _vaes(student, options).items():
+        if kind == bundle.TINY and options.tiny_vae is not None:
+            yield name, options.tiny_vae, own.config["scaling_factor"], own.config.get("shift_factor") or 0.0
+        else:
+            yield name, own, 1.0, 0.0
+
+
+def _variants(options: Options, vaes: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The file of each graph, for each target. What the text encoder does gains nothing from CUDA's operators."""
+    variants: dict[str, dict[str, str]] = {}
+    for target in options.targets:
+        suffix = "" if target == bundle.PORTABLE else f".{target}"
+        names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *vaes.values())
+        variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
+        variants[target][bundle.TEXT_ENCODER] = bundle.GRAPH_FILES[bundle.TEXT_ENCODER]
+    return variants
+
+
+def _vaes(student: Student, options: Options) -> dict[str, str]:
+    """The graph of each kind of VAE, the default first."""
+    own = bundle.TINY if isinstance(student.components.vae, AutoencoderTiny) else bundle.KL
+    first, *others = options.vaes or (own,)
+    if own == bundle.TINY and options.vaes:
+        raise ExportError("--vae: the model's own VAE is tiny already")
+    return {first: bundle.VAE_DECODER} | {kind: f"{bundle.VAE_DECODER}_{kind}" for kind in others}
 
 
 def _manifest(student: Student, options: Options) -> bundle.Manifest:
@@ -130,6 +196,7 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
     for steps, timesteps in sorted(student.schedules.items()):
         s = closed_form(components.scheduler_config, timesteps)
         schedules[steps] = bundle.Schedule(s.timesteps, s.noise_weight, s.step_weights)
+    vaes = _vaes(student, options)
     decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
     return bundle.Manifest(
         name=options.name,
@@ -137,8 +204,9 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
         created_from={
             "base_model": student.base_model,
             "tiue": version("tiue"),
-            "weights": options.weights,
-            "text_encoder": options.text_encoder,
+            "precision": options.precision,
+            "weights": options.stored,
+            "text_encoder": options.stored if options.text_encoder == "fp32" else options.text_encoder,
         },
         latent_channels=unet.config["in_channels"],
         pixels_per_latent=pixels_per_latent,
@@ -152,8 +220,9 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
         schedules=schedules,
         default_steps=max(schedules),
-        precision=options.weights,
-        variants={bundle.PORTABLE: dict(bundle.GRAPH_FILES)},
+        precision=options.stored,
+        variants=_variants(options, vaes),
+        vaes=vaes,
     )
 
 

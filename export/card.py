@@ -16,7 +16,8 @@ at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 - Licence: {licence}
 - Default size: {width} x {height} pixels; sides are multiples of {multiple}
 - Steps: {all_steps}
-- Weights stored as {weights}, text encoder as {text_encoder}
+- Computes in {precision}; weights stored as {weights}, text encoder as {text_encoder}
+- Variants: {variants}. Image decoders: {vaes}
 
 ```python
 from tiue_runtime import Pipeline
@@ -35,6 +36,9 @@ def model_card(manifest: bundle.Manifest) -> str:
         name=manifest.name,
         licence=manifest.licence,
         base_model=manifest.created_from["base_model"],
+        precision=manifest.created_from["precision"],
+        variants=", ".join(manifest.variants),
+        vaes=", ".join(manifest.vaes),
         weights=manifest.created_from["weights"],
         text_encoder=manifest.created_from["text_encoder"],
         steps=manifest.default_steps,

@@ -4,18 +4,65 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 EXTERNAL_ABOVE = 10**9  # bytes of weights; a protobuf ends at 2 GiB, and one file is easier to handle
+SHARED_ABOVE = 1024  # bytes of a weight that is worth a reference to another file
+_PAGE = 65536  # weights begin where every system can map them into memory
 
 
-def write_graph(graph: ir.Model, path: Path) -> None:
-    """Write `path`, and `<path>.data` beside it if the weights exceed EXTERNAL_ABOVE."""
-    _strip(graph)
-    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    ir.save(graph, path, external_data=f"{path.name}.data" if weights > EXTERNAL_ABOVE else None)
+class GraphWriter:
+    """Writes the graphs of one bundle.
+
+    Weights above EXTERNAL_ABOVE go to `<graph>.data` beside it. Of a bundle with several targets, large or not,
+    so that a weight that two graphs have in common is written once.
+    """
+
+    def __init__(self, directory: Path, share: bool):
+        self.directory = directory
+        self.share = share
+        self._written: dict[bytes, ir.ExternalTensor] = {}  # by content
+
+    def write(self, graph: ir.Model, name: str) -> None:
+        """Write `graph` to the file `name` and its weights, if they are large, to `<name>.data`."""
+        _strip(graph)
+        weights = [value for value in graph.graph.initializers.values() if value.const_value is not None]
+        if self.share or sum(value.const_value.nbytes for value in weights) > EXTERNAL_ABOVE:  # type: ignore[union-attr]
+            self._move_out(weights, f"{name}.data")
+        ir.save(graph, self.directory / name)
+
+    def _move_out(self, weights: list[ir.Value], data_name: str) -> None:
+        new: list[ir.Value] = []
+        for value in weights:
+            tensor: Any = value.const_value
+            if tensor.nbytes < SHARED_ABOVE:
+                continue
+            known = self._written.get(_digest(tensor))
+            if known is None:
+                new.append(value)
+            else:
+                value.const_value = _reference(known, str(value.name), tensor.shape)
+        if new:
+            tensors: list[Any] = [value.const_value for value in new]
+            digests = [_digest(tensor) for tensor in tensors] if self.share else []
+            moved = ir.external_data.convert_tensors_to_external(tensors, self.directory, data_name, alignment=_PAGE)
+            for value, tensor in zip(new, moved, strict=True):
+                value.const_value = tensor
+            self._written.update(zip(digests, moved, strict=False))
+
+
+def _digest(tensor: Any) -> bytes:
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + tensor.tobytes()).digest()
+
+
+def _reference(known: ir.ExternalTensor, name: str, shape: Any) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        known.location, known.offset, known.length, known.dtype, shape=shape, name=name, base_dir=known.base_dir
+    )
 
 
 def _strip(graph: ir.Model) -> None:

@@ -23,7 +23,7 @@ from .quiet import quiet
 from .translate import CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 
 OPSET = 18  # from 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel
-MID = "mid"  # features are named mid, skip_0, skip_1 ...
+MID, SKIP = "mid", "skip_"  # features are named mid, skip_0, skip_1 ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def unet_graphs(
     encoder = UnetEncoder(tiue, form, temb).eval()
     with torch.no_grad():
         features = encoder(latents, text)
-    names = [MID, *(f"skip_{i}" for i in range(len(features) - 1))]
+    names = [MID, *(f"{SKIP}{i}" for i in range(len(features) - 1))]
     encoder_graph = _trace(
         encoder,
         (latents, text),

@@ -4,7 +4,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _STEPS_HELP = "step counts, e.g. 4 or 4,2,1 (default: all the student was trained for; of a pipeline, 4)"
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .bundle import Options, check_target, export_bundle
     from .errors import ParityError
     from .parity import table
-    from .source import load_source
+    from .source import load_source, load_tiny_vae
 
     source = arguments.ckpt  # not yet a Path, which would make the Hub id owner/name of ./owner/name
     out = Path(arguments.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
@@ -29,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         student = load_source(source, arguments.steps, arguments.base)
         options = Options(
             name=arguments.name or student.components.name,
+            targets=arguments.target,
+            precision=arguments.precision,
             weights=arguments.weights,
             text_encoder=arguments.text_encoder,
+            tiny_vae=load_tiny_vae(Path(arguments.vae_path), student.components) if arguments.vae_path else None,
+            vaes=arguments.vae,
             overwrite=arguments.overwrite,
         )
         export_bundle(student, out, options, _progress, lambda rows: print(table(rows)))
@@ -63,11 +67,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--name", help="the model's name (default: the one in --ckpt)")
     parser.add_argument("--steps", type=_steps, help=_STEPS_HELP)
-    parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="storage: fp16 halves the files")
+    parser.add_argument(
+        "--target",
+        type=_list_of("portable", "cuda"),
+        default=("portable",),
+        metavar="TARGET[,TARGET]",
+        help="portable runs anywhere; cuda has the fused operators of ONNX Runtime's CUDA provider (default: portable)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="what graphs compute in; fp16 keeps what overflows in fp32, is for GPUs, and slower on CPUs (default: fp32)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("fp32", "fp16"),
+        help="storage: fp16 halves the files, also of what computes in fp32 (default: as --precision)",
+    )
+    parser.add_argument(
+        "--vae",
+        type=_list_of("kl", "tiny"),
+        default=(),
+        metavar="KIND[,KIND]",
+        help="image decoders: tiny takes kl's place, kl,tiny holds both, the first by default (default: the model's own)",
+    )
+    parser.add_argument(
+        "--vae-path", metavar="DIR", help="for --vae tiny: a diffusers AutoencoderTiny (TAESD's layout)"
+    )
     parser.add_argument(
         "--text-encoder", choices=("fp32", "int8"), default="fp32", help="int8 quarters the text encoder"
     )
     return parser
+
+
+def _list_of(*allowed: str) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        items = tuple(text.split(","))
+        if not set(items) <= set(allowed) or len(set(items)) < len(items):
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(allowed)}, or both by a comma, got {text!r}")
+        return items
+
+    return parse
 
 
 def _steps(text: str) -> list[int]:

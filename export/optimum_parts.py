@@ -1,4 +1,4 @@
-"""The text encoder and VAE decoder graphs, by optimum-onnx, which knows how to trace the libraries' models.
+"""The text encoder's graph, by optimum-onnx, which knows how to trace every kind of it.
 
 The only module that imports optimum.
 """
@@ -7,6 +7,7 @@ The only module that imports optimum.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +15,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from optimum.exporters.onnx import export
-from optimum.exporters.onnx.model_configs import VaeDecoderOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from tiue_runtime import bundle
-from torch import nn
 
 from tiue.components import Components, uses_attention_mask
 
@@ -26,8 +25,8 @@ from .graphs import OPSET
 from .quiet import quiet
 
 
-def text_encoder_graph(components: Components) -> ir.Model:
-    """input_ids int64 (B,L) [, attention_mask int64 (B,L)] => text (B,L,D)."""
+def text_encoder_graph(components: Components, dtype: torch.dtype) -> ir.Model:
+    """input_ids int64 (B,L) [, attention_mask int64 (B,L)] => text float32 (B,L,D), computed in `dtype`."""
     model = components.text_encoder
     names = [bundle.INPUT_IDS, *([bundle.ATTENTION_MASK] if uses_attention_mask(model) else [])]
     base = _text_config_class(model.config.model_type)
@@ -44,38 +43,9 @@ def text_encoder_graph(components: Components) -> ir.Model:
             return {"last_hidden_state": {0: "batch", 1: "length"}}
 
     shapes = {"batch_size": 2, "sequence_length": components.tokenizer.model_max_length}
-    return _export(model, Config(model.config, task="feature-extraction"), bundle.TEXT, shapes)
-
-
-def vae_decoder_graph(components: Components) -> ir.Model:
-    """latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1]."""
-
-    class Config(VaeDecoderOnnxConfig):
-        """optimum's configuration, with our input's name."""
-
-        @property
-        def inputs(self) -> dict[str, dict[int, str]]:
-            return {"latent_sample": {0: "batch", 2: "height", 3: "width"}}
-
-        @property
-        def outputs(self) -> dict[str, dict[int, str]]:
-            return {"sample": {0: "batch", 2: "image_height", 3: "image_width"}}
-
-    module = _VaeDecoder(components.vae)
-    shapes = {"batch_size": 2, "width": 24, "height": 16}
-    graph = _export(module, Config(module.config, task="semantic-segmentation"), bundle.IMAGE, shapes)
-    graph.graph.inputs[0].name = bundle.LATENTS
-    return graph
-
-
-class _VaeDecoder(nn.Module):
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.vae = vae
-        self.config = vae.config
-
-    def forward(self, latent_sample: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"sample": self.vae.decode(latent_sample, return_dict=False)[0]}
+    if dtype != model.dtype:
+        model = copy.deepcopy(model).to(dtype)
+    return _export(model, Config(model.config, task="feature-extraction"), shapes)
 
 
 def _text_config_class(model_type: str) -> Any:
@@ -90,11 +60,17 @@ def _text_config_class(model_type: str) -> Any:
     return constructor.func
 
 
-def _export(model: Any, config: Any, output: str, shapes: dict[str, int]) -> ir.Model:
+def _export(model: Any, config: Any, shapes: dict[str, int]) -> ir.Model:
     with TemporaryDirectory() as directory, quiet():
         path = Path(directory) / "model.onnx"
         export(model, config, path, opset=OPSET, input_shapes=shapes)
         graph = ir.load(path)
         ir.external_data.load_to_model(graph)
-    (graph.graph.outputs[0].name,) = [output]
+    (text,) = graph.graph.outputs
+    if text.dtype != ir.DataType.FLOAT:
+        widened = ir.node("Cast", [text], {"to": ir.DataType.FLOAT})
+        widened.outputs[0].shape, widened.outputs[0].dtype = text.shape, ir.DataType.FLOAT
+        graph.graph.append(widened)
+        graph.graph.outputs[0] = widened.outputs[0]
+    graph.graph.outputs[0].name = bundle.TEXT
     return graph

@@ -9,19 +9,27 @@ The graphs run in a chain, as the runtime runs them: every row includes the erro
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from tiue_runtime import bundle
 from tokenizers import Tokenizer
+from torch import nn
 
 from tiue.checkpoint import Student
-from tiue.components import tokenize, uses_attention_mask
+from tiue.components import encode_text, tokenize, uses_attention_mask
+from tiue.unet import Features
 
 from .errors import ParityError
+from .graphs import MID, SKIP
+from .memory import fit, measured
+from .reference import lower
+from .translate import TO_CHANNELS_FIRST
 
 # max |diff| over the standard deviation of the output. The two add float32 numbers in different orders,
 # through hundreds of layers: 1e-5 is usual, a wrong weight or constant gives 1e-1, and no eye sees 1e-3.
@@ -37,6 +45,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Row:
     """One output at one batch size and resolution, ONNX Runtime against PyTorch."""
 
+    variant: str
     output: str
     case: str
     max_diff: float
@@ -44,33 +53,87 @@ class Row:
     psnr_db: float
     gated: bool  # whether it must pass, or is only reported
 
+    @property
+    def relative(self) -> float:
+        """The greatest difference, in standard deviations."""
+        return self.max_diff / self.std if self.std else float("inf")
+
     def passes(self, exact: bool) -> bool:
         """Whether the row is within the float32 tolerance, or else above the PSNR floor. NaN is neither."""
         return self.max_diff <= FLOAT32_TOLERANCE * self.std if exact else self.psnr_db >= PSNR_FLOOR_DB
 
 
-def check(directory: Path, manifest: bundle.Manifest, student: Student, exact: bool) -> list[Row]:
-    """Compare every graph of the bundle being built in `directory` with `student`.
+class Checker:
+    """Compares the graphs of a bundle that is being built with the student they were made from.
 
-    Args:
-        exact: float32 tolerance; otherwise (reduced precision) the PSNR floor, on latents and images only.
-
-    Returns all rows. Raises ParityError if the tokenizer differs; the rows are for the caller to judge.
+    `memory` holds, after `check`, what the runs were measured to take: of the graphs whose batch the runtime can
+    divide, in the portable variant, where the system tells.
     """
-    _check_tokenizer(directory, manifest, student)
-    multiple = manifest.size_multiple // manifest.pixels_per_latent
-    default_height = manifest.default_height // manifest.pixels_per_latent
-    default_width = manifest.default_width // manifest.pixels_per_latent
-    # Not the shapes of the trace; the second has a side of one at the UNet's coarsest level.
-    cases = [_Case(student, 1, default_height, default_width), _Case(student, 3, 3 * multiple, multiple)]
-    rows: list[Row] = []
-    for graph in bundle.GRAPHS:
-        path = directory / manifest.variants[bundle.PORTABLE][graph]
-        session = ort.InferenceSession(path, _session_options(), providers=["CPUExecutionProvider"])
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: bundle.Manifest,
+        student: Student,
+        vaes: Mapping[str, nn.Module],
+        exact: bool,
+    ):
+        """vaes: by graph, unscaled latents => image; exact: float32 tolerance, else PSNR of latents and images."""
+        self.directory = directory
+        self.manifest = manifest
+        self.student = student
+        self.vaes = vaes
+        self.exact = exact
+        self.memory: dict[str, dict[str, bundle.MemoryUse]] = {}
+
+    def check(self) -> list[Row]:
+        """Returns all rows, for the caller to judge. Raises ParityError if the tokenizer or a shape differs."""
+        manifest = self.manifest
+        _check_tokenizer(self.directory, manifest, self.student)
+        multiple = manifest.size_multiple // manifest.pixels_per_latent
+        height = manifest.default_height // manifest.pixels_per_latent
+        width = manifest.default_width // manifest.pixels_per_latent
+        half_height, half_width = (max(size // multiple // 2, 1) * multiple for size in (height, width))
+        # None is the shape of the trace; the last has a side of one at the UNet's coarsest level.
+        sizes = [(1, height, width), (1, half_height, half_width), (3, 3 * multiple, multiple)]
+        cases = [_Case(self.student, self.vaes, *size) for size in sizes]
+        rows: list[Row] = []
+        for variant in manifest.variants:
+            for graph in manifest.graphs:
+                rows += self._compare(variant, graph, cases)
+        return rows
+
+    def _compare(self, variant: str, graph: str, cases: "list[_Case]") -> Iterator[Row]:
+        session = self._session(variant, graph)
+        gated = self.exact or graph in (bundle.UNET_DECODER, *self.vaes)
+        uses: list[tuple[int, int, int]] = []
         for case in cases:
-            gated = exact or graph in (bundle.UNET_DECODER, bundle.VAE_DECODER)
-            rows += [_row(n, case.name, *pair, gated) for n, pair in case.run(graph, session, manifest)]
-    return rows
+            for output, made, expected in case.run(graph, session, self.manifest, uses):
+                channels_last = variant == bundle.CUDA and graph == bundle.UNET_ENCODER
+                made = made.transpose(TO_CHANNELS_FIRST) if channels_last else made
+                yield _row(variant, output, case.name, made, expected, gated)
+        if variant == bundle.PORTABLE and graph in (bundle.UNET_DECODER, *self.vaes) and uses:
+            self.memory.setdefault(variant, {})[graph] = fit(uses)
+
+    def _session(self, variant: str, graph: str) -> Any:
+        """A session of the graph; without CUDA, of what its CUDA operators mean."""
+        path = self.directory / self.manifest.variants[variant][graph]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_cpu_mem_arena = False  # memory that a run no longer needs is free again, so it can be measured
+        if variant != bundle.CUDA:
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        if "CUDAExecutionProvider" in ort.get_available_providers():
+            providers = [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+            return ort.InferenceSession(path, options, providers=providers)
+        lowered = path.with_name(f".{path.name}.definitions")
+        model = ir.load(path)
+        lower(model)
+        try:
+            ir.save(model, lowered)  # beside the weights, to which it refers
+            return ort.InferenceSession(lowered, options, providers=["CPUExecutionProvider"])
+        finally:
+            lowered.unlink(missing_ok=True)
 
 
 def judge(rows: list[Row], exact: bool) -> None:
@@ -80,89 +143,131 @@ def judge(rows: list[Row], exact: bool) -> None:
         worst = failed[0]
         limit = f"{FLOAT32_TOLERANCE} of its std {worst.std:.3g}" if exact else f"{PSNR_FLOOR_DB} dB"
         raise ParityError(
-            f"parity failed for {len(failed)} of {len(rows)} outputs, first {worst.output} ({worst.case}): "
+            f"parity failed for {len(failed)} of {len(rows)} outputs, first {worst.output} "
+            f"({worst.variant}; {worst.case}): "
             f"max |diff| {worst.max_diff:.3g}, PSNR {worst.psnr_db:.1f} dB; the limit is {limit}"
         )
 
 
 def table(rows: list[Row]) -> str:
     """The rows as text, one a line; a star marks those that the gate judges."""
-    lines = [f"{'output':<26} {'batch, latents':<16} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
+    lines = [f"{'variant':<9} {'output':<24} {'batch, latents':<15} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
+    worst: dict[tuple[str, str], Row] = {}  # of the many features of a case, the one that is furthest off
+    for r in filter(_is_feature, rows):
+        key = r.variant, r.case
+        worst[key] = max(worst.get(key, r), r, key=lambda row: row.relative)
     for r in rows:
-        relative = r.max_diff / r.std if r.std else float("inf")
-        figures = f"{r.max_diff:>10.2e} {relative:>9.1e} {r.psnr_db:>8.1f}"
-        lines.append(f"{r.output:<26} {r.case:<16} {figures}{' *' if r.gated else ''}")
-    lines.append(f"* must pass: {FLOAT32_TOLERANCE} of std in float32, {PSNR_FLOOR_DB} dB with smaller weights")
+        if _is_feature(r) and worst[r.variant, r.case] is not r:
+            continue
+        output = f"features, worst: {r.output}" if _is_feature(r) else r.output
+        figures = f"{r.max_diff:>10.2e} {r.relative:>9.1e} {r.psnr_db:>8.1f}"
+        lines.append(f"{r.variant:<9} {output:<24} {r.case:<15} {figures}{' *' if r.gated else ''}")
+    lines.append(f"* must pass: {FLOAT32_TOLERANCE} of std in float32, {PSNR_FLOOR_DB} dB in reduced precision")
+    if any(r.variant == bundle.CUDA for r in rows) and "CUDAExecutionProvider" not in ort.get_available_providers():
+        lines.append("cuda: no GPU here, so its operators were replaced by their definitions and run on the CPU")
     return "\n".join(lines)
 
 
-class _Case:
-    """One batch size and resolution: inputs, and what the graphs have made of them so far."""
+def _is_feature(row: Row) -> bool:
+    return row.output == MID or row.output.startswith(SKIP)
 
-    def __init__(self, student: Student, batch: int, height: int, width: int):
+
+class _Case:
+    """One batch size and resolution: inputs, what PyTorch makes of them, and what the graphs do, in a chain."""
+
+    def __init__(self, student: Student, vaes: Mapping[str, nn.Module], batch: int, height: int, width: int):
         self.student = student
+        self.vaes = vaes
         self.name = f"{batch}, {height}x{width}"
         self.prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
         channels = student.components.unet.config["in_channels"]
         self.noise = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
         self.made: dict[str, Array] = {bundle.LATENTS: self.noise.numpy()}
 
-    def run(self, graph: str, session: Any, manifest: bundle.Manifest) -> Iterator[tuple[str, tuple[Array, Array]]]:
-        """Run a graph: (name, (made by ONNX Runtime, expected)) for each of its outputs."""
-        step = {
-            bundle.TEXT_ENCODER: self._text,
-            bundle.UNET_ENCODER: self._features,
-            bundle.UNET_DECODER: self._latents,
-            bundle.VAE_DECODER: self._image,
-        }[graph]
-        with torch.no_grad():
-            yield from step(session, manifest)
+    def run(
+        self, graph: str, session: Any, manifest: bundle.Manifest, uses: list[tuple[int, int, int]]
+    ) -> Iterator[tuple[str, Array, Array]]:
+        """Run a graph: (name, made by ONNX Runtime, expected) for each of its outputs. Adds the memory it took."""
 
-    def _text(self, session: Any, manifest: bundle.Manifest) -> Any:
-        components = self.student.components
-        ids, mask = tokenize(components, self.prompts)
-        self.text = components.text_encoder(input_ids=ids, attention_mask=mask)[0]
+        def run(feeds: Mapping[str, Array], rows: int = 1) -> dict[str, Array]:
+            names = [output.name for output in session.get_outputs()]
+            values, taken = measured(lambda: session.run(names, dict(feeds)))
+            if taken:
+                uses.append((rows * len(self.noise), self.noise[0, 0].numel(), taken))
+            return dict(zip(names, values, strict=True))
+
+        inputs = {i.name for i in session.get_inputs()}
+        with torch.no_grad():
+            if graph == bundle.TEXT_ENCODER:
+                yield from self._text_rows(run)
+            elif graph == bundle.UNET_ENCODER:
+                yield from self._feature_rows(run)
+            elif graph == bundle.UNET_DECODER:
+                yield from self._latent_rows(run, manifest, inputs)
+            else:
+                yield from self._image_rows(run, manifest, graph)
+
+    @cached_property
+    def text(self) -> Any:
+        """Text embeddings, by PyTorch, as all that follows."""
+        return encode_text(self.student.components, self.prompts)
+
+    @cached_property
+    def features(self) -> Features:
+        return self.student.tiue().encode(self.noise, self.text)
+
+    @cached_property
+    def z_0(self) -> dict[int, Any]:
+        """Latents, by step count."""
+        return {n: self.student.tiue(n)(self.noise, self.text) for n in self.student.schedules}
+
+    @cached_property
+    def images(self) -> dict[str, Any]:
+        """Pictures of the longest schedule's latents, by the graph that stands for the VAE."""
+        vae = self.student.components.vae.config
+        unscaled = self.z_0[max(self.z_0)] / vae["scaling_factor"] + (vae.get("shift_factor") or 0.0)
+        return {graph: module(unscaled) for graph, module in self.vaes.items()}
+
+    def _text_rows(self, run: Any) -> Any:
+        ids, mask = tokenize(self.student.components, self.prompts)
         feeds = {bundle.INPUT_IDS: ids.numpy()}
         if mask is not None:
             feeds[bundle.ATTENTION_MASK] = mask.numpy()
-        self.made |= _run(session, feeds)
-        yield bundle.TEXT, (self.made[bundle.TEXT], self.text.numpy())
+        self.made |= run(feeds)
+        yield bundle.TEXT, self.made[bundle.TEXT], self.text.numpy()
 
-    def _features(self, session: Any, manifest: bundle.Manifest) -> Any:
-        features = self.student.tiue().encode(self.noise, self.text)
-        outputs = _run(session, {name: self.made[name] for name in (bundle.LATENTS, bundle.TEXT)})
+    def _feature_rows(self, run: Any) -> Any:
+        outputs = run({name: self.made[name] for name in (bundle.LATENTS, bundle.TEXT)})
         self.made |= outputs
-        for (name, made), expected in zip(outputs.items(), (features.mid, *features.skips), strict=True):
-            yield name, (made, expected.numpy())
+        for (name, made), expected in zip(outputs.items(), (self.features.mid, *self.features.skips), strict=True):
+            yield name, made, expected.numpy()
 
-    def _latents(self, session: Any, manifest: bundle.Manifest) -> Any:
+    def _latent_rows(self, run: Any, manifest: bundle.Manifest, inputs: set[str]) -> Any:
+        fixed = {name: value for name, value in self.made.items() if name in inputs}
         for steps in sorted(manifest.schedules):  # the longest last: its latents become the picture
-            self.z_0 = self.student.tiue(steps)(self.noise, self.text)
-            self.made["z_0"] = self._sum(session, manifest, steps, at_once=steps)
-            yield f"latents, {steps} at once", (self.made["z_0"], self.z_0.numpy())
-        longest = max(manifest.schedules)
-        if longest > 1:
-            one_by_one = self._sum(session, manifest, longest, at_once=1)
-            yield f"latents, {longest} one by one", (one_by_one, self.z_0.numpy())
+            self.made["z_0"] = self._sum(run, manifest, fixed, steps, at_once=steps)
+            yield f"latents, {steps} at once", self.made["z_0"], self.z_0[steps].numpy()
+        if steps > 1:
+            one_by_one = self._sum(run, manifest, fixed, steps, at_once=1)
+            yield f"latents, {steps} one by one", one_by_one, self.z_0[steps].numpy()
 
-    def _sum(self, session: Any, manifest: bundle.Manifest, steps: int, at_once: int) -> Array:
+    def _sum(self, run: Any, manifest: bundle.Manifest, fixed: Mapping[str, Array], steps: int, at_once: int) -> Array:
         """z_0 = w_0 z_T + the decoder's contributions, `at_once` steps a run."""
         schedule = manifest.schedules[steps]
         index = np.array(manifest.step_rows(steps), np.int64)
         weight = np.array(schedule.step_weights, np.float32)
-        feeds = {i.name: self.made[i.name] for i in session.get_inputs() if i.name in self.made}
         z_0 = np.float32(schedule.noise_weight) * self.made[bundle.LATENTS]
         for i in range(0, steps, at_once):
-            rows = slice(i, i + at_once)
-            chosen = {bundle.STEP_INDEX: index[rows], bundle.STEP_WEIGHT: weight[rows]}
-            z_0 = z_0 + _run(session, feeds | chosen)[bundle.CONTRIBUTION]
+            chosen = slice(i, i + at_once)
+            feeds = {**fixed, bundle.STEP_INDEX: index[chosen], bundle.STEP_WEIGHT: weight[chosen]}
+            z_0 = z_0 + run(feeds, rows=at_once)[bundle.CONTRIBUTION]
         return z_0
 
-    def _image(self, session: Any, manifest: bundle.Manifest) -> Any:
-        scale, shift = manifest.vae_scaling_factor, manifest.vae_shift_factor
-        expected = self.student.components.vae.decode(self.z_0 / scale + shift, return_dict=False)[0]
-        made = _run(session, {bundle.LATENTS: self.made["z_0"] / np.float32(scale) + np.float32(shift)})
-        yield bundle.IMAGE, (made[bundle.IMAGE], expected.numpy())
+    def _image_rows(self, run: Any, manifest: bundle.Manifest, graph: str) -> Any:
+        scale, shift = np.float32(manifest.vae_scaling_factor), np.float32(manifest.vae_shift_factor)
+        made = run({bundle.LATENTS: self.made["z_0"] / scale + shift})[bundle.IMAGE]
+        name = bundle.IMAGE if len(self.vaes) == 1 else f"{bundle.IMAGE}, {graph}"
+        yield name, made, self.images[graph].numpy()
 
 
 def _check_tokenizer(directory: Path, manifest: bundle.Manifest, student: Student) -> None:
@@ -175,23 +280,12 @@ def _check_tokenizer(directory: Path, manifest: bundle.Manifest, student: Studen
         raise ParityError(f"parity failed: {bundle.TOKENIZER} does not tokenise like the model's tokenizer")
 
 
-def _run(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-
-def _session_options() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return options
-
-
-def _row(output: str, case: str, made: Array, expected: Array, gated: bool) -> Row:
+def _row(variant: str, output: str, case: str, made: Array, expected: Array, gated: bool) -> Row:
     if made.shape != expected.shape:
         raise ParityError(f"parity failed for {output} ({case}): shape {made.shape}, expected {expected.shape}")
     difference = made.astype(np.float64) - expected
     rmse = float(np.sqrt(np.mean(difference**2)))
     # The peak of an image in [-1,1] is 2; other outputs have no fixed range, so theirs is what they span.
-    peak = 2.0 if output == bundle.IMAGE else float(np.ptp(expected))
+    peak = 2.0 if output.startswith(bundle.IMAGE) else float(np.ptp(expected))
     psnr = float(20 * np.log10(peak / rmse)) if rmse > 0 and peak > 0 else float("inf" if rmse == 0 else "-inf")
-    return Row(output, case, float(np.abs(difference).max()), float(expected.std()), psnr, gated)
+    return Row(variant, output, case, float(np.abs(difference).max()), float(expected.std()), psnr, gated)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from diffusers import AutoencoderTiny
 from safetensors import SafetensorError, safe_open
 
 from tiue.checkpoint import Student, load_student
@@ -95,3 +96,21 @@ def _check_fit(components: Components) -> None:
         raise ExportError(f"the tokenizer's model_max_length is {length}, the text encoder takes at most {limit}")
     if unet["sample_size"] is None:
         raise ExportError("the UNet's configuration has no sample_size, so there is no default image size")
+
+
+def load_tiny_vae(directory: Path, components: Components) -> AutoencoderTiny:
+    """Load an AutoencoderTiny (TAESD's layout) for a model's latents. Raises ExportError."""
+    if not (directory / "config.json").is_file():
+        raise ExportError(f"--vae-path {directory}: expected a diffusers AutoencoderTiny, found no config.json there")
+    try:
+        vae = AutoencoderTiny.from_pretrained(directory, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"--vae-path {directory}: {str(error).strip().splitlines()[0]}") from error
+    own, tiny = components.vae.config, vae.config
+    for what, theirs, ours in (
+        ("latent channels", tiny["latent_channels"], own["latent_channels"]),
+        ("levels", len(tiny["decoder_block_out_channels"]), len(own["block_out_channels"])),
+    ):
+        if theirs != ours:
+            raise ExportError(f"--vae-path {directory}: it has {theirs} {what}, the model's VAE {ours}")
+    return vae.float().eval()
