@@ -3,8 +3,11 @@ import json
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from tiue.components import ComponentsError, encode_text, load_components, tokenize
+from tiue.schedule import ddim_timesteps
 
 
 @pytest.fixture
@@ -60,11 +63,166 @@ def test_an_unnamed_or_unsupported_part_is_named(directory):
             load_components(directory)
 
 
-def test_pickles_are_not_read(directory):
-    weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
+def weights_of(directory):
+    (path,) = (p for p in directory.iterdir() if p.suffix == ".safetensors")
+    return path
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_pickles_are_not_read(directory, part):
+    weights = weights_of(directory / part)
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
+    with pytest.raises(ComponentsError, match=rf"{part} cannot be loaded .*found: {weights.stem}\.bin"):
+        load_components(directory)
+
+
+def fp16(directory):
+    for part in ("unet", "text_encoder", "vae"):
+        path = weights_of(directory / part)
+        save_file({name: t.half() for name, t in load_file(path).items()}, path, {"format": "pt"})
+        path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def sharded(directory, variant=None):
+    loaded = load_components(directory)
+    for part, size in (("unet", "60KB"), ("text_encoder", "10KB")):
+        weights_of(directory / part).unlink()
+        getattr(loaded, part).save_pretrained(directory / part, max_shard_size=size, variant=variant)
+        assert len(list((directory / part).glob("*-of-*.safetensors"))) > 1
+
+
+def fp16_shards(directory):
+    sharded(directory, variant="fp16")
+
+
+@pytest.mark.parametrize("layout", [fp16, sharded, fp16_shards])
+def test_every_layout_of_weights(directory, layout):
+    layout(directory)
+    loaded, original = load_components(directory), tiny.sd15()
+    for part in ("unet", "text_encoder", "vae"):
+        for name, tensor in getattr(original, part).state_dict().items():
+            expected = tensor.half().float() if layout is fp16 else tensor
+            assert torch.equal(getattr(loaded, part).state_dict()[name], expected)
+
+
+def test_weights_in_full_are_preferred_to_fp16(directory):
+    full = weights_of(directory / "unet")
+    save_file({"other": torch.zeros(1)}, full.with_suffix(".fp16.safetensors"))
+    assert torch.equal(load_components(directory).unet.conv_in.weight, load_file(full)["conv_in.weight"])
+
+
+@torch.no_grad()
+def test_the_original_layout_of_sd15(tmp_path):
+    original = tiny.save_original_sd15(tmp_path)
+    loaded = load_components(tmp_path)
+    for part in ("unet", "text_encoder", "vae"):
+        own, expected = getattr(loaded, part).state_dict(), getattr(original, part).state_dict()
+        assert own.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert own[name].dtype == torch.float32
+            assert torch.equal(own[name], tensor.half().float())
+    assert loaded.vae.config.scaling_factor == 0.18215
+    assert loaded.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads == 8
+    assert ddim_timesteps(loaded.scheduler_config, 4) == [751, 501, 251, 1]
+    ids, mask = tokenize(loaded, ["cat"])
+    assert ids.tolist() == [[515, 513, *[516] * 18]]
+    assert mask is None
+    assert encode_text(loaded, ["cat"]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"], ids=["sd15", "sd21"])
+def test_the_slow_tokenizers_files_give_its_ids(directory, pad):
+    tiny.save_clip_tokenizer(directory / "tokenizer", pad)
+    tiny.edit_json(directory / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+    tokenizer = load_components(directory).tokenizer
+    slow = CLIPTokenizer.from_pretrained(directory / "tokenizer")
+    assert isinstance(tokenizer, CLIPTokenizerFast)
+    assert (tokenizer.model_max_length, tokenizer.pad_token) == (20, pad)
+    prompts = ["A cat, at!", "", "cat !! ", "naïve café 猫", "long " * 100]
+    options = {"padding": "max_length", "truncation": True, "max_length": 20}
+    assert tokenizer(prompts, **options).input_ids == slow(prompts, **options).input_ids
+
+
+def test_a_tokenizer_without_settings_is_as_long_as_the_text_encoder(directory):
+    tiny.save_clip_tokenizer(directory / "tokenizer", pad="", settings=False)
+    tiny.edit_json(directory / "model_index.json", tokenizer=["transformers", "CLIPTokenizerFast"])
+    components = load_components(directory)
+    assert components.tokenizer.pad_token == "<|endoftext|>"
+    assert tokenize(components, ["cat"])[0].tolist() == [[515, 513, *[516] * 22]]
+
+
+def lacks_a_tensor(tensors):
+    del tensors[min(tensors)]
+
+
+def has_another(tensors):
+    tensors["extra"] = torch.zeros(1)
+
+
+def misshapen(tensors):
+    tensors[min(tensors)] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lacks_a_tensor, r"lacks tensor {} \(1 in all\)"),
+        (has_another, r"an unexpected tensor extra \(1 in all\)"),
+        (misshapen, "{}"),
+    ],
+)
+def test_weights_that_are_not_the_models(directory, part, damage, message, caplog):
+    path = weights_of(directory / part)
+    tensors = load_file(path)
+    first = min(tensors)
+    damage(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    if (part, damage) == ("text_encoder", has_another):
+        load_components(directory)  # a head, say, which the pipeline has no use for
+        return
+    with pytest.raises(ComponentsError, match=f"{part} cannot be loaded.*{message.format(first)}") as error:
+        load_components(directory)
+    assert "\n" not in str(error.value)
+    assert not caplog.records  # nor do the libraries say it in their words
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_damaged_file(directory, part):
+    path = weights_of(directory / part)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ComponentsError, match=f"{part} cannot be loaded"):
+        load_components(directory)
+
+
+def test_a_missing_shard(directory):
+    sharded(directory)
+    next((directory / "unet").glob("*-00002-of-*")).unlink()
     with pytest.raises(ComponentsError, match="unet cannot be loaded"):
+        load_components(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "message"),
+    [
+        ("StableDiffusionXLPipeline", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "text_encoder_2"),
+        ("StableDiffusion3Pipeline", {"transformer": ["diffusers", "SD3Transformer2DModel"]}, "transformer"),
+    ],
+)
+def test_other_families_are_refused_by_name(directory, name, parts, message):
+    tiny.edit_json(directory / "model_index.json", _class_name=name, **parts)
+    with pytest.raises(ComponentsError, match=f"{name} is not supported.*it has {message}"):
+        load_components(directory)
+
+
+def test_clipping_is_left_out_with_a_warning_and_other_processes_are_refused(directory):
+    path = directory / "scheduler" / "scheduler_config.json"
+    tiny.edit_json(path, _class_name="DDPMScheduler", clip_sample=True)
+    with pytest.warns(UserWarning, match="scheduler sets clip_sample, left out"):
+        assert load_components(directory).scheduler_config["clip_sample"]
+    path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
+    with pytest.raises(ComponentsError, match="scheduler: FlowMatchEulerDiscreteScheduler has no DDIM"):
         load_components(directory)
 
 

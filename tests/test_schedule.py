@@ -1,12 +1,14 @@
 import itertools
+import json
 
+import diffusers
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler
 from tolerances import REORDERED
 
-from tiue.schedule import alphas_cumprod, closed_form, ddim_timesteps
+from tiue.schedule import alphas_cumprod, closed_form, ddim_timesteps, ignored_options
 
 KINDS = list(itertools.product(("epsilon", "v_prediction"), ("leading", "trailing", "linspace"), (False, True)))
 
@@ -50,10 +52,40 @@ def test_stable_diffusion_steps():
     assert ddim_timesteps(config(), 1) == [1]
 
 
-@pytest.mark.parametrize("name", ["PNDMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
-def test_other_schedulers_of_the_family_give_the_same(name):
-    other = {key: value for key, value in config().items() if key != "clip_sample"} | {"_class_name": name}
-    assert closed_form(other, 4) == closed_form(config(), 4)
+@pytest.mark.parametrize(
+    "cls",
+    [
+        diffusers.PNDMScheduler,
+        diffusers.DDPMScheduler,
+        diffusers.EulerDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.UniPCMultistepScheduler,
+        diffusers.LCMScheduler,
+    ],
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_other_schedulers_give_the_same(cls, prediction_type, tmp_path):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = cls(**betas, steps_offset=1, timestep_spacing="leading", prediction_type=prediction_type)
+    scheduler.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert torch.equal(alphas_cumprod(saved).float(), scheduler.alphas_cumprod)
+    last = saved.get("set_alpha_to_one", True)  # most have no such option, and end at an abar of one
+    assert closed_form(saved, 4) == closed_form(config(prediction_type, set_alpha_to_one=last), 4)
+    assert closed_form(saved, 4).timesteps == (751, 501, 251, 1)
+
+
+def test_trained_betas():
+    betas = torch.linspace(0.001, 0.01, 1000).tolist()
+    own = {"_class_name": "DDPMScheduler", "trained_betas": betas, "num_train_timesteps": 1000}
+    assert alphas_cumprod(own)[1].item() == pytest.approx((1 - betas[0]) * (1 - betas[1]))
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_clipping_is_left_out_and_named(option):
+    assert closed_form(config(**{option: True}), 4) == closed_form(config(), 4)
+    assert ignored_options(config(**{option: True})) == [option]
+    assert ignored_options(config()) == []
 
 
 def test_timesteps_may_be_given():
@@ -73,10 +105,14 @@ def test_alphas_are_those_of_diffusers():
 @pytest.mark.parametrize(
     ("changes", "steps", "message"),
     [
-        ({"thresholding": True}, 4, "thresholding"),
-        ({"clip_sample": True}, 4, "clip_sample"),
         ({"prediction_type": "sample"}, 4, "'sample' is not supported"),
+        ({"prediction_type": "flow_prediction"}, 4, "'flow_prediction' is not supported"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 4, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "EDMEulerScheduler"}, 4, "EDMEulerScheduler has no DDIM equivalent"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, 4, "UniPCMultistepScheduler has no DDIM"),
+        ({"beta_start": None}, 4, "no beta_start"),
+        ({"beta_schedule": "sigmoid"}, 4, "beta_schedule 'sigmoid' is not supported"),
+        ({"trained_betas": [0.1, 0.2]}, 4, "2 trained_betas for 1000"),
         ({}, 0, "between 1 and 1000"),
         ({}, 1001, "between 1 and 1000"),
         ({}, [], "must lie in"),

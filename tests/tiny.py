@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from tiue.components import Components
 
@@ -93,17 +95,101 @@ def save_pipeline(components: Components, directory: Path) -> Path:
     return directory
 
 
+# What the configurations in runwayml/stable-diffusion-v1-5 hold, written by diffusers 0.6.
+_SD15_UNET = set(
+    """_class_name act_fn attention_head_dim block_out_channels center_input_sample cross_attention_dim
+    down_block_types downsample_padding flip_sin_to_cos freq_shift in_channels layers_per_block mid_block_scale_factor
+    norm_eps norm_num_groups out_channels sample_size up_block_types""".split()  # noqa: SIM905 (for reading)
+)
+_SD15_VAE = set(
+    """_class_name act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block
+    norm_num_groups out_channels sample_size up_block_types""".split()  # noqa: SIM905
+)
+_SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def save_original_sd15(directory: Path) -> Components:
+    """Write a pipeline directory with all that is old about SD 1.5's, in float16; returns what was written."""
+    parts = _components("tiny-original", unet(attention_head_dim=8), _clip(vocab_size=520), _vae(4), _tokenizer(20))
+    save_pipeline(parts, directory)
+    edit_json(directory / "unet" / "config.json", only=_SD15_UNET)
+    edit_json(directory / "vae" / "config.json", only=_SD15_VAE)
+    edit_json(directory / "text_encoder" / "config.json", torch_dtype="float16", dropout=0.0)
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(_SD15_SCHEDULER))
+    save_clip_tokenizer(directory / "tokenizer", pad="<|endoftext|>")
+    edit_json(
+        directory / "model_index.json",
+        _class_name="StableDiffusionPipeline",
+        _diffusers_version="0.6.0",
+        tokenizer=["transformers", "CLIPTokenizer"],
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    for path in directory.rglob("*.safetensors"):
+        tensors = {_sd15_name(path.parent.name, name): t.half() for name, t in load_file(path).items()}
+        if path.parent.name == "text_encoder":
+            tensors["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+        save_file(tensors, path, {"format": "pt"})
+    return parts
+
+
+def save_clip_tokenizer(directory: Path, pad: str, settings: bool = True) -> None:
+    """Write the files of the slow CLIPTokenizer, as Stable Diffusion has them; without `settings` only its words."""
+    for path in directory.glob("*"):
+        path.unlink()
+    characters = list(bytes_to_unicode().values())
+    merges = ["a t</w>", "c at</w>", "! !</w>"]
+    tokens = [*characters, *(f"{c}</w>" for c in characters), *("".join(merge.split()) for merge in merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    if settings:
+        end, start = "<|endoftext|>", "<|startoftext|>"
+        own = {"model_max_length": 20, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer", "pad_token": end}
+        specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+        (directory / "tokenizer_config.json").write_text(json.dumps(own))
+        (directory / "special_tokens_map.json").write_text(json.dumps(specials))
+
+
+def edit_json(path: Path, only: Any = None, **changes: Any) -> None:
+    """Change values of a JSON file, and keep `only` those of its own that are named."""
+    content = {key: value for key, value in json.loads(path.read_text()).items() if only is None or key in only}
+    path.write_text(json.dumps(content | changes))
+
+
+def _sd15_name(part: str, name: str) -> str:
+    """What diffusers called the attention of a VAE before 0.18."""
+    if part != "vae" or ".attentions." not in name:
+        return name
+    for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+        name = name.replace(new, old)
+    return name
+
+
 def _components(
     name: str, unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, scheduler: Any = SCHEDULER
 ) -> Components:
     return Components(unet, text_encoder.eval(), vae.eval(), tokenizer, dict(scheduler), name, "apache-2.0")
 
 
-def _clip() -> CLIPTextModel:
+def _clip(vocab_size: int = 128) -> CLIPTextModel:
     torch.manual_seed(1)
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=128,
+            vocab_size=vocab_size,
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=2,

@@ -1,9 +1,11 @@
 """The parts of a text-to-image model: reading them from a diffusers pipeline directory, encoding prompts."""
 
 import json
+import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -196,26 +199,45 @@ def class_named(library: Any, name: str, expected: type | tuple[type, ...]) -> A
 def _load_module(cls: Any, root: Path, part: str) -> Any:
     _read_json(root, f"{part}/config.json")
     directory = root / part
-    precision = "dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"
+    if issubclass(cls, PreTrainedModel):  # which of itself does not say which tensor is misshapen
+        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+    else:
+        options = {"torch_dtype": torch.float32}
     try:
         variant, _ = choose_weights(part, (path.name for path in directory.iterdir()))
-        module, report = cls.from_pretrained(
-            directory,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{precision: torch.float32},  # converted one by one as they are read
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        with _quiet():
+            module, report = cls.from_pretrained(
+                directory,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {_one_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):  # which the libraries leave at random
-        raise ComponentsError(f"{directory} cannot be loaded: it lacks tensor {missing[0]} ({len(missing)} in all)")
-    # A text encoder's head, which we have no use for, is often saved along; elsewhere the model would be another.
-    if part != "text_encoder" and (unknown := sorted(report["unexpected_keys"])):
-        count = f"({len(unknown)} in all)"
-        raise ComponentsError(f"{directory} cannot be loaded: it has an unexpected tensor {unknown[0]} {count}")
+    # What the libraries would leave at random.
+    problems = [("lacks tensor", report["missing_keys"]), ("has a wrong shape for", report["mismatched_keys"])]
+    if part != "text_encoder":  # whose head, for which we have no use, is often saved along
+        problems.append(("has an unexpected tensor", report["unexpected_keys"]))
+    for problem, names in problems:
+        if names:
+            raise ComponentsError(f"{directory} cannot be loaded: it {problem} {min(names)} ({len(names)} in all)")
     return module.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block, the libraries do not tell at length of weights that do not fit, which we refuse in a line."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _load_unet(path: Path, root: Path) -> UNet2DConditionModel:
@@ -236,7 +258,7 @@ def _load_tokenizer(cls: Any, root: Path) -> PreTrainedTokenizerFast:
         raise ComponentsError(f"{root} is not a complete diffusers pipeline: tokenizer is missing")
     try:
         tokenizer = cls.from_pretrained(root / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # which is what the tokenizers library raises
         message = f"{root / 'tokenizer'} cannot be loaded as {cls.__name__}: {_one_line(error)}"
         raise ComponentsError(message) from error
     limit = _read_json(root, "text_encoder/config.json").get("max_position_embeddings")
