@@ -1,14 +1,17 @@
 """A loaded ONNX graph: takes named arrays, returns named arrays, checks both against the contract."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .capture import WITHOUT, CudaGraphs, Recordings
 from .errors import BundleError, InferenceError, OutOfMemoryError, is_out_of_memory
-from .sessions import Device, create_session, first_line, shrinking_options
+from .providers import Device, Settings
+from .sessions import create_session, first_line, load_onnxruntime, run_options, shrinking_options
 
 Array = NDArray[Any]
 Shape = tuple[int | str | None, ...]  # None or a name where a dimension is dynamic
@@ -17,44 +20,97 @@ Shape = tuple[int | str | None, ...]  # None or a name where a dimension is dyna
 class Graph:
     """A loaded ONNX graph. Calls from several threads at once are safe."""
 
-    def __init__(self, path: Path, device: Device) -> None:
-        """Load `path` on `device`. Raises BundleError for a bad graph, DeviceError for a refused device."""
+    def __init__(
+        self, path: Path, device: Device, settings: Settings | None = None, cuda_graphs: CudaGraphs | None = None
+    ) -> None:
+        """Load `path` on `device`. Raises BundleError for a bad graph, DeviceError for a refused device or setting.
+
+        cuda_graphs: what the graphs of a pipeline share whose `settings` have cuda_graphs.
+        """
         self.name = path.stem
         self.device = device
-        self._session = create_session(path, device)
+        self._session = create_session(path, device, settings)
+        self._recordings = None if cuda_graphs is None else Recordings(self._session, device.place, cuda_graphs)
         self._options: Any = None
+        if self._recordings is not None:
+            self._options = run_options(WITHOUT)
+        elif device.kind == "cuda":
+            # Each session has an arena of its own: what one keeps, the others lack.
+            self._options = shrinking_options(device)
         self.inputs: dict[str, Shape] = {node.name: tuple(node.shape) for node in self._session.get_inputs()}
         self.outputs: tuple[str, ...] = tuple(node.name for node in self._session.get_outputs())
 
     def __call__(self, feed: Mapping[str, Any], *, keep_on_device: bool = False) -> dict[str, Any]:
         """Run the graph on the entries of `feed` that it has inputs for.
 
-        Values are numpy arrays, or what an earlier call returned with `keep_on_device`: opaque values that
+        Values are numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
         never leave the device. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
         """
-        place = (self.device.kind, self.device.index) if keep_on_device else ("cpu", 0)
-        try:
-            binding = self._session.io_binding()
-            for name in self.inputs:
-                value = feed[name]
+        with self._errors():
+            values = {name: feed[name] for name in self.inputs}
+            for name, value in values.items():
                 if isinstance(value, np.ndarray):
-                    binding.bind_cpu_input(name, np.ascontiguousarray(cast(Array, value)))
-                else:
-                    binding.bind_ortvalue_input(name, value)
-            for name in self.outputs:
-                binding.bind_output(name, *place)
-            self._session.run_with_iobinding(binding, self._options)
-            values = binding.get_outputs()
+                    values[name] = np.ascontiguousarray(cast(Array, value))
+            if self._recordings is None:
+                return self._run(values, keep_on_device)
+            return self._recordings.graphs.run(self._replay, self._recordings, values, keep_on_device)
+
+    def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """Copy inputs to the device, once for all runs that take them, of this graph and others there.
+
+        On the CPU they are returned as they are. Raises InferenceError, or OutOfMemoryError of its kind.
+        """
+        if not self.device.is_gpu:
+            return dict(arrays)
+        with self._errors():
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            if self._recordings is None:
+                copy = load_onnxruntime().OrtValue.ortvalue_from_numpy
+                return {name: copy(array, *self.device.place) for name, array in contiguous.items()}
+            graphs = self._recordings.graphs
             return {
-                name: value if keep_on_device else value.numpy()
-                for name, value in zip(self.outputs, values, strict=True)
+                name: graphs.run(graphs.place, name, array, self.device.place) for name, array in contiguous.items()
             }
+
+    def _replay(self, recordings: Recordings, values: Mapping[str, Any], keep_on_device: bool) -> dict[str, Any]:
+        """Run a recorded shape, or record it, or run without."""
+        recorded = recordings(values, lambda inputs: self._run(inputs, True))
+        if recorded is None:
+            return self._run(values, keep_on_device)
+        return recorded if keep_on_device else {name: value.numpy() for name, value in recorded.items()}
+
+    def _run(self, values: Mapping[str, Any], keep_on_device: bool) -> dict[str, Any]:
+        """Run without a recording. The run has ended on the device, too, when this returns."""
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, value)
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, *(self.device.place if keep_on_device else ("cpu", 0)))
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as error:
+            if "memory arena shrink list" not in str(error):
+                raise
+            # Some allocators that provider options select are no arenas, and then there is none to shrink.
+            self._options = None
+            self._session.run_with_iobinding(binding, None)
+        outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        return outputs if keep_on_device else {name: value.numpy() for name, value in outputs.items()}
+
+    @contextmanager
+    def _errors(self) -> Generator[None]:
+        """Turn what ONNX Runtime raises into errors of this package."""
+        try:
+            yield
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
             if is_out_of_memory(error):
                 if self.device.kind == "cpu":
                     # Before it fails, the arena takes most of what is left. From now on it gives back after each run
-                    # what the run no longer needs; on a GPU a captured CUDA graph might still need it.
-                    self._options = shrinking_options()
+                    # what the run no longer needs, as it does on a GPU from the first run.
+                    self._options = shrinking_options(self.device)
                 raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 

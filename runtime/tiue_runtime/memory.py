@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .bundle import PORTABLE, Manifest
-from .sessions import Device
+from .providers import Device
 
 Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least
 
@@ -75,7 +75,7 @@ class Budget:
 
 def free_memory(device: Device) -> int | None:
     """Bytes that this process can still get on a device; None if that cannot be known."""
-    if device.kind == "cuda":
+    if device.is_gpu:
         return _cuda_free(device.index)
     if sys.platform == "win32":
         return _windows_free()

@@ -10,8 +10,8 @@ z_0 / scaling + shift -> vae_decoder -> image
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -22,13 +22,16 @@ from PIL.Image import Image
 
 from . import bundle as contract
 from .bundle import Bundle
+from .cache import with_cache
+from .capture import CudaGraphs
 from .errors import Cancelled, OutOfMemoryError, RequestError
 from .find import find_bundle
 from .graph import Graph
 from .images import to_pil, to_unit
 from .memory import Budget, Mode, lower_mode, timesteps_at_once
+from .providers import Device, Settings, check_settings, choose_variant
 from .request import Float32, Memory, OutputType, Request
-from .sessions import Device, choose_device
+from .sessions import choose_device
 from .text import PromptTokenizer
 from .tiling import Plan, decode, plans
 
@@ -85,36 +88,107 @@ class Pipeline:
     device: str
     vae: str  # the kind of image decoder that was loaded
 
-    def __init__(self, bundle: Bundle, device: Device, vae: Vae | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        vae: Vae | None = None,
+        variant: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
         """Load the graphs of `bundle` on `device`; `Pipeline.load` finds both."""
+        settings = settings or Settings()
+        check_settings(device, settings)
         manifest = bundle.manifest
         self.bundle = bundle
         self.device = str(device)
         self.vae = next(iter(manifest.vaes)) if vae is None else vae
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
-        variant = self._variant = device.kind if device.kind in manifest.variants else contract.PORTABLE
-        self._budget = Budget(manifest, variant, device)
+        self._variant = choose_variant(device, manifest.variants, variant)
+        self._budget = Budget(manifest, self._variant, device)
+        self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
         names = contract.TEXT_ENCODER, contract.UNET_ENCODER, contract.UNET_DECODER, manifest.vaes[self.vae]
-        graphs = [Graph(bundle.graph_path(name, variant), device) for name in names]
-        self._text_encoder, self._unet_encoder, self._unet_decoder, self._vae_decoder = graphs
+        self._text_encoder, self._unet_encoder, self._unet_decoder, self._vae_decoder = (
+            self._load_graph(name, device, settings) for name in names
+        )
         self._check_graphs()
 
+    def _load_graph(self, name: str, device: Device, settings: Settings) -> Graph:
+        path = self.bundle.graph_path(name, self._variant)
+        settings = with_cache(settings, device, self.bundle.directory, path)
+        # A text encoder makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes recording.
+        if name == contract.TEXT_ENCODER:
+            return Graph(path, device, replace(settings, cuda_graphs=False))
+        return Graph(path, device, settings, self._cuda_graphs)
+
     @classmethod
-    def load(cls, bundle: str | Path | None = None, *, device: str = "auto", vae: Vae | None = None) -> "Pipeline":
+    def load(
+        cls,
+        bundle: str | Path | None = None,
+        *,
+        device: str = "auto",
+        vae: Vae | None = None,
+        variant: str | None = None,
+        cuda_graphs: bool = False,
+        provider_options: Mapping[str, object] | None = None,
+    ) -> "Pipeline":
         """Find, validate and load a bundle.
 
         bundle: a directory, the name of an installed bundle, or None for the environment variable
             TIUE_BUNDLE, else the installed "emoji".
-        device: "auto" (CUDA if it really works, else the CPU), "cpu", "cuda" or "cuda:N". A device asked
-            for by name is never replaced by another.
+        device: "auto" (CUDA if it really works, else the CPU), "cpu", "cuda", "tensorrt", "tensorrt-rtx", or the
+            second GPU as "cuda:1" and so on. A device asked for by name is never replaced by another. What TensorRT
+            compiles, in minutes, is kept in the user's cache directory, or in that of the environment variable
+            TIUE_CACHE.
         vae: the image decoder: "kl", the original AutoencoderKL; "tiny", a small autoencoder, faster and in less
             memory with coarser details; or None for the bundle's default. Only this one is loaded.
+        variant: the graphs to load, "portable" or "cuda", or None for the best that the bundle has for the device.
+        cuda_graphs: on "cuda", let `warmup` record the kernels of a shape, which later calls of that shape launch all
+            at once. Recorded shapes keep their working memory. Requests are then made one at a time. Where "auto"
+            chooses the CPU, this has no effect.
+        provider_options: options of ONNX Runtime's provider for the device, such as {"gpu_mem_limit": 4 * 2**30}, which
+            win over those chosen here. They need a device by name.
         Raises BundleError, DeviceError, RequestError if the bundle has no such vae.
         """
         found = Bundle.load(find_bundle(bundle))
-        return cls(found, choose_device(device), vae)
+        settings = Settings(provider_options or {}, cuda_graphs)
+        chosen = choose_device(device, settings)
+        if device == "auto" and chosen.kind == "cpu":
+            settings = replace(settings, cuda_graphs=False)
+        return cls(found, chosen, vae, variant, settings)
+
+    def warmup(
+        self,
+        *,
+        num_images: int = 1,
+        steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        memory: Memory = "auto",
+        vae_tiling: bool | None = None,
+    ) -> None:
+        """Make a picture and throw it away, so that the first real one of that size and number is as quick as others.
+
+        With cuda_graphs, its shapes are recorded: calls with as many pictures of the same size, steps and memory mode
+        replay them, all others run as without. Nothing else in this process may use the GPU meanwhile.
+        With TensorRT, engines are built for the shapes between the smallest and the largest seen.
+
+        Raises what `__call__` raises.
+        """
+        with self._cuda_graphs.recording() if self._cuda_graphs else nullcontext():
+            self(
+                "",
+                num_images=num_images,
+                seed=0,
+                steps=steps,
+                height=height,
+                width=width,
+                output_type="np",
+                memory=memory,
+                vae_tiling=vae_tiling,
+            )
 
     @overload
     def __call__(
@@ -194,14 +268,15 @@ class Pipeline:
                 vae_tiling=vae_tiling,
                 previews=callback is not None,
             )
-            text = self._encode_text(request, run)
-            z_0, mode = self._denoise(request, text, run, callback)
-            images: Any = z_0
-            tile = None
-            if output_type != "latent":
-                image, tile = self._decode(z_0, request.vae_tiling, run)
-                unit = to_unit(image)
-                images = to_pil(unit) if output_type == "pil" else unit
+            with self._cuda_graphs.turn() if self._cuda_graphs else nullcontext():
+                text = self._encode_text(request, run)
+                z_0, mode = self._denoise(request, text, run, callback)
+                images: Any = z_0
+                tile = None
+                if output_type != "latent":
+                    image, tile = self._decode(z_0, request.vae_tiling, run)
+                    unit = to_unit(image)
+                    images = to_pil(unit) if output_type == "pil" else unit
         except (OutOfMemoryError, MemoryError) as error:
             tiny = ', load with vae="tiny"' if contract.TINY in self.bundle.manifest.vaes and self.vae != "tiny" else ""
             tiles = ", allow vae_tiling" if vae_tiling is False else ""
@@ -231,8 +306,8 @@ class Pipeline:
         steps, schedule = request.steps, manifest.schedules[request.steps]
         rows = np.array(manifest.step_rows(steps), dtype=np.int64)
         weights = np.array(schedule.step_weights, dtype=np.float32)
-        known = {contract.LATENTS: request.latents, contract.TEXT: text}
         with run.timed(contract.UNET_ENCODER):
+            known = self._unet_encoder.place({contract.LATENTS: request.latents, contract.TEXT: text})
             features = self._unet_encoder(known, keep_on_device=True)
         z = np.float32(schedule.noise_weight) * request.latents
         feed = {**known, **features}
@@ -309,7 +384,7 @@ class Pipeline:
         """What helps when a graph computes values that are not finite."""
         precision = self.bundle.manifest.precision
         if self._variant != contract.PORTABLE:
-            remedy = f'Its {self._variant} graphs overflowed: load with device="cpu", which runs the portable ones'
+            remedy = f'Its {self._variant} graphs overflowed: load with variant="portable"'
         elif precision != "fp32":
             remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
         else:

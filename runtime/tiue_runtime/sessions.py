@@ -1,26 +1,27 @@
 """ONNX Runtime, in one place: which device, which session, and the proof that the device was granted.
 
 Asking ONNX Runtime for a provider it cannot give only prints a warning and runs on the CPU. Here an explicit
-device is granted or refused. Another provider (OpenVINO, TensorRT) is a new kind in `_PROVIDERS` and in
-`choose_device`.
+device is granted or refused. What devices there are is in providers.py.
 """
 
 import contextlib
+import ctypes
 import importlib
+import importlib.util
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from .errors import BundleError, DeviceError
+from .providers import KINDS, Device, Settings, check_settings, parse_device, provider_options
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 INSTALL = 'pip install "tiue-runtime[cpu]" (or "tiue-runtime[cuda]" for an NVIDIA GPU)'
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # An ONNX model, y = Identity(x) on one float: the cheapest way to see whether a provider really starts.
 _PROBE = bytes.fromhex(
@@ -29,52 +30,32 @@ _PROBE = bytes.fromhex(
 )
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where graphs run. `str(device)` is what a caller may pass to ask for it again."""
-
-    kind: str  # a key of _PROVIDERS
-    index: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.index}" if self.index else self.kind
-
-    @property
-    def provider(self) -> str:
-        """ONNX Runtime's name for it."""
-        return _PROVIDERS[self.kind]
-
-
-def choose_device(device: str = "auto") -> Device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that works here.
+def choose_device(device: str = "auto", settings: Settings | None = None) -> Device:
+    """Turn "auto", "cpu", "cuda", "cuda:N", "tensorrt" and so on into a device that works here.
 
     "auto" is CUDA where a session really starts on it, else the CPU, with a warning if ONNX Runtime was
-    built for CUDA. Any other device is granted or refused with a DeviceError that says what is available and
-    what to install.
+    built for CUDA. Any other device is granted, with the provider options of `settings`, or refused with a DeviceError
+    that says what is available and what to install.
     """
+    settings = settings or Settings()
     if device == "auto":
+        if settings.provider_options:
+            raise DeviceError('provider_options: expected the device they are for, got device="auto"')
         return _choose_any()
-    if not isinstance(device, str):  # pyright: ignore[reportUnnecessaryIsInstance] (callers may be untyped)
-        raise DeviceError(f'device: expected "auto", "cpu", "cuda" or "cuda:N", got {device!r}')
-    kind, _, index = device.partition(":")
-    valid = kind in _PROVIDERS and (not index or (kind == "cuda" and index.isascii() and index.isdigit()))
-    if not valid or device.endswith(":"):
-        raise DeviceError(f'device: expected "auto", "cpu", "cuda" or "cuda:N", got {device!r}')
-    chosen = Device(kind, int(index or 0))
+    chosen = parse_device(device)
+    check_settings(chosen, settings)
+    kind = KINDS[chosen.kind]
     available = available_providers()
     if chosen.provider not in available:
         raise DeviceError(
             f"device: {device!r} needs {chosen.provider}, but the installed ONNX Runtime "
             f"({', '.join(installed_wheels()) or 'unknown wheel'}) has only {', '.join(available)}. "
-            f"Replace it: {replace_wheels('cuda')}"
+            f"Replace it: {replace_wheels(kind.extra)}"
         )
     if chosen.kind != "cpu":
-        problem = _probe(chosen)
+        problem = probe(chosen, settings.provider_options)
         if problem:
-            raise DeviceError(
-                f"device: {device!r} could not be started: {problem}. Check the NVIDIA driver (nvidia-smi) "
-                'and the wheel: "tiue-runtime[cuda]" is for CUDA 13, "tiue-runtime[cuda12]" for CUDA 12.'
-            )
+            raise DeviceError(f"device: {device!r} could not be started: {problem.rstrip('.')}. {kind.remedy}.")
     return chosen
 
 
@@ -82,15 +63,20 @@ def _choose_any() -> Device:
     cuda = Device("cuda")
     if cuda.provider not in available_providers():
         return Device("cpu")
-    problem = _probe(cuda)
+    problem = probe(cuda)
     if problem:
         warnings.warn(f"running on the CPU, because CUDA could not be started: {problem}", stacklevel=4)
     return Device("cpu") if problem else cuda
 
 
 def available_providers() -> list[str]:
-    """The providers the installed ONNX Runtime was built with. Raises DeviceError."""
-    return list(load_onnxruntime().get_available_providers())
+    """The providers the installed ONNX Runtime was built with, and those that installed plugins bring.
+
+    Raises DeviceError.
+    """
+    built_in = list(load_onnxruntime().get_available_providers())
+    plugins = [kind.provider for kind in KINDS.values() if kind.plugin and importlib.util.find_spec(kind.plugin)]
+    return list(dict.fromkeys((*plugins, *built_in)))
 
 
 def thread_count() -> int:
@@ -137,16 +123,22 @@ def load_onnxruntime() -> Any:
     return module
 
 
-def create_session(path: Path, device: Device) -> Any:
+def create_session(path: Path, device: Device, settings: Settings | None = None) -> Any:
     """An ONNX Runtime session of the graph in `path` that really runs on `device`.
 
-    Raises BundleError for a bad graph, DeviceError for a refused device.
+    Raises BundleError for a bad graph, DeviceError for a refused device or setting.
     """
+    settings = settings or Settings()
     try:
-        session = _start(os.fspath(path), device)
+        session = _start(os.fspath(path), device, settings)
     except DeviceError:
         raise
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
+        if settings.cuda_graphs:
+            raise DeviceError(
+                f"{path.name} cannot be loaded with cuda_graphs=True, which needs every node on the GPU: "
+                f"{first_line(error)}. Load without it"
+            ) from error
         raise BundleError(f"{path} cannot be loaded on {device}: {first_line(error)}") from error
     if session.get_providers()[0] != device.provider:
         raise DeviceError(
@@ -156,24 +148,33 @@ def create_session(path: Path, device: Device) -> Any:
     return session
 
 
-def shrinking_options() -> Any:
-    """Options of a run after which the CPU's arena gives back the memory that is not in use."""
+def run_options(entries: Mapping[str, str]) -> Any:
+    """Options of a run of a session."""
     options = load_onnxruntime().RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    for key, value in entries.items():
+        options.add_run_config_entry(key, value)
     return options
 
 
-def _probe(device: Device) -> str:
+def shrinking_options(device: Device) -> Any:
+    """Options of a run after which the arena of the device gives back the memory that is not in use."""
+    arena = f"gpu:{device.index}" if device.is_gpu else "cpu:0"
+    return run_options({"memory.enable_memory_arena_shrinkage": arena})
+
+
+def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
     """Start a session of almost nothing on `device`. Returns what went wrong, or "" when it was granted."""
+    # TensorRT shall load, but need not spend seconds to build an engine of one node.
+    small = {"trt_min_subgraph_size": 1000} if device.kind == "tensorrt" else {}
     try:
-        session = _start(_PROBE, device)
+        session = _start(_PROBE, device, Settings(provider_options={**small, **(options or {})}))
     except Exception as error:  # whatever it is, it is the answer
         return first_line(error)
     granted: list[str] = session.get_providers()
     return "" if granted[0] == device.provider else f"ONNX Runtime gave {', '.join(granted)} instead"
 
 
-def _start(model: str | bytes, device: Device) -> Any:
+def _start(model: str | bytes, device: Device, settings: Settings) -> Any:
     """Create a session. It may run elsewhere than on `device`: the caller looks."""
     ort = load_onnxruntime()
     options = ort.SessionOptions()
@@ -182,17 +183,53 @@ def _start(model: str | bytes, device: Device) -> Any:
     # model on 2 cores), and from the application.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # errors are raised too, and other messages are no use to a caller
-    cpu = _PROVIDERS["cpu"]
+    if settings.record_placement:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if device.kind == "cuda":
+        # Weights outside the arena, so that shrinking it after a run leaves little more than them.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    providers = provider_options(device, settings)
     if device.kind == "cpu":
-        session = ort.InferenceSession(model, sess_options=options, providers=[cpu])
+        session = ort.InferenceSession(model, sess_options=options, providers=providers)
     else:
-        # The CPU is for nodes without a kernel on the device, such as shape arithmetic.
-        providers = [(device.provider, {"device_id": device.index}), cpu]
         with contextlib.redirect_stdout(sys.stderr):  # where ONNX Runtime prints what it cannot load
-            ort.preload_dlls()
+            preload_libraries(ort, device)
+            if KINDS[device.kind].plugin and device.provider not in ort.get_available_providers():
+                options.add_provider_for_devices([_plugin_device(ort, device)], providers[0][1])
+                providers = None
             session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=False)
     session.disable_fallback()  # a failing run shall fail, not move to the CPU
     return session
+
+
+def preload_libraries(ort: Any, device: Device) -> None:
+    """Load the libraries of a GPU from the wheels that bring them, where the system's loader does not look."""
+    ort.preload_dlls()  # of CUDA and cuDNN
+    spec = importlib.util.find_spec("tensorrt_libs") if device.kind == "tensorrt" else None
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for name in ("nvinfer", "nvonnxparser"):  # the second needs the first
+            for library in (*Path(folder).glob(f"lib{name}.so.*"), *Path(folder).glob(f"{name}_*.dll")):
+                with contextlib.suppress(OSError):  # then the provider does not start and says what it lacks
+                    ctypes.CDLL(str(library))
+
+
+_registering = Lock()
+
+
+def _plugin_device(ort: Any, device: Device) -> Any:
+    """ONNX Runtime's handle of a device whose provider is a plugin, registered at its first use. Raises DeviceError."""
+    with _registering:
+        if not _plugin_devices(ort, device):
+            plugin = importlib.import_module(KINDS[device.kind].plugin)
+            ort.register_execution_provider_library(device.provider, plugin.get_library_path())
+        found = _plugin_devices(ort, device)
+    if device.index >= len(found):
+        raise DeviceError(f"{device.provider} finds {len(found)} GPUs that it can use")
+    return found[device.index]
+
+
+def _plugin_devices(ort: Any, device: Device) -> list[Any]:
+    return [handle for handle in ort.get_ep_devices() if handle.ep_name == device.provider]
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,184 @@
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from tiue_runtime import Pipeline, cache, sessions
+from tiue_runtime.errors import BundleError, DeviceError
+from tiue_runtime.providers import (
+    KINDS,
+    Device,
+    Settings,
+    check_settings,
+    choose_variant,
+    parse_device,
+    provider_options,
+)
+
+BOTH = ("portable", "cuda")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_and_their_names(kind):
+    assert parse_device(kind) == Device(kind)
+    assert str(Device(kind)) == kind
+    if kind != "cpu":
+        assert parse_device(f"{kind}:1") == Device(kind, 1)
+        assert str(Device(kind, 1)) == f"{kind}:1"
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cpu:1", "CPU", "openvino", "tensorrt:", 3, None]
+)
+def test_refuses_other_devices(device):
+    with pytest.raises(DeviceError, match=r'device: expected "auto", "cpu", "cuda", "tensorrt" or "tensorrt-rtx".*got'):
+        sessions.choose_device(device)
+
+
+@pytest.mark.parametrize(
+    "device, held, expected",
+    [
+        ("cpu", BOTH, "portable"),
+        ("cuda", BOTH, "cuda"),
+        ("cuda", ("portable",), "portable"),
+        ("tensorrt", BOTH, "portable"),
+        ("tensorrt-rtx:1", BOTH, "portable"),
+    ],
+)
+def test_a_device_runs_the_best_variant_it_can(device, held, expected):
+    assert choose_variant(parse_device(device), held) == expected
+
+
+def test_a_variant_asked_for():
+    assert choose_variant(Device("cuda"), BOTH, "portable") == "portable"
+    with pytest.raises(BundleError, match=r"variant: expected one that the bundle holds \(portable\), got 'cuda'"):
+        choose_variant(Device("cuda"), ["portable"], "cuda")
+    for kind in ("cpu", "tensorrt", "tensorrt-rtx"):
+        with pytest.raises(DeviceError, match=f"variant: {kind} runs portable graphs, got 'cuda'"):
+            choose_variant(Device(kind), BOTH, "cuda")
+
+
+def test_a_pipeline_loads_the_files_of_its_variant(edit):
+    def add_a_copy(content):
+        content["variants"]["cuda"] = {**content["variants"]["portable"], "vae_decoder": "cuda.onnx"}
+        content["files"]["cuda.onnx"] = {"sha256": hashlib.sha256(b"no graph").hexdigest(), "size": len(b"no graph")}
+
+    bundle = edit(add_a_copy)
+    (bundle / "cuda.onnx").write_bytes(b"no graph")
+    Pipeline.load(bundle, device="cpu")
+    Pipeline.load(bundle, device="cpu", variant="portable")
+    with pytest.raises(DeviceError, match="variant: cpu runs portable graphs, got 'cuda'"):
+        Pipeline.load(bundle, device="cpu", variant="cuda")
+
+
+def test_options_of_cuda():
+    (name, options), rest = provider_options(Device("cuda", 1), Settings())
+    assert (name, rest) == ("CUDAExecutionProvider", ("CPUExecutionProvider", {}))
+    assert options == {
+        "device_id": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
+    settings = Settings({"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": 2**31, "use_tf32": False}, True)
+    [(_, given), _] = provider_options(Device("cuda"), settings)
+    assert given["enable_cuda_graph"] == "1" and given["arena_extend_strategy"] == "kSameAsRequested"
+    assert (given["cudnn_conv_algo_search"], given["gpu_mem_limit"], given["use_tf32"]) == (
+        "DEFAULT",
+        "2147483648",
+        "0",
+    )
+
+
+def test_options_of_tensorrt():
+    settings = Settings({"trt_max_workspace_size": 5}, cache=Path("cached"))
+    (name, options), cuda, cpu = provider_options(Device("tensorrt", 1), settings)
+    assert (name, cpu) == ("TensorrtExecutionProvider", ("CPUExecutionProvider", {}))
+    assert (
+        cuda[0] == "CUDAExecutionProvider" and cuda[1]["device_id"] == "1" and "trt_max_workspace_size" not in cuda[1]
+    )
+    assert options == {
+        "device_id": "1",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": "cached",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": "cached",
+        "trt_max_workspace_size": "5",
+    }
+    [(_, rtx), _] = provider_options(Device("tensorrt-rtx"), Settings(cache=Path("cached")))
+    assert rtx == {"device_id": "0", "nv_runtime_cache_path": "cached"}
+
+
+@pytest.mark.parametrize(
+    "device, settings, message",
+    [
+        ("cpu", Settings({"a": 1}), "provider_options: cpu has none, got a"),
+        ("cpu", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got cpu'),
+        ("tensorrt", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got tensorrt'),
+        ("cuda", Settings({"device_id": 1}), "provider_options: device_id follows from device="),
+        # Without the rest of the machinery, ONNX Runtime would replay one recording for all shapes.
+        (
+            "cuda",
+            Settings({"enable_cuda_graph": True}),
+            "provider_options: enable_cuda_graph follows from cuda_graphs=",
+        ),
+    ],
+)
+def test_settings_that_contradict_the_device(device, settings, message):
+    with pytest.raises(DeviceError, match=message):
+        check_settings(Device(device), settings)
+
+
+def test_settings_of_a_pipeline(tiny, monkeypatch):
+    with pytest.raises(DeviceError, match="cuda_graphs: expected"):
+        Pipeline.load(tiny, device="cpu", cuda_graphs=True)
+    with pytest.raises(DeviceError, match='provider_options: expected the device they are for, got device="auto"'):
+        Pipeline.load(tiny, provider_options={"a": 1})
+    monkeypatch.setattr(sessions, "available_providers", lambda: ["CPUExecutionProvider"])
+    pipe = Pipeline.load(tiny, device="auto", cuda_graphs=True)  # nothing to record on the CPU
+    pipe.warmup(num_images=2)
+    assert pipe("a red heart", seed=1).device == "cpu"
+
+
+def test_compiled_graphs_are_kept_by_content_device_and_version(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIUE_CACHE", str(tmp_path / "kept"))
+    device, graph = Device("tensorrt", 1), copy / "vae_decoder.onnx"
+
+    def directory(device=device, graph=graph):
+        return cache.with_cache(Settings(), device, copy, graph).cache
+
+    first = directory()
+    assert first.is_dir() and first.is_relative_to(tmp_path / "kept")
+    assert hashlib.sha256((copy / "bundle.json").read_bytes()).hexdigest() in first.parts
+    assert directory() == first
+    assert directory(graph=copy / "unet_decoder.onnx") != first
+    assert directory(graph=copy / "cuda" / "vae_decoder.onnx") != first
+    assert directory(device=Device("tensorrt")) != first and directory(device=Device("tensorrt-rtx", 1)) != first
+    assert directory(device=Device("cuda")) is None and directory(device=Device("cpu")) is None
+    (copy / "bundle.json").write_bytes((copy / "bundle.json").read_bytes() + b"\n")
+    assert directory() != first
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIUE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DeviceError, match=r"no place to keep compiled graphs: .*TIUE_CACHE"):
+        directory()
+
+
+@pytest.mark.parametrize(
+    "platform, variables, expected",
+    [
+        ("linux", {}, "home/.cache/tiue"),
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/tiue"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "home/.cache/tiue"),
+        ("darwin", {"XDG_CACHE_HOME": "/x"}, "home/Library/Caches/tiue"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/tiue/cache"),
+        ("win32", {}, "home/AppData/Local/tiue/cache"),
+        ("linux", {"TIUE_CACHE": "here"}, "here"),
+    ],
+)
+def test_where_files_are_kept(monkeypatch, platform, variables, expected):
+    for name in ("TIUE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cache.sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: Path("home"))
+    assert os.fspath(cache.cache_root()) == os.fspath(Path(expected))

@@ -1,0 +1,193 @@
+"""Devices: the strings that name them, the ONNX Runtime providers behind them, and what they are asked to do.
+
+A kind of device is a row of `KINDS` and, where it takes options, a function in `_OPTIONS`. Another provider
+(OpenVINO, DirectML) is one more of each.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .bundle import CUDA, PORTABLE
+from .errors import BundleError, DeviceError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of device."""
+
+    provider: str  # ONNX Runtime's name
+    extra: str  # of tiue-runtime, which installs it
+    variants: tuple[str, ...] = (PORTABLE,)  # of a bundle: those it can run, the best first
+    memory: str = "cpu"  # ONNX Runtime's name of where its tensors are
+    rest: tuple[str, ...] = ()  # kinds that take the nodes which it has no kernel for, in this order
+    compiles: bool = False  # whether it makes files of a graph that are worth keeping
+    plugin: str = ""  # module of the wheel that brings the provider, where ONNX Runtime's own wheels do not
+    remedy: str = ""  # when it does not start
+
+
+KINDS = {
+    "cpu": Kind("CPUExecutionProvider", "cpu"),
+    "cuda": Kind(
+        "CUDAExecutionProvider",
+        "cuda",
+        variants=(CUDA, PORTABLE),
+        memory="cuda",
+        rest=("cpu",),
+        remedy=(
+            'Check the NVIDIA driver (nvidia-smi) and the wheel: "tiue-runtime[cuda]" is for CUDA 13, '
+            '"tiue-runtime[cuda12]" for CUDA 12'
+        ),
+    ),
+    # TensorRT knows none of the operators that only ONNX Runtime has, so the CUDA variant is not for it.
+    "tensorrt": Kind(
+        "TensorrtExecutionProvider",
+        "tensorrt",
+        memory="cuda",
+        rest=("cuda", "cpu"),
+        compiles=True,
+        remedy=(
+            "Check the NVIDIA driver (nvidia-smi) and TensorRT, whose libraries must be of the major version that the "
+            'wheel of ONNX Runtime was built with: pip install "tiue-runtime[tensorrt]"'
+        ),
+    ),
+    "tensorrt-rtx": Kind(
+        "NvTensorRTRTXExecutionProvider",
+        "tensorrt-rtx",
+        memory="cuda",
+        rest=("cpu",),
+        compiles=True,
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        remedy="It needs an RTX GPU of the 30 series or later and a driver for CUDA 13 (nvidia-smi)",
+    ),
+}
+
+EXPECTED = 'expected "auto", "cpu", "cuda", "tensorrt" or "tensorrt-rtx", the last three also with ":N"'
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where graphs run. `str(device)` is what a caller may pass to ask for it again."""
+
+    kind: str  # a key of KINDS
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}" if self.index else self.kind
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name for it."""
+        return KINDS[self.kind].provider
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """ONNX Runtime's name for its memory, and the index of that."""
+        return KINDS[self.kind].memory, self.index
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether its memory is not the CPU's."""
+        return KINDS[self.kind].memory != "cpu"
+
+
+def parse_device(text: object) -> Device:
+    """Read "cpu", "cuda", "cuda:1" and so on. Raises DeviceError."""
+    if isinstance(text, str):
+        kind, colon, index = text.partition(":")
+        numbered = not colon or (kind != "cpu" and index.isascii() and index.isdigit())
+        if kind in KINDS and numbered:
+            return Device(kind, int(index or 0))
+    raise DeviceError(f"device: {EXPECTED}, got {text!r}")
+
+
+def choose_variant(device: Device, held: Collection[str], asked: str | None = None) -> str:
+    """The variant, among those a bundle holds, whose graphs run on `device`: the one asked for, else the best.
+
+    Raises BundleError if the one asked for is absent, DeviceError if it does not run there.
+    """
+    runs = KINDS[device.kind].variants
+    if asked is None:
+        return next(variant for variant in runs if variant in held)
+    if asked not in held:
+        raise BundleError(f"variant: expected one that the bundle holds ({', '.join(held)}), got {asked!r}")
+    if asked not in runs:
+        raise DeviceError(f"variant: {device} runs {' or '.join(runs)} graphs, got {asked!r}")
+    return asked
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session is set up, beyond its graph and device."""
+
+    provider_options: Mapping[str, object] = field(default_factory=dict[str, object])  # win over those chosen here
+    cuda_graphs: bool = False  # whether runs can be captured; on "cuda" only
+    cache: Path | None = None  # a directory for what a provider compiles, of this graph and device alone
+    record_placement: bool = False  # whether the session can tell which provider got which node
+
+
+# Options that follow from other arguments, by the argument.
+_OWNED = {"device_id": "device", "enable_cuda_graph": "cuda_graphs", "trt_cuda_graph_enable": "cuda_graphs"}
+
+
+def check_settings(device: Device, settings: Settings) -> None:
+    """Raise DeviceError for settings that `device` cannot have."""
+    if settings.cuda_graphs and device.kind != "cuda":
+        raise DeviceError(f'cuda_graphs: expected device="cuda", got {device}')
+    if settings.provider_options and device.kind not in _OPTIONS:
+        raise DeviceError(f"provider_options: {device} has none, got {', '.join(settings.provider_options)}")
+    for name in settings.provider_options:
+        if name in _OWNED:
+            raise DeviceError(f"provider_options: {name} follows from {_OWNED[name]}=, pass that instead")
+
+
+def provider_options(device: Device, settings: Settings) -> list[tuple[str, dict[str, str]]]:
+    """The providers of a session in order of preference, each with its options as ONNX Runtime takes them."""
+    own = {**_options_of(device, settings), **{name: _text(value) for name, value in settings.provider_options.items()}}
+    rest = [Device(kind, device.index if KINDS[kind].memory != "cpu" else 0) for kind in KINDS[device.kind].rest]
+    return [(device.provider, own), *((other.provider, _options_of(other, Settings())) for other in rest)]
+
+
+def _options_of(device: Device, settings: Settings) -> dict[str, str]:
+    options = _OPTIONS.get(device.kind)
+    return {} if options is None else options(device, settings)
+
+
+def _cuda(device: Device, settings: Settings) -> dict[str, str]:
+    options = {
+        "device_id": str(device.index),
+        # The default doubles the arena with each extension, and a session keeps what it has.
+        "arena_extend_strategy": "kSameAsRequested",
+        # The default times every algorithm of every convolution at every new shape: many seconds for a UNet.
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
+    return {**options, "enable_cuda_graph": "1"} if settings.cuda_graphs else options
+
+
+def _tensorrt(device: Device, settings: Settings) -> dict[str, str]:
+    # No trt_fp16_enable: it would let TensorRT lower what an fp16 bundle keeps in fp32 because it overflows. Without
+    # it, the types are those written in the graph.
+    # No trt_profile_*_shapes: they would have to name every feature between the two UNet graphs. Instead an engine
+    # covers the shapes seen so far, and is built again when a new one lies outside; the profile is cached with it.
+    options = {"device_id": str(device.index)}
+    if settings.cache is None:
+        return options
+    return {
+        **options,
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(settings.cache),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(settings.cache),
+    }
+
+
+def _tensorrt_rtx(device: Device, settings: Settings) -> dict[str, str]:
+    options = {"device_id": str(device.index)}
+    return options if settings.cache is None else {**options, "nv_runtime_cache_path": str(settings.cache)}
+
+
+_OPTIONS = {"cuda": _cuda, "tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt_rtx}
+
+
+def _text(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
