@@ -138,6 +138,22 @@ LAYOUTS = {
         "!",
         "pndm",
     ),
+    "mini21": Layout(
+        _SD21_UNET
+        | {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "block_out_channels": (32, 64),
+            "attention_head_dim": (1, 2),
+            "cross_attention_dim": 32,
+            "sample_size": 16,
+        },
+        _CLIP_H | _TINY_CLIP | {"hidden_size": 32},
+        _TINY_VAE,
+        "!",
+        "pndm",
+    ),
 }
 MODELS = (*LAYOUTS, "taesd")
 _CARD = """---
@@ -206,7 +222,7 @@ def _write_parts(
         write(AutoencoderTiny, directory)  # TAESD is the class's defaults
         return
     layout = LAYOUTS[model]
-    write(lambda: UNet2DConditionModel(**_SD_UNET, **layout.unet), directory / "unet")
+    write(lambda: UNet2DConditionModel(**(_SD_UNET | layout.unet)), directory / "unet")
     config = CLIPTextConfig(**_SD_CLIP, **layout.text_encoder)
     write(lambda: CLIPTextModel(config), directory / "text_encoder")
     write(lambda: AutoencoderKL(**_SD_VAE, **layout.vae), directory / "vae")
@@ -284,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.pipelines",
         description="Write a Stable Diffusion pipeline of the true configuration with random weights.",
     )
-    parser.add_argument("model", choices=MODELS, help="tiny and tiny21 are sd15 and sd21-base with narrow layers")
+    parser.add_argument(
+        "model", choices=MODELS, help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: of two levels"
+    )
     parser.add_argument("directory", help="where to write; must not exist")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored weights")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="split larger parts into files, e.g. 1GB")

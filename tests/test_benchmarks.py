@@ -1,12 +1,24 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from tiue_runtime.noise import gaussian
+from tolerances import REORDERED
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks import pipelines
+from benchmarks import pipelines, stable_diffusion
+from benchmarks.comparing import ROOT, BenchmarkError, Conditions, Entry, compare
+from benchmarks.contender import SEED
+from benchmarks.peers import diffusers
 from tiue.components import encode_text, load_components, tokenize
 
-# Parameters of the published models, from their cards and checkpoints.
+# Parameters of the published models.
 PARAMETERS = {"sd15": (859_520_964, 123_060_480), "sd21-base": (865_910_724, 340_387_840)}
 VAE_PARAMETERS = 83_653_863
 TAESD_PARAMETERS = 2_445_063
@@ -20,7 +32,7 @@ def parameters(make):
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_full_size_configurations_have_the_published_sizes(model):
     layout = pipelines.LAYOUTS[model]
-    unet = parameters(lambda: UNet2DConditionModel(**pipelines._SD_UNET, **layout.unet))
+    unet = parameters(lambda: UNet2DConditionModel(**(pipelines._SD_UNET | layout.unet)))
     text = parameters(lambda: CLIPTextModel(CLIPTextConfig(**pipelines._SD_CLIP, **layout.text_encoder)))
     assert (unet, text) == PARAMETERS[model]
     assert parameters(lambda: AutoencoderKL(**pipelines._SD_VAE, **layout.vae)) == VAE_PARAMETERS
@@ -57,3 +69,68 @@ def test_same_seed_same_weights_and_no_directory_is_overwritten(tmp_path, capsys
     assert a == b != c
     assert pipelines.main(["tiny", str(tmp_path / "a")]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Where the pipeline, the bundle and optimum's directory of mini21 are."""
+    directory = tmp_path_factory.mktemp("benchmarks")
+    stable_diffusion.make_ready("mini21", directory, None, ["tiue", "optimum"])
+    return directory
+
+
+@pytest.mark.parametrize("model", ["mini21", pytest.param("tiny21", marks=pytest.mark.slow)])
+def test_benchmark_runs_ours_beside_the_peer(model, work, capsys):
+    report = work / f"{model}.json"
+    flags = ["--model", model, "--work", str(work), "--runs", "1", "--json", str(report)]
+    assert stable_diffusion.main(flags) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "128x128, 4 DDIM timesteps" in printed
+    contenders = json.loads(report.read_text())["contenders"]
+    assert [*contenders] == ["tiue", "optimum"]
+    assert all(f"\n{name}" in printed for name in contenders)
+    for measured in contenders.values():
+        assert measured["timesteps"] == [751, 501, 251, 1]
+        assert measured["difference"] < REORDERED
+        assert 0 < measured["loaded_peak_bytes"] <= measured["peak_bytes"]
+        assert measured["disk_bytes"] > 0 and measured["start_seconds"][0] > 0
+        assert measured["first_seconds"]["1"] and 0 < sum(measured["stages"]["1"][0].values()) < 60
+    assert contenders["tiue"]["peak_bytes"] < contenders["optimum"]["peak_bytes"]  # it has no torch to load
+
+
+def test_another_network_is_refused(work, tmp_path):
+    ours, other = work / "mini21-bundle", tmp_path / "other"
+    shutil.copytree(ours, other)
+    graph = onnx.load(other / "unet_decoder.onnx")
+    for weight in graph.graph.initializer:
+        if len(weight.dims) == 4:
+            weight.raw_data = (-onnx.numpy_helper.to_array(weight)).tobytes()
+    onnx.save(graph, other / "unet_decoder.onnx")
+    entries = {"ours": Entry("tiue", ours), "other": Entry("tiue", other)}
+    conditions = Conditions("cpu", 1, (4, 16, 16), 8, steps=4, batches=(1,), runs=1)
+    with pytest.raises(BenchmarkError, match=r"^other: .* from ours's, so they are different networks"):
+        compare(entries, conditions, apart=False, progress=print)
+    measured = compare({"ours": entries["ours"]}, conditions, apart=True, progress=print)
+    assert len(measured["ours"].start_seconds) == len(measured["ours"].seconds[1]) == 1
+
+
+def test_optimum_samples_as_diffusers_does(work, tmp_path):
+    given = {"kind": "optimum", "directory": str(work / "mini21-optimum"), "device": "cpu", "threads": 1, "options": {}}
+    request = {"do": "picture", "shape": [4, 16, 16], "batch": 2, "steps": 4, "save": str(tmp_path / "optimum.npy")}
+    command = [sys.executable, "-m", "benchmarks.contender", json.dumps(given)]
+    done = subprocess.run(command, input=json.dumps(request) + "\n", cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[1])["shape"] == [2, 128, 128, 3]
+    latents = np.stack([gaussian(SEED + i, (4, 16, 16)) for i in range(2)])
+    expected, stages = diffusers(work / "mini21", torch.get_num_threads(), "cpu").picture(latents, 4)
+    assert stages.keys() == {"text_encoder", "unet", "vae_decoder"}
+    assert expected.std() > 0.01 and abs(expected[0] - expected[1]).max() > 0.01
+    np.testing.assert_allclose(np.load(tmp_path / "optimum.npy"), expected, atol=REORDERED, rtol=0)
+
+
+def test_what_cannot_be_measured_is_said_in_one_line(work, capsys):
+    flags = ["--model", "mini21", "--work", str(work), "--contenders", "tiue"]
+    assert stable_diffusion.main([*flags, "--size", "100"]) == 2
+    assert "expected a multiple of 16, got 100" in capsys.readouterr().err
+    assert stable_diffusion.main([*flags, "--contenders", "tiue-taesd"]) == 2
+    assert "tiue-taesd ended with status 1" in capsys.readouterr().err

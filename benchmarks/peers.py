@@ -1,0 +1,170 @@
+"""The peers: optimum's ONNX Runtime pipeline and diffusers' own, sampling with the same full UNet at every step.
+
+`python -m benchmarks.peers PIPELINE OUT` exports optimum's directory.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .machine import peak_bytes
+
+PROMPT = "a red heart"
+
+# At import, diffusers reports that optimum-onnx shares a namespace with optimum.
+logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
+
+
+def export_optimum(pipeline: Path, out: Path) -> dict[str, float]:
+    """Export a pipeline directory as optimum does, offline, to `out`, which appears when complete.
+
+    The VAE's encoder, which text to image does not use, is left out: the peer is to load no more than it needs.
+    Returns {"seconds", "peak_bytes"} of the export, also kept in out/export.json.
+    """
+    from optimum.exporters.onnx import main_export
+
+    from export.quiet import quiet
+
+    start = time.perf_counter()
+    building = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with quiet():
+            main_export(
+                str(pipeline),
+                output=building,
+                task="text-to-image",
+                library_name="diffusers",
+                do_validation=False,  # the benchmark compares its first noise prediction with ours
+                no_post_process=True,
+                local_files_only=True,
+            )
+        shutil.rmtree(building / "vae_encoder")
+        cost = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+        (building / "export.json").write_text(json.dumps(cost), encoding="utf-8")
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return cost
+
+
+class Peer:
+    """A diffusers-style pipeline with DDIM steps and no guidance, timed by part."""
+
+    def __init__(self, pipe: Any, parts: dict[str, Any], synchronize: Callable[[], None]):
+        """parts: by stage, objects whose `forward` is to be timed; the UNet's is "unet"."""
+        self._pipe = pipe
+        self._pipe.set_progress_bar_config(disable=True)
+        self._seconds: dict[str, float] = {}
+        self._synchronize = synchronize
+        self._eps: NDArray[np.float32] | None = None
+        self._only_eps = False
+        for name, part in parts.items():
+            part.forward = self._timed(name, part.forward)
+
+    def picture(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], dict[str, float]]:
+        """z_T (B,C,h,w) => images (B,H,W,3) in [0,1], seconds by stage."""
+        self._seconds.clear()
+        return self._run(latents, steps, "np"), dict(self._seconds)
+
+    def first_eps(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], list[int]]:
+        """What the UNet predicts at the first timestep (B,C,h,w), and all the timesteps."""
+        self._only_eps = True
+        try:
+            self._run(latents, steps, "latent")
+        finally:
+            self._only_eps = False
+        assert self._eps is not None
+        return self._eps, [int(t) for t in self._pipe.scheduler.timesteps]
+
+    def _run(self, latents: NDArray[np.float32], steps: int, output_type: str) -> Any:
+        import torch
+
+        return self._pipe(
+            PROMPT,
+            num_images_per_prompt=len(latents),
+            latents=torch.from_numpy(latents).to(self._pipe.unet.device, self._pipe.unet.dtype),
+            height=latents.shape[2] * self._pipe.vae_scale_factor,
+            width=latents.shape[3] * self._pipe.vae_scale_factor,
+            num_inference_steps=steps,
+            guidance_scale=0.0,
+            output_type=output_type,
+        ).images
+
+    def _timed(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = forward(*args, **kwargs)
+            self._synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            if name == "unet" and self._only_eps:
+                self._eps = result[0].float().cpu().numpy()
+                self._pipe._interrupt = True  # diffusers' switch to skip the steps that are left
+            return result
+
+        return timed
+
+
+def optimum(directory: Path, threads: int) -> Peer:
+    """optimum's ORTStableDiffusionPipeline on the CPU, from what `export_optimum` wrote."""
+    import torch
+    from onnxruntime import SessionOptions
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    torch.set_num_threads(threads)
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    pipe = ORTStableDiffusionPipeline.from_pretrained(
+        directory, export=False, local_files_only=True, scheduler=_ddim(directory), session_options=options
+    )
+    parts = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae_decoder}
+    return Peer(pipe, parts, lambda: None)
+
+
+def diffusers(directory: Path, threads: int, device: str) -> Peer:
+    """diffusers' StableDiffusionPipeline: float16 on CUDA, float32 on the CPU. Not yet run on CUDA."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    torch.set_num_threads(threads)
+    cuda = device != "cpu"
+    pipe = StableDiffusionPipeline.from_pretrained(
+        directory,
+        scheduler=_ddim(directory),
+        torch_dtype=torch.float16 if cuda else torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+    ).to(device)
+    parts = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
+    return Peer(pipe, parts, torch.cuda.synchronize if cuda else lambda: None)
+
+
+def _ddim(directory: Path) -> Any:
+    from diffusers import DDIMScheduler
+
+    # DDIM clips unless told otherwise, and the other schedulers' configurations need not say.
+    return DDIMScheduler.from_pretrained(directory, subfolder="scheduler", clip_sample=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export. Returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Export optimum's directory.")
+    parser.add_argument("pipeline", type=Path, help="a diffusers pipeline directory")
+    parser.add_argument("out", type=Path, help="where to write; must not exist")
+    arguments = parser.parse_args(argv)
+    cost = export_optimum(arguments.pipeline, arguments.out)
+    print(f"wrote {arguments.out} in {cost['seconds']:.0f} s, {cost['peak_bytes'] / 2**30:.1f} GiB at most")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
