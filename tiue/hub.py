@@ -54,8 +54,9 @@ def _reason(hub_id: str, error: Exception) -> str:
         return f"{hub_id} is neither a path here nor a model on the Hugging Face Hub (if private: `hf auth login`)"
     if isinstance(error, LocalEntryNotFoundError) and offline():
         return f"{hub_id} is not a path here, nor was it downloaded before, and HF_HUB_OFFLINE is set"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = next(iter(str(error).strip().splitlines()), "")
+    what = first if 0 < len(first) < 150 else type(error).__name__  # some errors are printed with all that they hold
     return (
-        f"{hub_id} is not a path here, and cannot be downloaded from the Hugging Face Hub: {lines[0]} "
+        f"{hub_id} is not a path here, and cannot be downloaded from the Hugging Face Hub: {what} "
         "(HF_HUB_OFFLINE=1 uses an earlier download)"
     )
