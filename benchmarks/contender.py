@@ -43,9 +43,21 @@ class Tiue:
 
         self._pipe = Pipeline.load(directory, device=device, vae=vae, **options)
         self._memory: Any = memory
+        self._to_record = options.get("cuda_graphs", False)
+        self._recorded: set[tuple[int, ...]] = set()
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """See Contender. Raises MemoryError where memory sufficed only for a slower mode."""
+        """See Contender. The first of a shape, with cuda_graphs, also records it.
+
+        Raises MemoryError where memory sufficed only for a slower mode.
+        """
+        if self._to_record and latents.shape not in self._recorded:
+            count, _, height, width = latents.shape
+            pixels = self._pipe.bundle.manifest.pixels_per_latent
+            self._pipe.warmup(
+                num_images=count, steps=steps, height=height * pixels, width=width * pixels, memory=self._memory
+            )
+            self._recorded.add(latents.shape)
         result = self._pipe(
             PROMPT, num_images=len(latents), latents=latents, steps=steps, memory=self._memory, output_type="np"
         )

@@ -49,17 +49,22 @@ _ON_CUDA = ("tiue-portable", "tiue-portable-graphs", "tiue-cuda", "tiue-cuda-gra
 _PACKAGES = ("tiue-runtime", "onnxruntime", "onnxruntime-gpu", "optimum-onnx", "diffusers", "transformers", "torch")
 
 
-def make_ready(model: str, work: Path, bundle: Path | None, kinds: Iterable[str]) -> dict[str, Path]:
+def make_ready(
+    model: str, work: Path, bundle: Path | None, kinds: Iterable[str], device: str = "cpu"
+) -> dict[str, Path]:
     """Make what is not there yet, each in a process of its own, so that its memory is free again.
 
+    The bundle is float32, and for CUDA float16 with both variants of the graphs.
     Returns, by kind of contender, the directory it loads. Raises BenchmarkError.
     """
-    pipeline, onnx, ours = work / model, work / f"{model}-optimum", bundle or work / f"{model}-bundle"
+    pipeline, onnx = work / model, work / f"{model}-optimum"
+    ours = bundle or work / (f"{model}-bundle" if device == "cpu" else f"{model}-bundle-{device}")
+    flags = [] if device == "cpu" else ["--target", "portable,cuda", "--precision", "fp16"]
     directories = {"diffusers": pipeline, "optimum": onnx, "tiue": ours}
     commands: dict[Path, list[object]] = {
         pipeline: ["benchmarks.pipelines", model, pipeline],
         onnx: ["benchmarks.peers", pipeline, onnx],
-        ours: ["export.onnx", "--ckpt", pipeline, "--out", ours],
+        ours: ["export.onnx", "--ckpt", pipeline, "--out", ours, *flags],
     }
     for directory in dict.fromkeys((pipeline, *(directories[kind] for kind in kinds))):
         if directory == bundle or directory.exists():
@@ -98,9 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     on_cpu = arguments.device == "cpu"
     names = arguments.contenders or (_ON_CPU if on_cpu else _ON_CUDA)
+    kinds = [CONTENDERS[name][0] for name in names]
     try:
-        kinds = [CONTENDERS[name][0] for name in names]
-        directories = make_ready(arguments.model, arguments.work.absolute(), arguments.bundle, ["tiue", *kinds])
+        if not on_cpu:
+            _check_gpu(kinds)
+        directories = make_ready(
+            arguments.model, arguments.work.absolute(), arguments.bundle, ["tiue", *kinds], arguments.device
+        )
         manifest = Bundle.load(directories["tiue"]).manifest
         if on_cpu and not arguments.contenders and TINY in manifest.vaes:
             names = (*names, "tiue-taesd")
@@ -133,6 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_gpu(kinds: Sequence[str]) -> None:
+    """Before anything is made: is there a GPU, and will all contenders be on it?"""
+    gpu_query("name")
+    if "optimum" in kinds:
+        raise BenchmarkError("--contenders optimum: it is measured on the CPU only; on cuda the peer is diffusers")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stable_diffusion",
@@ -149,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", help="pictures per request (default: 1; on cuda 1 and 4)")
     parser.add_argument("--runs", type=int, default=3, help="timed runs, after the first picture")
     parser.add_argument("--threads", type=int, default=thread_count(), help="CPU threads (default: all)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (memory is read of the first GPU)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the first GPU")
     parser.add_argument("--apart", action="store_true", help="never two contenders in memory at once")
     parser.add_argument("--json", type=Path, help="also write every measurement there")
     return parser

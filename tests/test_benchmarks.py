@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks import pipelines, stable_diffusion
 from benchmarks.comparing import ROOT, BenchmarkError, Conditions, Entry, compare
-from benchmarks.contender import SEED
+from benchmarks.contender import SEED, Tiue
 from benchmarks.peers import diffusers
 from tiue.components import encode_text, load_components, tokenize
 
@@ -128,9 +129,34 @@ def test_optimum_samples_as_diffusers_does(work, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "optimum.npy"), expected, atol=REORDERED, rtol=0)
 
 
-def test_what_cannot_be_measured_is_said_in_one_line(work, capsys):
+def test_cuda_graphs_record_each_shape_once(monkeypatch):
+    calls = []
+
+    class Fake:
+        bundle = SimpleNamespace(manifest=SimpleNamespace(pixels_per_latent=8))
+
+        def __call__(self, prompt, *, latents, memory, **options):
+            calls.append(len(latents))
+            return SimpleNamespace(images=latents, timings={"total": 1.0, "unet_encoder": 0.5}, memory=memory)
+
+        def warmup(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr("tiue_runtime.Pipeline", SimpleNamespace(load=lambda *_, **options: Fake()))
+    contender = Tiue("bundle", "cuda", cuda_graphs=True)
+    for batch in (1, 4, 1, 4):
+        latents = np.zeros((batch, 4, 16, 24), np.float32)
+        assert contender.picture(latents, 4)[1] == {"unet_encoder": 0.5}
+    shape = {"steps": 4, "height": 128, "width": 192, "memory": "parallel"}
+    assert calls == [{"num_images": 1, **shape}, 1, {"num_images": 4, **shape}, 4, 1, 4]
+
+
+def test_what_cannot_be_measured_is_said_in_one_line(work, capsys, monkeypatch):
     flags = ["--model", "mini21", "--work", str(work), "--contenders", "tiue"]
     assert stable_diffusion.main([*flags, "--size", "100"]) == 2
     assert "expected a multiple of 16, got 100" in capsys.readouterr().err
     assert stable_diffusion.main([*flags, "--contenders", "tiue-taesd"]) == 2
     assert "tiue-taesd ended with status 1" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "")
+    assert stable_diffusion.main(["--device", "cuda"]) == 2
+    assert "nvidia-smi" in capsys.readouterr().err
