@@ -143,10 +143,20 @@ def test_a_variant_without_estimates_takes_those_of_portable(heavy, free):
     own = {"portable": manifest.memory["portable"], "cuda": {"unet_decoder": MemoryUse(1, 1)}}
     manifest = type(manifest)(**{**vars(manifest), "variants": {v: manifest.variants["portable"] for v in own},
                                  "memory": own})  # fmt: skip
-    budget = Budget(manifest, "cuda", CPU)
+    budget = Budget(manifest, "cuda", CPU, keeps=True)
     free(int((10 * 4 + 10 * 16) / memory.USABLE))
     assert budget.fits("unet_decoder", 10, 4) and not budget.fits("unet_decoder", 11, 4)
     assert not budget.fits("vae_decoder", 10, 4) and budget.fits("text_encoder", 10, 4)
+
+
+def test_what_a_graph_keeps_is_not_asked_for_again(heavy, free):
+    manifest = Bundle.load(heavy).manifest
+    free(0)
+    for keeps in (True, False):
+        budget = Budget(manifest, "portable", CPU, keeps=keeps)
+        budget.succeeded("unet_decoder", 4, 100)
+        assert [budget.fits("unet_decoder", rows, 100) for rows in (3, 4, 5)] == [keeps, keeps, False]
+        assert not budget.fits("vae_decoder", 1, 1)
 
 
 def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatch, close, free):
@@ -155,15 +165,15 @@ def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatc
     whole = heavy_pipe(HEART, **size)
     assert whole.tile is None
     latents = 128 * 160
-    graph = Scarce(heavy_pipe._vae_decoder, most=1)
-    monkeypatch.setattr(heavy_pipe, "_vae_decoder", graph)
+    graph = Scarce(heavy_pipe._decode_image.graph, most=1)
+    monkeypatch.setattr(heavy_pipe._decode_image, "graph", graph)
     with pytest.warns(UserWarning, match="^vae_decoder ran out of memory on cpu: decoding 1 at once$") as caught:
         result = heavy_pipe(HEART, **size)
     np.testing.assert_array_equal(result.images, whole.images)
     assert (result.tile, rows_of(graph), len(caught)) == (None, [2, 1, 1], 1)
 
-    graph = Scarce(heavy_pipe._vae_decoder, latents=latents - 1)
-    monkeypatch.setattr(heavy_pipe, "_vae_decoder", graph)
+    graph = Scarce(heavy_pipe._decode_image.graph, latents=latents - 1)
+    monkeypatch.setattr(heavy_pipe._decode_image, "graph", graph)
     with pytest.warns(UserWarning) as caught:
         result = heavy_pipe(HEART, **size)
     close(result.images, whole.images)
@@ -174,8 +184,8 @@ def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatc
     ]
     assert caught[1].filename == __file__
 
-    graph = Scarce(heavy_pipe._vae_decoder, latents=32 * 32)
-    monkeypatch.setattr(heavy_pipe, "_vae_decoder", graph)
+    graph = Scarce(heavy_pipe._decode_image.graph, latents=32 * 32)
+    monkeypatch.setattr(heavy_pipe._decode_image, "graph", graph)
     with pytest.warns(UserWarning, match="tiles of 64x64"):
         result = heavy_pipe(HEART, vae_tiling=True, **size)
     close(result.images, whole.images)
@@ -186,7 +196,7 @@ def test_the_estimate_decides_how_pictures_are_decoded(heavy, close, free):
     pipe = Pipeline.load(heavy, device="cpu")
     size = {"num_images": 2, "seed": 1, "height": 160, "width": 128, "memory": "sequential", "output_type": "np"}
     picture = 80 * 64 * pipe.bundle.manifest.memory["portable"]["vae_decoder"].per_latent / memory.USABLE
-    graph = pipe._vae_decoder = Scarce(pipe._vae_decoder)
+    graph = pipe._decode_image.graph = Scarce(pipe._decode_image.graph)
     free(int(0.9 * picture))
     with pytest.warns(UserWarning, match="would run out of memory on cpu, by the bundle's estimate: decoding in tiles"):
         tiled = pipe(HEART, **size)
@@ -209,7 +219,7 @@ def test_tiling_when_asked_for_and_when_refused(heavy_pipe, monkeypatch, free, c
     assert tiled.tile == (128, 128)
     close(tiled.images, heavy_pipe(HEART, vae_tiling=False, **size).images)
     assert heavy_pipe(HEART, vae_tiling=True, **{**size, "height": 128}).tile is None
-    monkeypatch.setattr(heavy_pipe, "_vae_decoder", Scarce(heavy_pipe._vae_decoder, latents=0))
+    monkeypatch.setattr(heavy_pipe._decode_image, "graph", Scarce(heavy_pipe._decode_image.graph, latents=0))
     with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, load with vae="tiny", allow vae_tiling$'):
         heavy_pipe(HEART, vae_tiling=False, **size)
 
@@ -280,6 +290,27 @@ def test_a_real_shortage_in_the_image_decoder(heavy):
     assert said == [
         "vae_decoder ran out of memory on cpu: decoding in tiles of 128x128 pixels, which changes the picture slightly"
     ]
+
+
+@linux
+def test_a_small_run_takes_little_memory_after_a_large_one(heavy):
+    code = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from tiue_runtime import sessions
+
+session = sessions.create_session(Path(sys.argv[1]), sessions.Device("cpu"))
+options = sessions.run_options({"memory.enable_memory_arena_shrinkage": "cpu:0"})
+session.run(None, {"latents": np.zeros((1, 4, 256, 256), np.float32)}, options)
+status = Path("/proc/self/status").read_text().split()
+size = 1024 * int(status[status.index("VmSize:") + 1])
+resource.setrlimit(resource.RLIMIT_AS, (size + 100 * 2**20, resource.RLIM_INFINITY))
+session.run(None, {"latents": np.zeros((1, 4, 128, 128), np.float32)}, options)
+"""
+    command = [sys.executable, "-c", code, str(heavy / "vae_decoder.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

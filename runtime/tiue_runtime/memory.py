@@ -39,10 +39,12 @@ class Budget:
     Without an estimate, or where the free memory is not known, everything fits.
     """
 
-    def __init__(self, manifest: Manifest, variant: str, device: Device) -> None:
+    def __init__(self, manifest: Manifest, variant: str, device: Device, *, keeps: bool) -> None:
+        """keeps: whether a graph keeps the memory of a run for its next one, so that it no longer counts as free."""
         self._manifest = manifest
         self._variant = variant
         self._device = device
+        self._keeps = keeps
         self._held: dict[str, float] = {}
 
     def fits(self, graph: str, rows: int, latents: int) -> bool:
@@ -54,8 +56,9 @@ class Budget:
         return free is None or need <= USABLE * free
 
     def succeeded(self, graph: str, rows: int, latents: int) -> None:
-        """Note a run: ONNX Runtime's arena keeps the memory for the next one, though it no longer counts as free."""
-        self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
+        """Note a run that fitted."""
+        if self._keeps:
+            self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
 
     def fastest_mode(self, graph: str, steps: int, images: int, latents: int) -> Mode:
         """The first mode whose decoder runs fit; the last one if none does."""

@@ -9,13 +9,13 @@ z_0 / scaling + shift -> vae_decoder -> image
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, cast, overload
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import numpy as np
 from PIL.Image import Image
@@ -24,31 +24,21 @@ from . import bundle as contract
 from .bundle import Bundle
 from .cache import with_cache
 from .capture import CudaGraphs
-from .errors import Cancelled, OutOfMemoryError, RequestError
+from .errors import OutOfMemoryError, RequestError
 from .find import find_bundle
 from .graph import Graph
 from .images import to_pil, to_unit
 from .memory import Budget, Mode, lower_mode, timesteps_at_once
 from .providers import Device, Settings, check_settings, choose_variant
 from .request import Float32, Memory, OutputType, Request
+from .run import Cancel, Run
 from .sessions import choose_device
 from .text import PromptTokenizer
-from .tiling import Plan, decode, plans
+from .vae import ImageDecoder
 
 Images = TypeVar("Images")
 Callback = Callable[[int, int, Float32], object]
 Vae = Literal["kl", "tiny"]  # bundle.VAE_KINDS
-
-
-class Flag(Protocol):
-    """Something like threading.Event."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
-        ...
-
-
-Cancel = Flag | Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -106,13 +96,17 @@ class Pipeline:
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
         self._variant = choose_variant(device, manifest.variants, variant)
-        self._budget = Budget(manifest, self._variant, device)
+        # On a GPU, arenas are shrunk after each run, unless recordings need the memory.
+        keeps = not device.is_gpu or settings.cuda_graphs
+        self._budget = Budget(manifest, self._variant, device, keeps=keeps)
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
         names = contract.TEXT_ENCODER, contract.UNET_ENCODER, contract.UNET_DECODER, manifest.vaes[self.vae]
-        self._text_encoder, self._unet_encoder, self._unet_decoder, self._vae_decoder = (
+        self._text_encoder, self._unet_encoder, self._unet_decoder, vae_decoder = (
             self._load_graph(name, device, settings) for name in names
         )
+        remedy = self._overflow_remedy(vae=True)
+        self._decode_image = ImageDecoder(vae_decoder, names[-1], manifest, self._budget, remedy)
         self._check_graphs()
 
     def _load_graph(self, name: str, device: Device, settings: Settings) -> Graph:
@@ -250,7 +244,7 @@ class Pipeline:
         Raises RequestError for a wrong argument, Cancelled, InferenceError, and of its kind OutOfMemoryError.
         """
         start = time.perf_counter()
-        run = _Run(cancel)
+        run = Run(cancel)
         try:
             request = Request.make(
                 self.bundle.manifest,
@@ -274,7 +268,7 @@ class Pipeline:
                 images: Any = z_0
                 tile = None
                 if output_type != "latent":
-                    image, tile = self._decode(z_0, request.vae_tiling, run)
+                    image, tile = self._decode_image(z_0, request.vae_tiling, run)
                     unit = to_unit(image)
                     images = to_pil(unit) if output_type == "pil" else unit
         except (OutOfMemoryError, MemoryError) as error:
@@ -284,7 +278,7 @@ class Pipeline:
         run.timings["total"] = time.perf_counter() - start
         return Result(images, request.seeds, run.timings, self.device, request.steps, mode, self.vae, tile)
 
-    def _encode_text(self, request: Request, run: "_Run") -> Float32:
+    def _encode_text(self, request: Request, run: Run) -> Float32:
         """Text embeddings (B,L,D), each prompt encoded once and repeated for its images."""
         if request.prompts is None:
             text = cast(Float32, request.prompt_embeds)
@@ -300,7 +294,7 @@ class Pipeline:
             self._text_encoder.check_output(contract.TEXT, text, shape, self._overflow_remedy())
         return np.repeat(text, request.num_images, axis=0)
 
-    def _denoise(self, request: Request, text: Float32, run: "_Run", callback: Callback | None) -> tuple[Float32, Mode]:
+    def _denoise(self, request: Request, text: Float32, run: Run, callback: Callback | None) -> tuple[Float32, Mode]:
         """z_T => z_0, both float32 (B,C,h,w), and the mode that had memory enough."""
         manifest = self.bundle.manifest
         steps, schedule = request.steps, manifest.schedules[request.steps]
@@ -346,40 +340,6 @@ class Pipeline:
             callback(steps, steps, z.copy())
         return z, mode
 
-    def _decode(self, z_0: Float32, tiling: bool | None, run: "_Run") -> tuple[Float32, tuple[int, int] | None]:
-        """z_0 (B,C,h,w) => image float32 (B,3,H,W) in [-1,1], and (height, width) of its tiles in pixels, if any."""
-        manifest, graph = self.bundle.manifest, self._vae_decoder
-        name = manifest.vaes[self.vae]
-        scale, shift = np.float32(manifest.vae_scaling_factor), np.float32(manifest.vae_shift_factor)
-        pixels = manifest.pixels_per_latent
-
-        def decode_part(latents: Float32) -> Float32:
-            count, _, height, width = latents.shape
-            with run.timed(contract.VAE_DECODER):
-                image = graph({contract.LATENTS: latents})[contract.IMAGE]
-            graph.check_output(
-                contract.IMAGE, image, (count, 3, height * pixels, width * pixels), self._overflow_remedy(vae=True)
-            )
-            return image
-
-        def fits(plan: Plan) -> bool:
-            return self._budget.fits(name, plan.rows, plan.height * plan.width)
-
-        ways = plans(manifest, z_0.shape, tiling)
-        first = next((i for i, plan in enumerate(ways) if fits(plan)), len(ways) - 1)
-        why = f"{name} would run out of memory on {self.device}, by the bundle's estimate"
-        for plan in ways[first:]:
-            if plan is not ways[first] or (plan.tiled and tiling is None):
-                warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=3)
-            try:
-                image = decode(decode_part, z_0 / scale + shift, plan, pixels)
-            except OutOfMemoryError as error:
-                why = str(error)
-                continue
-            self._budget.succeeded(name, plan.rows, plan.height * plan.width)
-            return image, (plan.height * pixels, plan.width * pixels) if plan.tiled else None
-        raise OutOfMemoryError(why)
-
     def _overflow_remedy(self, *, vae: bool = False) -> str:
         """What helps when a graph computes values that are not finite."""
         precision = self.bundle.manifest.precision
@@ -405,26 +365,7 @@ class Pipeline:
         self._text_encoder.expect({contract.INPUT_IDS, contract.ATTENTION_MASK}, {contract.TEXT})
         self._unet_encoder.expect(given, set())
         self._unet_decoder.expect({*features, *given, *steps}, {contract.CONTRIBUTION}, needed=steps)
-        self._vae_decoder.expect({contract.LATENTS}, {contract.IMAGE})
-
-
-class _Run:
-    """The clock and the stop sign of one request."""
-
-    def __init__(self, cancel: Cancel | None) -> None:
-        self.timings: dict[str, float] = {}
-        self._asked: object = getattr(cancel, "is_set", cancel)
-        if cancel is not None and not callable(self._asked):
-            raise RequestError(f"cancel: expected a threading.Event or a function, got {cancel!r}")
-
-    @contextmanager
-    def timed(self, graph: str) -> Generator[None]:
-        """Add the time spent inside to timings[graph], unless the caller wants to stop. Raises Cancelled."""
-        if callable(self._asked) and self._asked():
-            raise Cancelled(f"cancelled before {graph}")
-        start = time.perf_counter()
-        yield
-        self.timings[graph] = self.timings.get(graph, 0.0) + time.perf_counter() - start
+        self._decode_image.graph.expect({contract.LATENTS}, {contract.IMAGE})
 
 
 def generate(

@@ -182,6 +182,9 @@ def _start(model: str | bytes, device: Device, settings: Settings) -> Any:
     # Four sessions whose idle threads spin take the cores from each other (70 against 22 ms a picture of the default
     # model on 2 cores), and from the application.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # ONNX Runtime looks up how an earlier run laid out its memory by the XOR of all dimensions of the inputs. Square
+    # latents of any size have the same, and so has any number of timesteps: small runs would take what large ones took.
+    options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors are raised too, and other messages are no use to a caller
     if settings.record_placement:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

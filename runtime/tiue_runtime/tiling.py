@@ -73,12 +73,12 @@ def decode(run: Callable[[Float32], Float32], latents: Float32, plan: Plan, scal
     count, _, height, width = latents.shape
     if (plan.rows, plan.height, plan.width) == (count, height, width):
         return run(latents)
-    image = None
     parts = product(range(0, count, plan.rows), windows(height, plan.height, scale), windows(width, plan.width, scale))
+    image = np.empty(0, dtype=np.float32)
     for first, (top, down), (left, across) in parts:
         rows, bottom, right = slice(first, first + plan.rows), top + plan.height, left + plan.width
         part = run(latents[rows, :, top:bottom, left:right])
-        if image is None:  # the first run may have freed the memory that is needed here
+        if not image.size:  # not earlier: the first run may free the memory that is needed here
             image = np.zeros((count, 3, height * scale, width * scale), dtype=np.float32)
         image[rows, :, top * scale : bottom * scale, left * scale : right * scale] += part * (down[:, None] * across)
     return image
