@@ -136,7 +136,7 @@ def gpu(monkeypatch):
     books = SimpleNamespace(sessions=[], copies=0, refused=(), no_arena=False, unrecordable=False)
     books.plugin = "NvTensorRTRTXExecutionProvider"
     fake = ModuleType("onnxruntime")
-    fake.__version__ = onnxruntime.__version__
+    fake.__version__, fake.__file__ = onnxruntime.__version__, onnxruntime.__file__
     fake.SessionOptions, fake.RunOptions = onnxruntime.SessionOptions, onnxruntime.RunOptions
     fake.InferenceSession, fake.OrtValue = Session, Value
     fake.preload_dlls = lambda: None

@@ -15,6 +15,7 @@ What ONNX Runtime and CUDA demand, and what is done about it:
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from threading import RLock
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -86,6 +87,7 @@ class Recordings:
         self._place = place
         self.graphs = graphs
         self._recorded: dict[object, _Recording] = {}
+        self._numbers = count(1)  # none is used twice, even if a recording failed
 
     def __call__(
         self, inputs: Mapping[str, Any], run: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -120,7 +122,7 @@ class Recordings:
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
-        recording = _Recording(buffers, outputs, binding, run_options({GRAPH_ID: str(len(self._recorded) + 1)}))
+        recording = _Recording(buffers, outputs, binding, run_options({GRAPH_ID: str(next(self._numbers))}))
         # With a new number this runs until memory settles, records, and launches what it recorded.
         self._session.run_with_iobinding(binding, recording.options)
         return recording

@@ -116,10 +116,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from .doctor import examine
 
-    rows, problems = examine()
+    rows, problems = examine(arguments.bundle, arguments.device)
     _print_rows(rows)
     for problem in problems:
         _say("error", problem)
@@ -181,7 +181,9 @@ def _parser() -> _Parser:
     verify = _command(commands, "verify", _verify, "compare every file of a bundle with its sha256")
     _bundle_flag(verify)
 
-    _command(commands, "doctor", _doctor, "show versions, devices and installed bundles, and what is wrong")
+    doctor = _command(commands, "doctor", _doctor, "show versions, devices and installed bundles, and what is wrong")
+    _bundle_flag(doctor)
+    doctor.add_argument("--device", help="with this or --bundle, load the graphs and count the nodes of each provider")
 
     bench = _command(commands, "bench", _bench, "measure seconds per image, graph by graph")
     bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
@@ -217,7 +219,9 @@ def _run_flags(parser: _Parser) -> None:
     parser.add_argument("--width", type=int, help="pixels (default: the bundle's)")
     parser.add_argument("--height", type=int, help="pixels (default: the bundle's)")
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N; one asked for by name is never replaced"
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, tensorrt or tensorrt-rtx, or cuda:1 and so on; one asked for by name is never replaced",
     )
     parser.add_argument(
         "--memory",

@@ -22,6 +22,7 @@ class Kind:
     memory: str = "cpu"  # ONNX Runtime's name of where its tensors are
     rest: tuple[str, ...] = ()  # kinds that take the nodes which it has no kernel for, in this order
     compiles: bool = False  # whether it makes files of a graph that are worth keeping
+    library: str = ""  # the provider's file in ONNX Runtime's wheel, without prefix and suffix
     plugin: str = ""  # module of the wheel that brings the provider, where ONNX Runtime's own wheels do not
     remedy: str = ""  # when it does not start
 
@@ -34,6 +35,7 @@ KINDS = {
         variants=(CUDA, PORTABLE),
         memory="cuda",
         rest=("cpu",),
+        library="onnxruntime_providers_cuda",
         remedy=(
             'Check the NVIDIA driver (nvidia-smi) and the wheel: "tiue-runtime[cuda]" is for CUDA 13, '
             '"tiue-runtime[cuda12]" for CUDA 12'
@@ -46,6 +48,7 @@ KINDS = {
         memory="cuda",
         rest=("cuda", "cpu"),
         compiles=True,
+        library="onnxruntime_providers_tensorrt",
         remedy=(
             "Check the NVIDIA driver (nvidia-smi) and TensorRT, whose libraries must be of the major version that the "
             'wheel of ONNX Runtime was built with: pip install "tiue-runtime[tensorrt]"'

@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any
 
 from .errors import BundleError, DeviceError
+from .gpu import find_gpus
 from .providers import KINDS, Device, Settings, check_settings, parse_device, provider_options
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -168,10 +169,30 @@ def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
     small = {"trt_min_subgraph_size": 1000} if device.kind == "tensorrt" else {}
     try:
         session = _start(_PROBE, device, Settings(provider_options={**small, **(options or {})}))
+        granted: list[str] = session.get_providers()
     except Exception as error:  # whatever it is, it is the answer
-        return first_line(error)
-    granted: list[str] = session.get_providers()
-    return "" if granted[0] == device.provider else f"ONNX Runtime gave {', '.join(granted)} instead"
+        return _with_reason(first_line(error), device)
+    if granted[0] == device.provider:
+        return ""
+    return _with_reason(f"ONNX Runtime gave {', '.join(granted)} instead", device)
+
+
+def _with_reason(problem: str, device: Device) -> str:
+    """Add the reasons that ONNX Runtime only prints: there is no GPU, or a library is missing."""
+    gpus = find_gpus() if device.is_gpu else ""
+    reasons = [gpus] if isinstance(gpus, str) and gpus else []
+    name = KINDS[device.kind].library
+    module = sys.modules.get("onnxruntime")
+    if name and module is not None and module.__file__:
+        for library in (f"lib{name}.so", f"{name}.dll"):
+            path = Path(module.__file__).parent / "capi" / library
+            try:
+                if path.is_file():
+                    ctypes.CDLL(str(path))
+            except OSError as error:
+                if "undefined symbol" not in str(error):  # which ONNX Runtime itself would have defined
+                    reasons.append(first_line(error))
+    return f"{problem} ({'; '.join(reasons)})" if reasons else problem
 
 
 def _start(model: str | bytes, device: Device, settings: Settings) -> Any:
