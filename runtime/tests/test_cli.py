@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiue_runtime import sessions
+from tiue_runtime import Pipeline, sessions
 from tiue_runtime.cli import main
 
 
@@ -42,6 +42,20 @@ def test_several_pictures_are_numbered(run, tmp_path, pipe):
     assert path.read_bytes() == b"old"
     with Image.open(tmp_path / "heart-10.png") as image:
         assert (image.text["seed"], image.size) == ("10", (4, 4))
+
+
+def test_memory_vae_and_tiles_are_chosen(run, tmp_path, tiny):
+    heavy = Pipeline.load(tiny.parent / "heavy", device="cpu", vae="tiny")
+    path = tmp_path / "a.png"
+    flags = ("--memory", "partial", "--vae", "tiny", "--vae-tiling", "--height", 160, "--width", 128)
+    code, _, err = run("generate", "a", "--out", path, "--seed", 1, "--bundle", heavy.bundle.directory, *flags)
+    assert (code, err) == (0, "")
+    expected = heavy("a", seed=1, memory="partial", vae_tiling=True, height=160, width=128)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(image, expected.images[0])
+    code, out, _ = run("bench", "--runs", 1, "--bundle", heavy.bundle.directory, *flags)
+    assert code == 0 and "128x160, batch 1, 4 steps, partial, vae tiny, tiles of 128x128" in out
+    assert "kl, tiny (default kl)" in run("info", "--bundle", heavy.bundle.directory)[1]
 
 
 def test_prompt_in_any_script_survives_in_the_metadata(run, tmp_path):

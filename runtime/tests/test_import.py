@@ -19,7 +19,9 @@ def test_import_is_light():
     assert not modules_after("import tiue_runtime") & {*HEAVY, "numpy", "PIL", "tokenizers"}
 
 
-@pytest.mark.parametrize("module", ["bundle", "cli", "doctor", "find", "graph", "noise", "pipeline", "sessions"])
+@pytest.mark.parametrize(
+    "module", ["bundle", "cli", "doctor", "find", "graph", "memory", "noise", "pipeline", "sessions"]
+)
 def test_no_module_imports_a_training_library_or_onnxruntime(module):
     assert not modules_after(f"import tiue_runtime.{module}") & set(HEAVY)
 

@@ -1,7 +1,9 @@
 import json
+import shutil
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,7 @@ import tiue_runtime
 from tiue_runtime import Pipeline
 from tiue_runtime.bundle import GRAPHS, Bundle, write_bundle
 from tiue_runtime.errors import BundleError, Cancelled, InferenceError
-from tiue_runtime.graph import Graph
 from tiue_runtime.noise import gaussian
-from tiue_runtime.sessions import Device
 
 HEART, STAR = "a red heart", "a blue star"
 
@@ -209,11 +209,43 @@ def test_an_image_of_the_wrong_size_is_refused(edit):
         Pipeline.load(directory, device="cpu")(HEART)
 
 
-def test_overflow_is_not_turned_into_a_black_image(tiny):
-    graph = Graph(tiny / "vae_decoder.onnx", Device("cpu"))
-    for bad in (np.nan, np.inf):
-        with pytest.raises(InferenceError, match="vae_decoder: image has NaN or infinity"):
-            graph.check_output("image", np.array([0, bad], dtype=np.float32), (2,))
+class Overflowing:
+    """A graph whose output has one value that is not finite."""
+
+    def __init__(self, graph, name, value):
+        self._graph, self._name, self._value = graph, name, value
+
+    def __call__(self, feed, **options):
+        outputs = self._graph(feed, **options)
+        outputs[self._name].flat[-1] = self._value
+        return outputs
+
+    def __getattr__(self, name):
+        return getattr(self._graph, name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("graph, output", [("text_encoder", "text"), ("unet_decoder", "contribution")])
+def test_overflow_names_the_stage_and_the_remedy(pipe, monkeypatch, graph, output, value):
+    monkeypatch.setattr(pipe, f"_{graph}", Overflowing(getattr(pipe, f"_{graph}"), output, value))
+    message = rf"{graph}: {output} has NaN or infinity on cpu\. Look for damaged weights with `tiue-runtime verify`"
+    with pytest.raises(InferenceError, match=message):
+        pipe(HEART, seed=1)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+@pytest.mark.parametrize("bundle, remedy", [
+    ("tiny", r"fp16 overflowed: export the bundle again with --precision fp32"),
+    ("heavy", r'fp16 overflowed: export the bundle again with --precision fp32, or load with vae="tiny"'),
+])  # fmt: skip
+def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remedy, output_type):
+    directory = shutil.copytree(tiny.parent / bundle, tmp_path / bundle)
+    write_bundle(directory, replace(Bundle.load(directory).manifest, precision="fp16"))
+    pipe = Pipeline.load(directory, device="cpu")
+    decoder = pipe._decode_image
+    decoder.graph = Overflowing(decoder.graph, "image", np.nan)
+    with pytest.raises(InferenceError, match=rf"vae_decoder: image has NaN or infinity on cpu\. {remedy}$"):
+        pipe(HEART, seed=1, height=8, width=8, output_type=output_type)
 
 
 @pytest.mark.parametrize("setting", ["padding", "truncation"])
