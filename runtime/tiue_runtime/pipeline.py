@@ -97,7 +97,7 @@ class Pipeline:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
         self._variant = choose_variant(device, manifest.variants, variant)
         # On a GPU, arenas are shrunk after each run, unless recordings need the memory.
-        keeps = not device.is_gpu or settings.cuda_graphs
+        keeps = device.kind != "cuda" or settings.cuda_graphs
         self._budget = Budget(manifest, self._variant, device, keeps=keeps)
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
