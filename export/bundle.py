@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 from tiue_runtime import bundle
 from tokenizers import Tokenizer
 
@@ -30,7 +30,6 @@ from .graphs import Form, VaeDecoder, unet_graphs, vae_decoder_graph
 from .optimum_parts import text_encoder_graph
 from .parity import Checker, Row, judge
 from .precision import store_float16, store_int8
-
 
 TARGETS = (bundle.PORTABLE, bundle.CUDA)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -54,7 +53,7 @@ class Options:
             raise ExportError("--weights fp32: what computes in fp16 has fp16 weights; leave it out")
         if ("tiny" in self.vaes) != (self.tiny_vae is not None):
             raise ExportError(
-                "--vae tiny needs --vae-path, the directory of a diffusers AutoencoderTiny, and only it does"
+                "--vae tiny and --vae-path, the directory of a diffusers AutoencoderTiny, need each other"
             )
 
     @property

@@ -49,7 +49,7 @@ def fuse(graph: ir.Model) -> None:
     for node in graph.graph:
         for value in node.outputs:
             if value.dtype is None and node.inputs[0] is not None:  # made here, by an operator that keeps the type
-                value.dtype = node.inputs[0].dtype
+                _describe(value, value.shape, node.inputs[0].dtype)
     graph.opset_imports[CONTRIB] = 1
 
 
@@ -136,9 +136,7 @@ def _emit_channels_last(graph: ir.Graph, node: ir.Node, moved: ir.Node) -> None:
     (old,) = node.outputs
     back = ir.node("Transpose", [moved.outputs[0]], {"perm": list(TO_CHANNELS_FIRST)})
     graph.insert_before(node, [moved, back])
-    shape = _shape(old)
-    moved.outputs[0].shape = ir.Shape([shape[axis] for axis in TO_CHANNELS_LAST])
-    moved.outputs[0].dtype = old.dtype
+    _describe(moved.outputs[0], _permute(_shape(old)), old.dtype)
     _replace(graph, old, back.outputs[0])
 
 
@@ -147,9 +145,7 @@ def _transposed(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
     if source is not None:
         return source
     node = ir.node("Transpose", [value], {"perm": list(TO_CHANNELS_LAST)})
-    shape = _shape(value)
-    node.outputs[0].shape = ir.Shape([shape[axis] for axis in TO_CHANNELS_LAST])
-    node.outputs[0].dtype = value.dtype
+    _describe(node.outputs[0], _permute(_shape(value)), value.dtype)
     graph.insert_before(before, node)
     return node.outputs[0]
 
@@ -206,7 +202,7 @@ def _fuse_skip(graph: ir.Graph) -> None:
             continue
         fused = ir.node("SkipGroupNorm", [a, gamma, beta, b], _attributes(norm), domain=CONTRIB, num_outputs=2)
         for new, old in zip(fused.outputs, (norm.outputs[0], add.outputs[0]), strict=True):
-            new.shape, new.dtype = old.shape, old.dtype
+            _describe(new, old.shape, old.dtype)
         graph.insert_before(add, fused)  # where both summands exist, and before anyone who uses the sum
         _replace(graph, norm.outputs[0], fused.outputs[0])
         _replace(graph, add.outputs[0], fused.outputs[1])
@@ -253,7 +249,7 @@ def _with_bias(add: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
 
 def _put(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """Put `new` in the place of `old`; each has one output."""
-    new.outputs[0].shape, new.outputs[0].dtype = old.outputs[0].shape, old.outputs[0].dtype
+    _describe(new.outputs[0], old.outputs[0].shape, old.outputs[0].dtype)
     graph.insert_before(old, new)
     _replace(graph, old.outputs[0], new.outputs[0])
 
@@ -261,7 +257,7 @@ def _put(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
 def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """Use `new` for `old`, also as an output of the graph, under the old name."""
     if new.shape is None:
-        new.shape, new.dtype = old.shape, old.dtype
+        _describe(new, old.shape, old.dtype)
     if old in graph.outputs and (new in graph.outputs or new.is_graph_input() or new.is_initializer()):
         return  # an output needs a value of its own
     if old in graph.outputs:
@@ -285,6 +281,16 @@ def _constant(value: ir.Value) -> Any:
 def _shape(value: ir.Value | None) -> Sequence[Any]:
     """Sizes; those that vary are symbols, equal if they are the same. Empty where nothing is known."""
     return [] if value is None or value.shape is None else list(value.shape)
+
+
+def _permute(shape: Sequence[Any]) -> ir.Shape:
+    return ir.Shape([shape[axis] for axis in TO_CHANNELS_LAST])
+
+
+def _describe(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | None) -> None:
+    value.shape = shape
+    if dtype is not None:
+        value.dtype = dtype
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from tiue_runtime import bundle
 from torch import Tensor, nn
 from torch.export import Dim
@@ -204,4 +204,8 @@ def _tail_in_float32(decoder: Any) -> None:
     tail = decoder.up_blocks[len(decoder.up_blocks) // 2 :]
     for module in (*tail, decoder.conv_norm_out, decoder.conv_out):
         module.float()
-    tail[0].register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+
+    def widen(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0].float(), *args[1:]
+
+    tail[0].register_forward_pre_hook(widen)

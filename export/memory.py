@@ -1,13 +1,16 @@
 """How much memory a run of a graph takes, so that the runtime can choose what fits."""
 
+import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from tiue_runtime.bundle import MemoryUse
 
 T = TypeVar("T")
+Array = NDArray[Any]
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux alone lets a process reset its peak
 
 
@@ -18,26 +21,41 @@ def measured(run: Callable[[], T]) -> tuple[T, int | None]:
     """
     try:
         _RESET.write_text("5")
-        before = _status("VmRSS")
     except OSError:
         return run(), None
+    _give_back()
+    before = _status("VmRSS")
+    _RESET.write_text("5")
     result = run()
     return result, max(_status("VmHWM") - before, 0)
 
 
 def fit(uses: Sequence[tuple[int, int, int]]) -> MemoryUse:
-    """The estimate that is nearest to measured (rows, h*w, bytes), each of its terms at least 0."""
-    rows, latents, taken = np.array(uses, np.float64).T
-    terms = np.stack([rows * latents, rows * latents**2], axis=1)
-    candidates = [np.linalg.lstsq(terms / taken[:, None], np.ones(len(uses)), rcond=None)[0]]
-    for i in (0, 1):  # where the best has a negative term, one of them is 0
-        alone = np.zeros(2)
-        alone[i] = np.mean(taken / terms[:, i])
-        candidates.append(alone)
-    linear, squared = min(
-        (c for c in candidates if (c >= 0).all()), key=lambda c: float(np.abs(terms @ c / taken - 1).max())
-    )
+    """The estimate that is nearest to measured (rows, h*w, bytes), each of its terms at least 0.
+
+    Of several runs at one size the one that took the most for a row counts: others found memory already taken.
+    """
+    most: dict[int, float] = {}
+    for rows, latents, taken in uses:
+        most[latents] = max(most.get(latents, 1.0), taken / rows)
+    sizes, bytes_of_a_row = np.array(list(most)), np.array(list(most.values()))
+    terms: Array = np.stack([sizes, sizes**2], axis=1) / bytes_of_a_row[:, None]  # as shares of what was measured
+    solved = cast(Array, np.linalg.lstsq(terms, np.ones(len(most)), rcond=None)[0])
+    # Where the best solution has a negative term, one of them is 0.
+    candidates: list[Array] = [solved, *(np.eye(2)[i] / terms[:, i].mean() for i in (0, 1))]
+    linear, squared = min((c for c in candidates if np.all(c >= 0)), key=lambda c: _furthest(terms, c))
     return MemoryUse(float(linear), float(squared))
+
+
+def _furthest(terms: Array, candidate: Array) -> float:
+    return float(np.abs(terms @ candidate - 1).max())
+
+
+def _give_back() -> None:
+    """Have the C library return what was freed, where it can (glibc), so that it is not counted as taken before."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(field: str) -> int:

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("fp32", "fp16"),
         default="fp32",
-        help="what graphs compute in; fp16 keeps what overflows in fp32, is for GPUs, and slower on CPUs (default: fp32)",
+        help="what graphs compute in; fp16 is for GPUs, and keeps in fp32 what overflows (default: fp32)",
     )
     parser.add_argument(
         "--weights",
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_list_of("kl", "tiny"),
         default=(),
         metavar="KIND[,KIND]",
-        help="image decoders: tiny takes kl's place, kl,tiny holds both, the first by default (default: the model's own)",
+        help="image decoders: tiny takes kl's place; of two the first is the default (default: the model's own)",
     )
     parser.add_argument(
         "--vae-path", metavar="DIR", help="for --vae tiny: a diffusers AutoencoderTiny (TAESD's layout)"

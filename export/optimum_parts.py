@@ -27,7 +27,7 @@ from .quiet import quiet
 
 def text_encoder_graph(components: Components, dtype: torch.dtype) -> ir.Model:
     """input_ids int64 (B,L) [, attention_mask int64 (B,L)] => text float32 (B,L,D), computed in `dtype`."""
-    model = components.text_encoder
+    model: Any = components.text_encoder
     names = [bundle.INPUT_IDS, *([bundle.ATTENTION_MASK] if uses_attention_mask(model) else [])]
     base = _text_config_class(model.config.model_type)
 

@@ -35,7 +35,9 @@ def lower(graph: ir.Model) -> int:
         for old, new in zip(node.outputs, results, strict=True):
             if old in graph.graph.outputs:
                 new.name, old.name = old.name, None
-            new.shape, new.dtype = old.shape, old.dtype
+            new.shape = old.shape
+            if old.dtype is not None:
+                new.dtype = old.dtype
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.graph.remove(node)
         count += 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 from safetensors import SafetensorError, safe_open
 
 from tiue.checkpoint import Student, load_student

@@ -14,11 +14,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
-from onnxscript import values
+from onnxscript import opset18, values
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 FLOAT = ir.DataType.FLOAT
+op: Any = opset18  # its own types allow no Python values, which it takes
 # Between (N,C,H,W) and (N,H,W,C), the layout of CUDA's fast kernels.
 TO_CHANNELS_LAST = (0, 2, 3, 1)
 TO_CHANNELS_FIRST = (0, 3, 1, 2)

@@ -179,9 +179,9 @@ def quick(monkeypatch):
 
 
 def test_a_bundle_that_computes_something_else_is_not_published(students, tmp_path, monkeypatch, capsys):
-    def wrong(components):
+    def wrong(components, dtype):
         components.text_encoder.text_model.final_layer_norm.weight.data *= 1.01
-        graph = exported(components)
+        graph = exported(components, dtype)
         components.text_encoder.text_model.final_layer_norm.weight.data /= 1.01
         return graph
 
@@ -194,11 +194,11 @@ def test_a_bundle_that_computes_something_else_is_not_published(students, tmp_pa
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_gate_closes_on_nan_and_on_what_is_not_close(exact):
-    good = parity.Row("z", "1", max_diff=1e-4, std=1.0, psnr_db=40.0, gated=True)
+    good = parity.Row("portable", "z", "1", max_diff=1e-4, std=1.0, psnr_db=40.0, gated=True)
     parity.judge([good], exact)
     for bad in (
-        parity.Row("z", "1", float("nan"), 1.0, float("nan"), gated=True),
-        parity.Row("z", "1", 0.1, 1.0, 30.0, gated=True),
+        parity.Row("portable", "z", "1", float("nan"), 1.0, float("nan"), gated=True),
+        parity.Row("portable", "z", "1", 0.1, 1.0, 30.0, gated=True),
     ):
         with pytest.raises(parity.ParityError, match="1 of 2 outputs"):
             parity.judge([good, bad], exact)

@@ -1,6 +1,7 @@
 """Tiny models, built in-process from a fixed seed, one for each kind of model the project must take."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def v_prediction() -> Components:
     """Like SD 2.1 at 768 pixels (v-prediction, linear projections, heads per level), with a TAESD autoencoder."""
     model = unet(use_linear_projection=True, attention_head_dim=(2, 4))
     scheduler = SCHEDULER | {"prediction_type": "v_prediction"}
-    return _components("tiny-v", model, _clip(), _taesd(), _tokenizer(length=20), scheduler)
+    return _components("tiny-v", model, _clip(), taesd(), _tokenizer(length=20), scheduler)
 
 
 def emoji() -> Components:
@@ -77,6 +78,11 @@ def emoji() -> Components:
         use_attention_mask=True,
     )
     return _components("tiny-emoji", model, BertModel(config), _vae(16), _tokenizer(length=32))
+
+
+def with_unet(unet: UNet2DConditionModel) -> Components:
+    """`sd15` around another UNet."""
+    return replace(sd15(), unet=unet)
 
 
 def save_pipeline(components: Components, directory: Path) -> Path:
@@ -215,7 +221,8 @@ def _vae(latent_channels: int) -> AutoencoderKL:
     )
 
 
-def _taesd() -> AutoencoderTiny:
+def taesd() -> AutoencoderTiny:
+    """Small, and made for the latents of `sd15`."""
     torch.manual_seed(2)
     return AutoencoderTiny(
         encoder_block_out_channels=(8, 8),

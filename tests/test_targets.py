@@ -1,0 +1,282 @@
+"""Targets and precisions: what the graphs of each hold, and that they compute the same."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import tiny
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from test_export import SCHEDULES, assert_refused, export
+from tiue_runtime import BundleError, Pipeline, bundle
+from torch import nn
+
+from export import cuda, files, graphs, memory, reference, translate
+from export.parity import PSNR_FLOOR_DB
+from tiue.checkpoint import Student
+from tiue.unet import TiUE
+
+CUDA32 = graphs.Form(bundle.CUDA, torch.float32)
+HALF = graphs.Form(bundle.PORTABLE, torch.float16)
+
+
+def session(graph, path):
+    ir.save(graph, path)
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def run(session, feeds):
+    names = [output.name for output in session.get_outputs()]
+    inputs = {i.name: feeds[i.name] for i in session.get_inputs()}
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def psnr(made, expected):
+    rmse = np.sqrt(np.mean((made.astype(np.float64) - expected) ** 2))
+    return 20 * np.log10(np.ptp(expected) / rmse)
+
+
+def operators(graph):
+    return Counter(node.op_type for node in graph.graph)
+
+
+def of_type(module, kind):
+    return [m for m in module.modules() if isinstance(m, kind)]
+
+
+# The CUDA variant. A fusion that is lost changes a count.
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["sd15", "sd21"])
+def test_every_operator_with_a_cuda_kernel_is_fused(linear):
+    """At the widths of SD's first level, since two of the kernels exist only for SD's widths."""
+    unet = tiny.unet(block_out_channels=(320, 320), norm_num_groups=32, use_linear_projection=linear)
+    tiue = Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(4)
+    encoder, decoder = graphs.unet_graphs(tiue, SCHEDULES[4], 20, CUDA32)
+    both = operators(encoder) + operators(decoder)
+    assert both["NhwcConv"] == len(of_type(unet, nn.Conv2d))
+    assert both["GroupNorm"] + both["SkipGroupNorm"] == len(of_type(unet, nn.GroupNorm))
+    assert both["SkipGroupNorm"] > len(of_type(unet, ResnetBlock2D))  # every one's second norm, and residual sums
+    assert both["MultiHeadAttention"] == len(of_type(unet, Attention))
+    assert both["BiasSplitGelu"] == len(of_type(unet, GEGLU))
+    assert both["BiasAdd"] == len(of_type(unet, BasicTransformerBlock))
+    assert not both.keys() & {"Conv", "InstanceNormalization", "Softmax", "Split", "Gelu", "Erf"}
+    norms = [n for g in (encoder, decoder) for n in g.graph if n.op_type in ("GroupNorm", "SkipGroupNorm")]
+    activated = sum(n.attributes["activation"].as_int() for n in norms)
+    assert activated == 2 * len(of_type(unet, ResnetBlock2D)) + 1
+    maps = [n for g in (encoder, decoder) for n in g.graph if n.op_type == "Transpose" and has_pixels(n)]
+    assert len(maps) == 2  # the latents on their way in, the noise on its way out
+
+
+def has_pixels(node):
+    return 1 not in list(node.outputs[0].shape)[1:3]
+
+
+def test_the_vae_is_fused():
+    vae = tiny.sd15().vae
+    made = operators(graphs.vae_decoder_graph(vae, CUDA32))
+    assert made["NhwcConv"] == len(of_type(vae.decoder, nn.Conv2d)) + 1  # post_quant_conv
+    assert made["GroupNorm"] + made["SkipGroupNorm"] == len(of_type(vae.decoder, nn.GroupNorm))
+    assert made["MultiHeadAttention"] == len(of_type(vae.decoder, Attention))
+    assert not made.keys() & {"Conv", "InstanceNormalization", "Softmax", "Sigmoid"}
+
+
+def test_onnx_runtime_takes_the_cuda_graph_but_for_its_kernels(tmp_path):
+    """Its schemas are checked before its kernels are looked up."""
+    path = tmp_path / "vae.onnx"
+    ir.save(graphs.vae_decoder_graph(tiny.sd15().vae, CUDA32), path)
+    with pytest.raises(Exception, match=r"Could not find an implementation for \w*(NhwcConv|GroupNorm)"):
+        ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_a_convolution_follows_no_unknown_layout():
+    """Operators that are not known to keep their layout get the one they had."""
+    x = ir.val("x", ir.DataType.FLOAT, ["n", 4, "h", "w"])
+    weight = ir.val("weight", const_value=ir.tensor(np.ones((4, 4, 3, 3), np.float32)))
+    conv = ir.node("Conv", [x, weight], {"pads": [1, 1, 1, 1]})
+    softmax = ir.node("Softmax", [conv.outputs[0]], {"axis": 1})
+    for node in (conv, softmax):
+        node.outputs[0].shape, node.outputs[0].dtype = x.shape, x.dtype
+    softmax.outputs[0].name = "y"
+    graph = ir.Graph([x], softmax.outputs, nodes=[conv, softmax], initializers=[weight], opset_imports={"": 18})
+    model = ir.Model(graph, ir_version=10)
+    cuda.fuse(model)
+    assert [node.op_type for node in graph] == ["Transpose", "NhwcConv", "Transpose", "Softmax"]
+    assert [value.name for value in graph.outputs] == ["y"]
+
+
+def test_lowering_counts_what_it_replaces():
+    graph = graphs.vae_decoder_graph(tiny.v_prediction().vae, CUDA32)
+    expected = operators(graph)["NhwcConv"]
+    assert reference.lower(graph) == expected > 0
+    assert reference.lower(graph) == 0
+
+
+# float16. Parts that overflow stay in float32: without that, the same weights give no picture.
+
+
+def loud_unet():
+    """Products of queries and keys beyond float16's 65504, while each factor is well within."""
+    unet = tiny.unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    for attention in of_type(unet, Attention):
+        for projection in (attention.to_q, attention.to_k):
+            projection.weight.data *= 400
+    return unet
+
+
+def halves(unet, form, tmp_path):
+    """Latents by the graphs of a form, and by PyTorch in float32."""
+    tiue = Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(4)
+    generator = torch.Generator().manual_seed(0)
+    noise, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 20, 16, generator=generator)
+    encoder, decoder = graphs.unet_graphs(tiue, SCHEDULES[4], 20, form)
+    if form.target == bundle.CUDA:
+        reference.lower(encoder), reference.lower(decoder)
+    feeds = {bundle.LATENTS: noise.numpy(), bundle.TEXT: text.numpy()}
+    feeds |= run(session(encoder, tmp_path / "encoder.onnx"), feeds)
+    feeds |= {
+        bundle.STEP_INDEX: np.arange(4),
+        bundle.STEP_WEIGHT: np.array(tiue.schedule.step_weights, np.float32),
+    }
+    contribution = run(session(decoder, tmp_path / "decoder.onnx"), feeds)[bundle.CONTRIBUTION]
+    with torch.no_grad():
+        return tiue.schedule.noise_weight * noise.numpy() + contribution, tiue(noise, text).numpy()
+
+
+@pytest.mark.parametrize("target", [bundle.PORTABLE, bundle.CUDA])
+def test_attention_beyond_float16(target, tmp_path):
+    assert psnr(*halves(loud_unet(), graphs.Form(target, torch.float16), tmp_path)) > PSNR_FLOOR_DB
+
+
+def test_attention_beyond_float16_is_lost_without_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "FLOAT16", translate.PLAIN)
+    made, _ = halves(loud_unet(), HALF, tmp_path)
+    assert not np.isfinite(made).all()
+
+
+def loud_vae():
+    """Activations beyond float16 in the last block, as Stable Diffusion's VAEs have."""
+    vae = tiny.sd15().vae
+    vae.decoder.up_blocks[-1].resnets[-1].conv2.weight.data *= 1e6
+    return vae
+
+
+@pytest.mark.parametrize("tail_in_float32", [True, False])
+def test_a_vae_beyond_float16(tail_in_float32, tmp_path, monkeypatch):
+    if not tail_in_float32:
+        monkeypatch.setattr(graphs, "_tail_in_float32", lambda decoder: None)
+    vae = loud_vae()
+    latents = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(0))
+    made = run(
+        session(graphs.vae_decoder_graph(vae, HALF), tmp_path / "vae.onnx"), {bundle.LATENTS: latents.numpy()}
+    )[bundle.IMAGE]
+    with torch.no_grad():
+        expected = vae.decode(latents, return_dict=False)[0].numpy()
+    if tail_in_float32:
+        assert psnr(made, expected) > PSNR_FLOOR_DB
+    else:
+        assert not np.isfinite(made).all()
+
+
+def test_a_copy_in_another_precision_leaves_the_model_alone():
+    unet = tiny.unet()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    graphs.unet_graphs(Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(4), SCHEDULES[4], 20, HALF)
+    assert isinstance(TiUE(unet, None, 751).unet, type(unet))
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+# Bundles with all of it.
+
+
+@pytest.fixture(scope="session")
+def rich(tmp_path_factory):
+    """Both targets and both image decoders, in float16."""
+    root = tmp_path_factory.mktemp("rich")
+    tiny.save_pipeline(tiny.sd15(), root / "pipeline")
+    tiny.taesd().save_pretrained(root / "taesd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "SHARED_ABOVE", 256)
+        arguments = ("--target", "portable,cuda", "--precision", "fp16", "--vae", "kl,tiny", "--vae-path", root / "taesd")
+        assert export("--ckpt", root / "pipeline", "--out", root / "bundle", *arguments) == 0
+    return root / "bundle"
+
+
+def test_a_bundle_of_everything(rich):
+    made = bundle.Bundle.load(rich)
+    made.verify()
+    assert list(made.manifest.variants) == [bundle.PORTABLE, bundle.CUDA]
+    assert made.manifest.vaes == {"kl": "vae_decoder", "tiny": "vae_decoder_tiny"}
+    assert (made.manifest.precision, made.manifest.created_from["precision"]) == ("fp16", "fp16")
+    pictures = {kind: Pipeline.load(rich, device="cpu", vae=kind)("a cat", seed=1).images for kind in ("kl", "tiny")}
+    assert not np.array_equal(pictures["kl"][0], pictures["tiny"][0])
+
+
+def test_variants_share_their_weights(rich):
+    """All but the convolutions, whose layout differs, is there once."""
+
+    def places(variant, graph):
+        model = ir.load(bundle.Bundle.load(rich).graph_path(graph, variant))
+        tensors = [v.const_value for v in model.graph.initializers.values()]
+        return {(t.location, t.offset) for t in tensors if isinstance(t, ir.ExternalTensor) and len(t.shape) == 2}
+
+    for graph in (bundle.UNET_ENCODER, bundle.UNET_DECODER):
+        matrices = places(bundle.CUDA, graph)
+        assert matrices and matrices <= places(bundle.PORTABLE, graph) | places(bundle.PORTABLE, bundle.UNET_DECODER)
+
+
+def test_the_tiny_vae_takes_the_same_latents(rich):
+    """Its own scaling is in its graph, so that the runtime need not know which one it has."""
+    taesd, scale = tiny.taesd(), tiny.sd15().vae.config.scaling_factor
+    z_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    tiny_session = ort.InferenceSession(bundle.Bundle.load(rich).graph_path("vae_decoder_tiny"))
+    made = tiny_session.run(None, {bundle.LATENTS: (z_0 / scale).numpy()})[0]
+    with torch.no_grad():
+        expected = taesd.decode(z_0 / taesd.config.scaling_factor, return_dict=False)[0].numpy()
+    assert psnr(made, expected) > PSNR_FLOOR_DB
+
+
+def test_working_memory_is_measured(rich):
+    manifest = bundle.Bundle.load(rich).manifest
+    for uses in manifest.memory.values():
+        for graph, use in uses.items():
+            assert graph in (bundle.UNET_DECODER, bundle.VAE_DECODER, "vae_decoder_tiny")
+            assert use.bytes(1, 64) > 0
+
+
+def test_memory_fit():
+    exact = [(rows, hw, rows * (3 * hw + 2 * hw**2)) for rows, hw in ((1, 10), (4, 10), (1, 40))]
+    use = memory.fit(exact)
+    assert (use.per_latent, use.per_latent_squared) == pytest.approx((3, 2))
+    shrinking = memory.fit([(1, 10, 100), (1, 40, 200)])  # less than in proportion: no term may be negative
+    assert shrinking.per_latent_squared == 0 and shrinking.per_latent > 0
+
+
+def test_measured_memory_is_that_of_the_run():
+    _, taken = memory.measured(lambda: np.ones(2**24).sum())  # 128 MiB
+    assert taken is None or 100e6 < taken < 200e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--precision", "fp16", "--weights", "fp32"), "--weights fp32"),
+        (("--vae", "tiny"), "--vae-path"),
+        (("--vae", "tiny", "--vae-path", "nowhere"), "no config.json"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, capsys, arguments, message):
+    tiny.save_pipeline(tiny.sd15(), tmp_path / "pipeline")
+    capsys.readouterr()
+    status = export("--ckpt", tmp_path / "pipeline", "--out", tmp_path / "out", *arguments)
+    assert_refused(capsys, status, message, tmp_path, ["pipeline"])
+
+
+def test_a_variant_that_is_not_there(rich, tmp_path):
+    with pytest.raises(BundleError, match="cuda"):
+        Pipeline.load(rich, device="cpu", variant=bundle.CUDA)
