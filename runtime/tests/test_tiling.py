@@ -63,15 +63,15 @@ def test_one_picture_at_a_time_is_exact():
     assert seen == [1, 1, 1]
 
 
-def test_plans_go_from_the_batch_to_the_smallest_tiles(manifest):
-    # 4 pixels a multiple, 2 a latent; default 8 x 12 pixels are 4 x 6 latents, already below MIN_TILE
+def test_plans_go_from_the_batch_to_tiles(manifest):
+    # The default of 8 x 12 pixels is 4 x 6 latents, so tiles are of MIN_TILE.
     whole = [Plan(3, 40, 6), Plan(1, 40, 6)]
-    tile = Plan(1, 4, 6, tiled=True)
+    tile = Plan(1, 16, 6, tiled=True)
     assert plans(manifest, (3, 4, 40, 6), None) == [*whole, tile]
     assert plans(manifest, (3, 4, 40, 6), False) == whole
     assert plans(manifest, (3, 4, 40, 6), True) == [tile]
-    assert plans(manifest, (3, 4, 4, 6), True) == [Plan(1, 4, 6)]  # no larger than a tile
-    assert plans(manifest, (1, 4, 4, 6), None) == [Plan(1, 4, 6)]
+    assert plans(manifest, (3, 4, 16, 6), True) == [Plan(1, 16, 6)]  # no larger than a tile
+    assert plans(manifest, (1, 4, 4, 16), None) == [Plan(1, 4, 16)]
 
 
 def test_tiles_are_halved_down_to_the_least(manifest):

@@ -234,7 +234,7 @@ class Pipeline:
             else the first of the three that fits into the free memory by the bundle's estimate. A mode that runs out
             of memory is followed by the next, with a warning; the pictures are the same.
         vae_tiling: whether pictures larger than the bundle's default are decoded in overlapping tiles, in less memory.
-            They differ slightly from those decoded whole, because group norms see one tile at a time. None does so,
+            They differ from those decoded whole, because group norms see one tile at a time. None does so,
             with a warning, where memory does not suffice otherwise.
         callback: in sequential mode called as callback(step, steps, preview) after each step. preview is the z_0
             (B,C,h,w) that would result if the noise predicted last were right for all steps left; after the

@@ -1,7 +1,7 @@
 """Decoding pictures in less memory: one at a time, then in overlapping tiles that are blended linearly.
 
-One at a time changes nothing. Tiles do, slightly: the group norms and the attention of an autoencoder see the whole of
-what they are given, so each tile gets contrasts and colours of its own, and the blend hides the seams.
+One at a time changes nothing. Tiles do: the group norms and the attention of an autoencoder see the whole of what they
+are given, so each tile gets contrasts and colours of its own, and the blend hides the seams.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Plan:
         if not self.tiled:
             return f"decoding {self.rows} at once"
         size = f"{self.width * scale}x{self.height * scale}"
-        return f"decoding in tiles of {size} pixels, which changes the picture slightly"
+        return f"decoding in tiles of {size} pixels, which changes the picture"
 
 
 def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> list[Plan]:
@@ -49,14 +49,15 @@ def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> li
     count, _, height, width = shape
     scale = manifest.pixels_per_latent
     multiple = manifest.size_multiple // scale  # tiles have sides that the bundle allows for pictures
-    side = manifest.default_height // scale, manifest.default_width // scale
+    least = ceil(MIN_TILE / multiple) * multiple
+    side = max(manifest.default_height // scale, least), max(manifest.default_width // scale, least)
     small = height <= side[0] and width <= side[1]
     tiles: list[Plan] = []
     while True:
         if height > side[0] or width > side[1]:
             tiles.append(Plan(1, min(side[0], height), min(side[1], width), tiled=True))
         half = side[0] // 2 // multiple * multiple, side[1] // 2 // multiple * multiple
-        if min(half) < MIN_TILE:
+        if min(half) < least:
             break
         side = half
     if tiling and not small:
