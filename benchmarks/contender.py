@@ -90,7 +90,9 @@ def make(kind: str, directory: Path, device: str, threads: int, options: dict[st
     """Load a contender: kind is "tiue", "optimum" or "diffusers"."""
     if kind == "tiue":
         return Tiue(directory, device, **options)
-    return optimum(directory, threads) if kind == "optimum" else diffusers(directory, threads, device)
+    if kind == "optimum":
+        return optimum(directory, threads, **options)
+    return diffusers(directory, threads, device)
 
 
 def answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:

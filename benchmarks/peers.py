@@ -114,8 +114,12 @@ class Peer:
         return timed
 
 
-def optimum(directory: Path, threads: int) -> Peer:
-    """optimum's ORTStableDiffusionPipeline on the CPU, from what `export_optimum` wrote."""
+def optimum(directory: Path, threads: int, *, spinning: bool = False) -> Peer:
+    """optimum's ORTStableDiffusionPipeline on the CPU, from what `export_optimum` wrote.
+
+    spinning: whether idle threads spin, which is ONNX Runtime's default. Not in tiue_runtime, so not here either
+    unless asked for: where other processes want the cores, it costs a factor of 2.
+    """
     import torch
     from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTStableDiffusionPipeline
@@ -123,6 +127,7 @@ def optimum(directory: Path, threads: int) -> Peer:
     torch.set_num_threads(threads)
     options = SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     pipe = ORTStableDiffusionPipeline.from_pretrained(
         directory, export=False, local_files_only=True, scheduler=_ddim(directory), session_options=options
     )

@@ -1,9 +1,10 @@
 """`python -m benchmarks.stable_diffusion --model sd21-base`: TiUE against a loop of full UNet passes.
 
-Same UNet (random weights), same noise, same DDIM timesteps, no guidance, same threads. Ours is an exported bundle run
-by tiue_runtime; the peer is optimum's ORTStableDiffusionPipeline on the CPU, diffusers in float16 on CUDA. Every
-contender runs in a process of its own. They take turns run by run; with --apart, process by process, for when memory
-does not hold all. Before anything is timed, their first noise predictions are compared: they must be one network's.
+Same UNet (random weights), same noise, same DDIM timesteps, no guidance, same threads, which do not spin when idle (in
+contender optimum-spinning they do, as by default). Ours is an exported bundle run by tiue_runtime; the peer is
+optimum's ORTStableDiffusionPipeline on the CPU, diffusers in float16 on CUDA. Every contender runs in a process of its
+own. They take turns run by run; with --apart, process by process, for when memory does not hold all. Before anything
+is timed, their first noise predictions are compared: they must be one network's.
 
 Everything needed is made once in --work: MODEL (the pipeline), MODEL-optimum, MODEL-bundle. Random weights make noise,
 but cost what trained ones cost.
@@ -32,7 +33,7 @@ from .comparing import ROOT, BenchmarkError, Conditions, Entry, compare, table
 from .machine import cpu_name, gpu_query
 from .pipelines import LAYOUTS
 
-# Name -> kind, and for kind "tiue" options of `contender.Tiue`.
+# Name -> kind, and options of `contender.Tiue` or `peers.optimum`.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiue": ("tiue", {}),
     "tiue-sequential": ("tiue", {"memory": "sequential"}),
@@ -42,6 +43,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiue-cuda": ("tiue", {"variant": "cuda"}),
     "tiue-cuda-graphs": ("tiue", {"variant": "cuda", "cuda_graphs": True}),
     "optimum": ("optimum", {}),
+    "optimum-spinning": ("optimum", {"spinning": True}),
     "diffusers": ("diffusers", {}),
 }
 _ON_CPU = ("tiue", "optimum")
