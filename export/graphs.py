@@ -99,9 +99,10 @@ class VaeDecoder(nn.Module):
         own = 1.0 if (scale, shift) == (1.0, 0.0) else vae.config["scaling_factor"]
         self.factor, self.offset = scale / own, -shift * scale / own
         self.dtype = dtype
-        self.vae = _in_precision(vae, dtype)
-        if dtype == torch.float16 and isinstance(vae, AutoencoderKL):
-            _tail_in_float32(self.vae.decoder)
+        tail = _tail(vae) if dtype == torch.float16 and isinstance(vae, AutoencoderKL) else ()
+        self.vae = _in_precision(vae, dtype, but=tail)
+        if tail:
+            self.vae.get_submodule(tail[0]).register_forward_pre_hook(_widen)
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1]."""
@@ -188,24 +189,24 @@ def _trace(module: nn.Module, args: tuple[Any, ...], form: Form, **options: Any)
     return program.model
 
 
-def _in_precision(module: Any, dtype: torch.dtype) -> Any:
-    """`module` itself in its own precision, else a copy with nothing but the weights copied."""
+def _in_precision(module: Any, dtype: torch.dtype, but: Sequence[str] = ()) -> Any:
+    """`module` itself in its own precision, else a copy with nothing but the weights copied, those of `but` as is."""
     if module.dtype == dtype:
         return module
-    with init_empty_weights():
+    with init_empty_weights(), quiet():
         copy = type(module).from_config(module.config)
-    # Names and values that are not parameters, too, as buffers are.
-    copy.load_state_dict({name: t.to(dtype) for name, t in module.state_dict().items()}, assign=True)
+    kept = tuple(f"{name}." for name in but)
+    weights = {name: t if name.startswith(kept) else t.to(dtype) for name, t in module.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
     return copy.eval()
 
 
-def _tail_in_float32(decoder: Any) -> None:
-    """The later half of a KL decoder in float32: its activations are the ones that exceed float16."""
-    tail = decoder.up_blocks[len(decoder.up_blocks) // 2 :]
-    for module in (*tail, decoder.conv_norm_out, decoder.conv_out):
-        module.float()
+def _tail(vae: Any) -> list[str]:
+    """The later half of a KL decoder, whose activations are the ones that exceed float16: the submodules' names."""
+    count = len(vae.decoder.up_blocks)
+    blocks = [f"decoder.up_blocks.{i}" for i in range(count // 2, count)]
+    return [*blocks, "decoder.conv_norm_out", "decoder.conv_out"]
 
-    def widen(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args[0].float(), *args[1:]
 
-    tail[0].register_forward_pre_hook(widen)
+def _widen(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].float(), *args[1:]

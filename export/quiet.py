@@ -23,6 +23,7 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 )
 _LOGGERS = (
     "torch.onnx._internal.exporter._registration",  # "torchvision is not installed": we use none of it
+    "diffusers.configuration_utils",  # AutoencoderTiny's own configuration surprises it
     "root",  # onnxruntime.quantization recommends a preprocessing step that changes nothing here
 )
 

@@ -17,6 +17,7 @@ from tiue.hub import is_hub_id
 from tiue.schedule import ddim_timesteps
 
 from .errors import ExportError
+from .quiet import quiet
 
 DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
 
@@ -103,7 +104,8 @@ def load_tiny_vae(directory: Path, components: Components) -> AutoencoderTiny:
     if not (directory / "config.json").is_file():
         raise ExportError(f"--vae-path {directory}: expected a diffusers AutoencoderTiny, found no config.json there")
     try:
-        vae = AutoencoderTiny.from_pretrained(directory, use_safetensors=True, local_files_only=True)
+        with quiet():
+            vae = AutoencoderTiny.from_pretrained(directory, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(f"--vae-path {directory}: {str(error).strip().splitlines()[0]}") from error
     own, tiny = components.vae.config, vae.config
