@@ -4,6 +4,7 @@ import argparse
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,12 @@ _STEPS_HELP = "step counts, e.g. 4 or 4,2,1 (default: all the student was traine
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0; 1 if the graphs do not compute what PyTorch does; 2 if it cannot run."""
     arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _export(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
     # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     # Imported late: these bring torch, which takes seconds that --help and a mistyped flag need not wait for.
@@ -123,6 +130,10 @@ def _steps(text: str) -> list[int]:
 
 def _progress(message: str) -> None:
     print(f"{message} ...", file=sys.stderr, flush=True)
+
+
+def _show_warning(message: object, *_: object, **__: object) -> None:
+    print(f"export.onnx: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, status: int) -> int:

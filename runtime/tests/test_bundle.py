@@ -87,7 +87,7 @@ WRONG = {
         "schedules: expected step counts such as '4' as keys, got 'four'",
     ),
     "default steps": (put("default_steps", 3), "default_steps: expected a step count of schedules (2, 4)"),
-    "no portable variant": (put("variants", {}), "variants: expected a variant named 'portable', got []"),
+    "no variant": (put("variants", {}), "variants: expected a variant, such as 'portable', got 'none'"),
     "graph missing": (
         put("variants/portable", {"unet_encoder": "x.onnx"}),
         "variants.portable: expected text",

@@ -58,6 +58,11 @@ def test_a_variant_asked_for():
             choose_variant(Device(kind), BOTH, "cuda")
 
 
+def test_a_bundle_without_graphs_for_the_device():
+    with pytest.raises(DeviceError, match="variant: cpu runs portable graphs, the bundle holds only cuda"):
+        choose_variant(Device("cpu"), ["cuda"])
+
+
 def test_a_pipeline_loads_the_files_of_its_variant(edit):
     def add_a_copy(content):
         content["variants"]["cuda"] = {**content["variants"]["portable"], "vae_decoder": "cuda.onnx"}

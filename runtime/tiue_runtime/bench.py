@@ -27,6 +27,8 @@ def bench(
     memory: Memory = "auto",
     vae: Vae | None = None,
     vae_tiling: bool | None = None,
+    variant: str | None = None,
+    cuda_graphs: bool = False,
 ) -> dict[str, object]:
     """Time `runs` pictures after one untimed, whose pixels every timed one must repeat.
 
@@ -36,10 +38,12 @@ def bench(
     if runs < 1:
         raise RequestError(f"runs: expected at least 1, got {runs}")
     start = time.perf_counter()
-    pipeline = Pipeline.load(bundle, device=device, vae=vae)
+    pipeline = Pipeline.load(bundle, device=device, vae=vae, variant=variant, cuda_graphs=cuda_graphs)
     loading = time.perf_counter() - start
 
     options = Options(seed=0, steps=steps, height=height, width=width, memory=memory, vae_tiling=vae_tiling)
+    if cuda_graphs:
+        pipeline.warmup(steps=steps, height=height, width=width, memory=memory, vae_tiling=vae_tiling)
 
     def run():
         return pipeline(PROMPT, output_type="np", **options)
@@ -55,7 +59,7 @@ def bench(
     report: dict[str, object] = {
         "bundle": f"{pipeline.bundle.manifest.name}, {pipeline.bundle.manifest.precision}",
         "image": f"{columns}x{rows}, batch 1, {warm_up.steps} steps, {warm_up.memory}, vae {warm_up.vae}{tiles}",
-        "device": pipeline.device,
+        "device": f"{pipeline.device}, {pipeline.variant} graphs{', recorded' if cuda_graphs else ''}",
         "cpu": f"{_cpu_name()}, {thread_count()} threads",
         "versions": f"tiue-runtime {__version__}, {wheels}, python {platform.python_version()}",
         "loading": f"{loading:.2f} s",

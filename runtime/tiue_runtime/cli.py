@@ -54,7 +54,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     paths = _numbered(Path(arguments.out), arguments.num_images)
     for path in paths:
         check_png_path(path)
-    pipeline = Pipeline.load(arguments.bundle, device=arguments.device, vae=arguments.vae)
+    pipeline = Pipeline.load(arguments.bundle, device=arguments.device, vae=arguments.vae, variant=arguments.variant)
     result = pipeline(
         arguments.prompt,
         num_images=arguments.num_images,
@@ -139,6 +139,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         memory=arguments.memory,
         vae=arguments.vae,
         vae_tiling=arguments.vae_tiling,
+        variant=arguments.variant,
+        cuda_graphs=arguments.cuda_graphs,
     )
     _print_rows(rows)
     return 0
@@ -187,6 +189,7 @@ def _parser() -> _Parser:
 
     bench = _command(commands, "bench", _bench, "measure seconds per image, graph by graph")
     bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
+    bench.add_argument("--cuda-graphs", action="store_true", help="record the kernels once and replay them (cuda)")
     _bundle_flag(bench)
     _run_flags(bench)
     return parser
@@ -212,7 +215,7 @@ def _bundle_flag(parser: _Parser) -> None:
 
 
 def _run_flags(parser: _Parser) -> None:
-    from .bundle import VAE_KINDS
+    from .bundle import CUDA, PORTABLE, VAE_KINDS
     from .request import Memory
 
     parser.add_argument("--steps", type=int, help="a step count of the bundle (default: the bundle's)")
@@ -232,6 +235,9 @@ def _run_flags(parser: _Parser) -> None:
     )
     parser.add_argument(
         "--vae", choices=VAE_KINDS, help="kl: the full image decoder; tiny: a small, fast one (default: the bundle's)"
+    )
+    parser.add_argument(
+        "--variant", choices=(PORTABLE, CUDA), help="the bundle's graphs to run (default: the best for the device)"
     )
     parser.add_argument(
         "--vae-tiling",

@@ -77,6 +77,7 @@ class Pipeline:
     bundle: Bundle
     device: str
     vae: str  # the kind of image decoder that was loaded
+    variant: str  # the bundle's graphs that were loaded
 
     def __init__(
         self,
@@ -95,10 +96,10 @@ class Pipeline:
         self.vae = next(iter(manifest.vaes)) if vae is None else vae
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
-        self._variant = choose_variant(device, manifest.variants, variant)
+        self.variant = choose_variant(device, manifest.variants, variant)
         # On a GPU, arenas are shrunk after each run, unless recordings need the memory.
         keeps = device.kind != "cuda" or settings.cuda_graphs
-        self._budget = Budget(manifest, self._variant, device, keeps=keeps)
+        self._budget = Budget(manifest, self.variant, device, keeps=keeps)
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
         names = contract.TEXT_ENCODER, contract.UNET_ENCODER, contract.UNET_DECODER, manifest.vaes[self.vae]
@@ -110,7 +111,7 @@ class Pipeline:
         self._check_graphs()
 
     def _load_graph(self, name: str, device: Device, settings: Settings) -> Graph:
-        path = self.bundle.graph_path(name, self._variant)
+        path = self.bundle.graph_path(name, self.variant)
         settings = with_cache(settings, device, self.bundle.directory, path)
         # A text encoder makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes recording.
         if name == contract.TEXT_ENCODER:
@@ -343,8 +344,8 @@ class Pipeline:
     def _overflow_remedy(self, *, vae: bool = False) -> str:
         """What helps when a graph computes values that are not finite."""
         precision = self.bundle.manifest.precision
-        if self._variant != contract.PORTABLE:
-            remedy = f'Its {self._variant} graphs overflowed: load with variant="portable"'
+        if self.variant != contract.PORTABLE:
+            remedy = f'Its {self.variant} graphs overflowed: load with variant="portable"'
         elif precision != "fp32":
             remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
         else:

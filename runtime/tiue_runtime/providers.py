@@ -107,16 +107,16 @@ def parse_device(text: object) -> Device:
 def choose_variant(device: Device, held: Collection[str], asked: str | None = None) -> str:
     """The variant, among those a bundle holds, whose graphs run on `device`: the one asked for, else the best.
 
-    Raises BundleError if the one asked for is absent, DeviceError if it does not run there.
+    Raises BundleError if the one asked for is absent, DeviceError if it, or all there are, do not run there.
     """
     runs = KINDS[device.kind].variants
-    if asked is None:
-        return next(variant for variant in runs if variant in held)
-    if asked not in held:
+    if asked is not None and asked not in held:
         raise BundleError(f"variant: expected one that the bundle holds ({', '.join(held)}), got {asked!r}")
-    if asked not in runs:
-        raise DeviceError(f"variant: {device} runs {' or '.join(runs)} graphs, got {asked!r}")
-    return asked
+    usable = [variant for variant in runs if variant in (held if asked is None else (asked,))]
+    if not usable:
+        offered = f"got {asked!r}" if asked else f"the bundle holds only {', '.join(held)}"
+        raise DeviceError(f"variant: {device} runs {' or '.join(runs)} graphs, {offered}")
+    return usable[0]
 
 
 @dataclass(frozen=True)
