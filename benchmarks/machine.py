@@ -1,7 +1,6 @@
 """What a measurement was made on, and how much memory it took."""
 
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ def peak_bytes() -> int:
     if status.is_file():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    import resource  # exists on Unix only
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -30,6 +30,7 @@ from .graphs import Form, VaeDecoder, unet_graphs, vae_decoder_graph
 from .optimum_parts import text_encoder_graph
 from .parity import Checker, Row, judge
 from .precision import store_float16, store_int8
+from .source import check_tiny_vae
 
 TARGETS = (bundle.PORTABLE, bundle.CUDA)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -39,12 +40,12 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 class Options:
     """What a bundle may differ in. Raises ExportError for what contradicts itself."""
 
-    name: str
+    name: str | None = None  # the model's by default
     targets: tuple[str, ...] = (bundle.PORTABLE,)  # of TARGETS
     precision: str = "fp32"  # what the graphs compute in: fp32, or fp16 with the parts that overflow in fp32
     weights: str | None = None  # how the files store them, fp32 or fp16; as the graphs compute by default
     text_encoder: str = "fp32"  # or int8, which is storage, too
-    tiny_vae: AutoencoderTiny | None = None  # an image decoder that comes with the model's own, or takes its place
+    tiny_vae: AutoencoderTiny | None = None  # a decoder that comes with the model's own, or takes its place
     vaes: tuple[str, ...] = ()  # of bundle.VAE_KINDS, the default first; the model's own by default
     overwrite: bool = False
 
@@ -94,6 +95,8 @@ def export_bundle(
     KeyboardInterrupt included, `out` is complete or as it was, and nothing else is left.
     """
     check_target(out, options.overwrite)
+    if options.tiny_vae is not None:
+        check_tiny_vae(options.tiny_vae, student.components)
     out = out.absolute()
     building = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # the same file system, so that moving is renaming
     missing = [parent for parent in out.parents if not parent.exists()]
@@ -139,8 +142,9 @@ def _write_graphs(
         writer.write(graph, manifest.variants[variant][name])
 
     progress("exporting the text encoder")
-    text_encoder = text_encoder_graph(student.components, dtype)
-    if options.text_encoder == "int8":
+    int8 = options.text_encoder == "int8"
+    text_encoder = text_encoder_graph(student.components, torch.float32 if int8 else dtype)  # int8 is of float32
+    if int8:
         store_int8(text_encoder)
     write(options.targets[0], bundle.TEXT_ENCODER, text_encoder)
     del text_encoder
@@ -150,19 +154,19 @@ def _write_graphs(
         graphs = list(unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length, form))
         write(target, bundle.UNET_DECODER, graphs.pop())
         write(target, bundle.UNET_ENCODER, graphs.pop())
-        for name, vae, scale, shift in _image_decoders(student, options):
+        for name, vae, replaced in _image_decoders(student, options):
             progress(f"exporting {name}, {target}")
-            write(target, name, vae_decoder_graph(vae, form, scale, shift))
+            write(target, name, vae_decoder_graph(vae, form, replaced))
 
 
-def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any, float, float]]:
-    """Each VAE: its graph, itself, and the scale and shift to undo where another's place is its own (1, 0 if not)."""
+def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any, Any]]:
+    """Each VAE: its graph, itself, and the model's own where it takes the place of that, or stands beside it."""
     own = student.components.vae
     for kind, name in _vaes(student, options).items():
         if kind == bundle.TINY and options.tiny_vae is not None:
-            yield name, options.tiny_vae, own.config["scaling_factor"], own.config.get("shift_factor") or 0.0
+            yield name, options.tiny_vae, own
         else:
-            yield name, own, 1.0, 0.0
+            yield name, own, None
 
 
 def _variants(options: Options, vaes: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -198,7 +202,7 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
     vaes = _vaes(student, options)
     decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
     return bundle.Manifest(
-        name=options.name,
+        name=options.name or components.name,
         licence=components.licence,
         created_from={
             "base_model": student.base_model,

@@ -36,23 +36,25 @@ class GraphWriter:
         ir.save(graph, self.directory / name)
 
     def _move_out(self, weights: list[ir.Value], data_name: str) -> None:
-        new: list[ir.Value] = []
+        new: dict[bytes, list[ir.Value]] = {}  # by content; a name will do where nothing is shared
         for value in weights:
             tensor: Any = value.const_value
             if tensor.nbytes < SHARED_ABOVE:
                 continue
-            known = self._written.get(_digest(tensor))
-            if known is None:
-                new.append(value)
+            key = _digest(tensor) if self.share else str(value.name).encode()
+            if key in self._written:
+                value.const_value = _reference(self._written[key], str(value.name), tensor.shape)
             else:
-                value.const_value = _reference(known, str(value.name), tensor.shape)
-        if new:
-            tensors: list[Any] = [value.const_value for value in new]
-            digests = [_digest(tensor) for tensor in tensors] if self.share else []
-            moved = ir.external_data.convert_tensors_to_external(tensors, self.directory, data_name, alignment=_PAGE)
-            for value, tensor in zip(new, moved, strict=True):
-                value.const_value = tensor
-            self._written.update(zip(digests, moved, strict=False))
+                new.setdefault(key, []).append(value)
+        tensors: list[Any] = [values[0].const_value for values in new.values()]
+        if not tensors:
+            return
+        moved = ir.external_data.convert_tensors_to_external(tensors, self.directory, data_name, alignment=_PAGE)
+        for (key, values), tensor in zip(new.items(), moved, strict=True):
+            for value in values:
+                value.const_value = _reference(tensor, str(value.name), tensor.shape)
+            if self.share:
+                self._written[key] = tensor
 
 
 def _digest(tensor: Any) -> bytes:

@@ -19,6 +19,7 @@ from torch.export import Dim
 from tiue.unet import Features, TiUE
 
 from .cuda import fuse
+from .errors import ExportError
 from .quiet import quiet
 from .translate import CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 
@@ -93,11 +94,14 @@ class UnetDecoder(nn.Module):
 class VaeDecoder(nn.Module):
     """The graph of a VAE's decoder, of whichever kind."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype, scale: float, shift: float):
-        """scale, shift: what z_0 was scaled by for the VAE whose place this one takes; 1, 0 for the model's own."""
+    def __init__(self, vae: Any, dtype: torch.dtype, replaced: Any = None):
+        """replaced: the VAE for whose latents, unscaled, this one is to be fed, if not for its own."""
         super().__init__()
-        own = 1.0 if (scale, shift) == (1.0, 0.0) else vae.config["scaling_factor"]
-        self.factor, self.offset = scale / own, -shift * scale / own
+        self.factor, self.offset = 1.0, 0.0
+        if replaced is not None:  # x = z_0 / scale + shift, of either: from the one's to the other's
+            (scale, shift), (own_scale, own_shift) = _scaling(replaced), _scaling(vae)
+            self.factor = scale / own_scale
+            self.offset = own_shift - shift * self.factor
         self.dtype = dtype
         tail = _tail(vae) if dtype == torch.float16 and isinstance(vae, AutoencoderKL) else ()
         self.vae = _in_precision(vae, dtype, but=tail)
@@ -154,16 +158,16 @@ def unet_graphs(
     return encoder_graph, decoder_graph
 
 
-def vae_decoder_graph(vae: Any, form: Form, scale: float = 1.0, shift: float = 0.0) -> ir.Model:
+def vae_decoder_graph(vae: Any, form: Form, replaced: Any = None) -> ir.Model:
     """Trace a VAE's decoder: latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1].
 
     Args:
         vae: an AutoencoderKL or AutoencoderTiny.
-        scale, shift: the scaling of the VAE whose place this one takes, so that it takes the same latents.
+        replaced: the VAE whose place this one takes, or beside which it stands, so that both take the same latents.
     """
     batch, height, width = (Dim(name) for name in ("batch", "height", "width"))
     return _trace(
-        VaeDecoder(vae, form.dtype, scale, shift).eval(),
+        VaeDecoder(vae, form.dtype, replaced).eval(),
         (torch.randn(2, vae.config["latent_channels"], 16, 24),),
         form,
         dynamic_shapes=({0: batch, 2: height, 3: width},),
@@ -173,20 +177,28 @@ def vae_decoder_graph(vae: Any, form: Form, scale: float = 1.0, shift: float = 0
 
 
 def _trace(module: nn.Module, args: tuple[Any, ...], form: Form, **options: Any) -> ir.Model:
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            args,
-            dynamo=True,
-            opset_version=OPSET,
-            verbose=False,
-            custom_translation_table=dict(form.translations),
-            **options,
-        )
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                args,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=dict(form.translations),
+                **options,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"{type(module).__name__} cannot be traced: {reason}") from error
     assert program is not None  # None only from the exporter that dynamo=True replaces
     if form.target == bundle.CUDA:
         fuse(program.model)
     return program.model
+
+
+def _scaling(vae: Any) -> tuple[float, float]:
+    return vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
 
 
 def _in_precision(module: Any, dtype: torch.dtype, but: Sequence[str] = ()) -> Any:

@@ -23,32 +23,36 @@ def _export(arguments: argparse.Namespace) -> int:
     # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     # Imported late: these bring torch, which takes seconds that --help and a mistyped flag need not wait for.
+    from tiue.components import load_tiny_vae
+
     from .bundle import Options, check_target, export_bundle
     from .errors import ParityError
     from .parity import table
-    from .source import load_source, load_tiny_vae
+    from .source import load_source
 
     source = arguments.ckpt  # not yet a Path, which would make the Hub id owner/name of ./owner/name
     out = Path(arguments.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
     try:
-        check_target(out, arguments.overwrite)
-        _progress(f"loading {source}")
-        student = load_source(source, arguments.steps, arguments.base)
         options = Options(
-            name=arguments.name or student.components.name,
+            name=arguments.name,
             targets=arguments.target,
             precision=arguments.precision,
             weights=arguments.weights,
             text_encoder=arguments.text_encoder,
-            tiny_vae=load_tiny_vae(Path(arguments.vae_path), student.components) if arguments.vae_path else None,
+            tiny_vae=load_tiny_vae(arguments.vae_path) if arguments.vae_path else None,
             vaes=arguments.vae,
             overwrite=arguments.overwrite,
         )
-        export_bundle(student, out, options, _progress, lambda rows: print(table(rows)))
+        check_target(out, arguments.overwrite)
+        _progress(f"loading {source}")
+        student = load_source(source, arguments.steps, arguments.base)
+        export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     except ParityError as error:
         return _fail(str(error), 1)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
+    except MemoryError as error:
+        return _fail(f"out of memory {error}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 2)
     print(f"wrote {out}")

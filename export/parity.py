@@ -7,9 +7,10 @@ The graphs run in a chain, as the runtime runs them: every row includes the erro
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from tiue_runtime import bundle
+from tiue_runtime.providers import Device
+from tiue_runtime.sessions import available_providers, first_line, probe
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -25,7 +28,7 @@ from tiue.checkpoint import Student
 from tiue.components import encode_text, tokenize, uses_attention_mask
 from tiue.unet import Features
 
-from .errors import ParityError
+from .errors import ExportError, ParityError
 from .graphs import MID, SKIP
 from .memory import fit, measured
 from .reference import lower
@@ -94,17 +97,21 @@ class Checker:
         height = manifest.default_height // manifest.pixels_per_latent
         width = manifest.default_width // manifest.pixels_per_latent
         half_height, half_width = (max(size // multiple // 2, 1) * multiple for size in (height, width))
-        # None is the shape of the trace; the last has a side of one at the UNet's coarsest level.
+        # No shape is that of the trace; the last has a side of one at the UNet's coarsest level.
         sizes = [(1, height, width), (1, half_height, half_width), (3, 3 * multiple, multiple)]
         cases = [_Case(self.student, self.vaes, *size, largest=size == sizes[0]) for size in sizes]
         rows: list[Row] = []
+        checked: set[str] = set()  # files, which variants share
         for variant in manifest.variants:
             for graph in manifest.graphs:
-                rows += self._compare(variant, graph, cases)
+                if manifest.variants[variant][graph] not in checked:
+                    rows += self._compare(variant, graph, cases)
+                checked.add(manifest.variants[variant][graph])
         return rows
 
     def _compare(self, variant: str, graph: str, cases: "list[_Case]") -> Iterator[Row]:
-        session = self._session(variant, graph)
+        with _one_line(graph):
+            session = self._session(variant, graph)
         gated = self.exact or graph in (bundle.UNET_DECODER, *self.vaes)
         uses: list[tuple[int, int, int]] = []
         for case in cases:
@@ -124,7 +131,7 @@ class Checker:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if variant != bundle.CUDA:
             return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        if "CUDAExecutionProvider" in ort.get_available_providers():
+        if cuda_starts():
             providers = [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
             return ort.InferenceSession(path, options, providers=providers)
         lowered = path.with_name(f".{path.name}.definitions")
@@ -150,8 +157,8 @@ def judge(rows: list[Row], exact: bool) -> None:
         )
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text, one a line; a star marks those that the gate judges."""
+def table(rows: list[Row], precision: str) -> str:
+    """The rows as text, one a line; a star marks those that the gate judges. precision: what the graphs compute in."""
     lines = [f"{'variant':<9} {'output':<24} {'batch, latents':<15} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
     worst: dict[tuple[str, str], Row] = {}  # of the many features of a case, the one that is furthest off
     for r in filter(_is_feature, rows):
@@ -164,9 +171,28 @@ def table(rows: list[Row]) -> str:
         figures = f"{r.max_diff:>10.2e} {r.relative:>9.1e} {r.psnr_db:>8.1f}"
         lines.append(f"{r.variant:<9} {output:<24} {r.case:<15} {figures}{' *' if r.gated else ''}")
     lines.append(f"* must pass: {FLOAT32_TOLERANCE} of std in float32, {PSNR_FLOOR_DB} dB in reduced precision")
-    if any(r.variant == bundle.CUDA for r in rows) and "CUDAExecutionProvider" not in ort.get_available_providers():
+    if any(r.variant == bundle.CUDA for r in rows) and not cuda_starts():
         lines.append("cuda: no GPU here, so its operators were replaced by their definitions and run on the CPU")
+    if precision != "fp32" and not cuda_starts():
+        lines.append(
+            f"ONNX Runtime computes {precision} graphs in fp32 on the CPU: this is not how they round on a GPU"
+        )
     return "\n".join(lines)
+
+
+@cache
+def cuda_starts() -> bool:
+    """Whether a session really starts on a GPU: a wheel that was built for CUDA does not need one to be there."""
+    return Device("cuda").provider in available_providers() and not probe(Device("cuda"))
+
+
+@contextmanager
+def _one_line(graph: str) -> Generator[None]:
+    """Turn what ONNX Runtime raises into an ExportError."""
+    try:
+        yield
+    except Exception as error:  # its own exceptions share no other base
+        raise ExportError(f"{graph} cannot be checked: {first_line(error)}") from error
 
 
 def _is_feature(row: Row) -> bool:
@@ -195,7 +221,8 @@ class _Case:
 
         def run(feeds: Mapping[str, Array], rows: int = 1) -> dict[str, Array]:
             names = [output.name for output in session.get_outputs()]
-            values, taken = measured(lambda: session.run(names, dict(feeds)))
+            with _one_line(graph):
+                values, taken = measured(lambda: session.run(names, dict(feeds)))
             if taken:
                 uses.append((rows * len(self.noise), self.noise[0, 0].numel(), taken))
             return dict(zip(names, values, strict=True))

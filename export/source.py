@@ -17,7 +17,6 @@ from tiue.hub import is_hub_id
 from tiue.schedule import ddim_timesteps
 
 from .errors import ExportError
-from .quiet import quiet
 
 DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
 
@@ -99,20 +98,12 @@ def _check_fit(components: Components) -> None:
         raise ExportError("the UNet's configuration has no sample_size, so there is no default image size")
 
 
-def load_tiny_vae(directory: Path, components: Components) -> AutoencoderTiny:
-    """Load an AutoencoderTiny (TAESD's layout) for a model's latents. Raises ExportError."""
-    if not (directory / "config.json").is_file():
-        raise ExportError(f"--vae-path {directory}: expected a diffusers AutoencoderTiny, found no config.json there")
-    try:
-        with quiet():
-            vae = AutoencoderTiny.from_pretrained(directory, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"--vae-path {directory}: {str(error).strip().splitlines()[0]}") from error
-    own, tiny = components.vae.config, vae.config
+def check_tiny_vae(tiny: AutoencoderTiny, components: Components) -> None:
+    """Raise ExportError unless a tiny VAE is made for the model's latents."""
+    own, other = components.vae.config, tiny.config
     for what, theirs, ours in (
-        ("latent channels", tiny["latent_channels"], own["latent_channels"]),
-        ("levels", len(tiny["decoder_block_out_channels"]), len(own["block_out_channels"])),
+        ("latent channels", other["latent_channels"], own["latent_channels"]),
+        ("levels", len(other["decoder_block_out_channels"]), len(own["block_out_channels"])),
     ):
         if theirs != ours:
-            raise ExportError(f"--vae-path {directory}: it has {theirs} {what}, the model's VAE {ours}")
-    return vae.float().eval()
+            raise ExportError(f"--vae-path: it has {theirs} {what}, the model's VAE {ours}")

@@ -1,5 +1,6 @@
 """Targets and precisions: what the graphs of each hold, and that they compute the same."""
 
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file, save_file
 from test_export import SCHEDULES, assert_refused, export
 from tiue_runtime import DeviceError, Pipeline, bundle
 from torch import nn
@@ -20,7 +22,6 @@ from torch import nn
 from export import cuda, files, graphs, memory, reference, translate
 from export.parity import PSNR_FLOOR_DB
 from tiue.checkpoint import Student
-from tiue.unet import TiUE
 
 CUDA32 = graphs.Form(bundle.CUDA, torch.float32)
 HALF = graphs.Form(bundle.PORTABLE, torch.float16)
@@ -129,6 +130,13 @@ def loud_unet():
     return unet
 
 
+def loud_norms():
+    """Activations whose squares are beyond float16, but for which a group norm is there."""
+    unet = tiny.unet()
+    unet.conv_in.weight.data *= 2000
+    return unet
+
+
 def loud_vae():
     """Activations beyond float16 in the last block, as Stable Diffusion's VAEs have."""
     vae = tiny.sd15().vae
@@ -136,14 +144,16 @@ def loud_vae():
     return vae
 
 
-def test_attention_beyond_float16():
-    made, expected = latents(loud_unet(), HALF)
+@pytest.mark.parametrize("loud", [loud_unet, loud_norms])
+def test_a_unet_beyond_float16(loud):
+    made, expected = latents(loud(), HALF)
     assert psnr(made, expected) > PSNR_FLOOR_DB
 
 
-def test_attention_beyond_float16_is_lost_without_float32(monkeypatch):
+@pytest.mark.parametrize("loud", [loud_unet, loud_norms])
+def test_a_unet_beyond_float16_is_lost_without_float32(loud, monkeypatch):
     monkeypatch.setattr(graphs, "FLOAT16", translate.PLAIN)
-    made, _ = latents(loud_unet(), HALF)
+    made, _ = latents(loud(), HALF)
     assert not np.isfinite(made).all()
 
 
@@ -179,7 +189,6 @@ def test_a_copy_in_another_precision_leaves_the_model_alone():
     unet = tiny.unet()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     graphs.unet_graphs(Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(4), SCHEDULES[4], 20, HALF)
-    assert isinstance(TiUE(unet, None, 751).unet, type(unet))
     assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
 
 
@@ -206,6 +215,31 @@ def rich(tmp_path_factory):
         )
         assert export("--ckpt", root / "pipeline", "--out", root / "bundle", *arguments) == 0
     return root / "bundle"
+
+
+def test_a_text_encoder_in_int8_beside_float16(tmp_path):
+    tiny.save_pipeline(tiny.sd15(), tmp_path / "pipeline")
+    arguments = ("--precision", "fp16", "--text-encoder", "int8", "--target", "cuda", "--steps", "1")
+    assert export("--ckpt", tmp_path / "pipeline", "--out", tmp_path / "out", *arguments) == 0
+    made = bundle.Bundle.load(tmp_path / "out")
+    assert list(made.manifest.variants) == [bundle.CUDA]
+    text_encoder = ir.load(made.graph_path(bundle.TEXT_ENCODER, bundle.CUDA))
+    assert any(v.dtype == ir.DataType.INT8 for v in text_encoder.graph.initializers.values())
+    with pytest.raises(DeviceError, match="cpu runs portable graphs, the bundle holds only cuda"):
+        Pipeline.load(tmp_path / "out", device="cpu")
+
+
+def test_a_tiny_vae_that_is_none(tmp_path, capsys):
+    pipeline = tiny.save_pipeline(tiny.sd15(), tmp_path / "pipeline")
+    damaged = tmp_path / "damaged"
+    tiny.taesd().save_pretrained(damaged)
+    weights = load_file(damaged / "diffusion_pytorch_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, damaged / "diffusion_pytorch_model.safetensors")
+    for path, message in ((pipeline / "vae", "AutoencoderKL is not supported"), (damaged, "it lacks tensor")):
+        capsys.readouterr()
+        status = export("--ckpt", pipeline, "--out", tmp_path / "out", "--vae", "tiny", "--vae-path", path)
+        assert_refused(capsys, status, message, tmp_path, ["damaged", "pipeline"])
 
 
 def test_a_bundle_of_everything(rich):
@@ -242,12 +276,11 @@ def test_the_tiny_vae_takes_the_same_latents(rich):
     assert psnr(made, expected) > PSNR_FLOOR_DB
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_working_memory_is_measured(rich):
-    manifest = bundle.Bundle.load(rich).manifest
-    for uses in manifest.memory.values():
-        for graph, use in uses.items():
-            assert graph in (bundle.UNET_DECODER, bundle.VAE_DECODER, "vae_decoder_tiny")
-            assert use.bytes(1, 64) > 0
+    uses = bundle.Bundle.load(rich).manifest.memory[bundle.PORTABLE]
+    assert uses.keys() <= {bundle.UNET_DECODER, bundle.VAE_DECODER, "vae_decoder_tiny"}
+    assert uses[bundle.UNET_DECODER].bytes(1, 64) > 0
 
 
 def test_memory_fit():
@@ -260,7 +293,7 @@ def test_memory_fit():
 
 def test_measured_memory_is_that_of_the_run():
     _, taken = memory.measured(lambda: np.ones(2**24).sum())  # 128 MiB
-    assert taken is None or 100e6 < taken < 200e6
+    assert 100e6 < taken < 200e6 if sys.platform == "linux" else taken is None
 
 
 @pytest.mark.parametrize(
@@ -268,7 +301,7 @@ def test_measured_memory_is_that_of_the_run():
     [
         (("--precision", "fp16", "--weights", "fp32"), "--weights fp32"),
         (("--vae", "tiny"), "--vae-path"),
-        (("--vae", "tiny", "--vae-path", "nowhere"), "no config.json"),
+        (("--vae", "tiny", "--vae-path", "nowhere"), "no such directory: nowhere"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, capsys, arguments, message):

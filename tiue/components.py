@@ -92,6 +92,15 @@ def load_components(
     )
 
 
+def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
+    """Load an AutoencoderTiny (TAESD's layout) from its own directory. Raises ComponentsError."""
+    root = Path(directory)
+    if not root.is_dir():
+        raise ComponentsError(f"no such directory: {directory}")
+    class_named(diffusers, str(_read_json(root, "config.json").get("_class_name")), AutoencoderTiny)
+    return _load_module(AutoencoderTiny, root.parent, root.name)
+
+
 def tokenize(components: Components, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Prompts => (input_ids int64 [B,L], attention mask int64 [B,L] or, where the model uses none, None).
 

@@ -217,8 +217,10 @@ class Overflowing:
 
     def __call__(self, feed, **options):
         outputs = self._graph(feed, **options)
-        outputs[self._name].flat[-1] = self._value
-        return outputs
+        value = outputs[self._name]
+        array = np.array(value if isinstance(value, np.ndarray) else value.numpy())
+        array.flat[-1] = self._value
+        return {**outputs, self._name: array}
 
     def __getattr__(self, name):
         return getattr(self._graph, name)
@@ -233,6 +235,14 @@ def test_overflow_names_the_stage_and_the_remedy(pipe, monkeypatch, graph, outpu
         pipe(HEART, seed=1)
 
 
+def test_features_that_are_not_finite_are_laid_to_the_encoder(pipe, monkeypatch):
+    name = pipe._unet_encoder.outputs[0]
+    monkeypatch.setattr(pipe, "_unet_encoder", Overflowing(pipe._unet_encoder, name, np.nan))
+    monkeypatch.setattr(pipe, "_unet_decoder", Overflowing(pipe._unet_decoder, "contribution", np.nan))
+    with pytest.raises(InferenceError, match=rf"unet_encoder: {name} has NaN or infinity on cpu"):
+        pipe(HEART, seed=1)
+
+
 @pytest.mark.parametrize("output_type", ["pil", "np"])
 @pytest.mark.parametrize("bundle, remedy", [
     ("tiny", r"fp16 overflowed: export the bundle again with --precision fp32"),
@@ -240,7 +250,8 @@ def test_overflow_names_the_stage_and_the_remedy(pipe, monkeypatch, graph, outpu
 ])  # fmt: skip
 def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remedy, output_type):
     directory = shutil.copytree(tiny.parent / bundle, tmp_path / bundle)
-    write_bundle(directory, replace(Bundle.load(directory).manifest, precision="fp16"))
+    manifest = Bundle.load(directory).manifest
+    write_bundle(directory, replace(manifest, created_from={**manifest.created_from, "precision": "fp16"}))
     pipe = Pipeline.load(directory, device="cpu")
     decoder = pipe._decode_image
     decoder.graph = Overflowing(decoder.graph, "image", np.nan)

@@ -42,7 +42,7 @@ def bench(
     loading = time.perf_counter() - start
 
     options = Options(seed=0, steps=steps, height=height, width=width, memory=memory, vae_tiling=vae_tiling)
-    if cuda_graphs:
+    if pipeline.cuda_graphs:
         pipeline.warmup(steps=steps, height=height, width=width, memory=memory, vae_tiling=vae_tiling)
 
     def run():
@@ -59,7 +59,7 @@ def bench(
     report: dict[str, object] = {
         "bundle": f"{pipeline.bundle.manifest.name}, {pipeline.bundle.manifest.precision}",
         "image": f"{columns}x{rows}, batch 1, {warm_up.steps} steps, {warm_up.memory}, vae {warm_up.vae}{tiles}",
-        "device": f"{pipeline.device}, {pipeline.variant} graphs{', recorded' if cuda_graphs else ''}",
+        "device": f"{pipeline.device}, {pipeline.variant} graphs{', recorded' if pipeline.cuda_graphs else ''}",
         "cpu": f"{_cpu_name()}, {thread_count()} threads",
         "versions": f"tiue-runtime {__version__}, {wheels}, python {platform.python_version()}",
         "loading": f"{loading:.2f} s",

@@ -112,7 +112,7 @@ class Manifest:
     decoder_timesteps: tuple[int, ...]  # step_index i means timestep decoder_timesteps[i]
     schedules: Mapping[int, Schedule]  # by step count
     default_steps: int
-    precision: str  # one of PRECISIONS
+    precision: str  # one of PRECISIONS: how the files store weights; created_from has what graphs compute in
     variants: Mapping[str, Mapping[str, str]]  # variant -> graph -> file name
     vae_shift_factor: float = 0.0
     # One of VAE_KINDS -> graph: the first is the default and vae_decoder, a second is vae_decoder_{kind}.

@@ -60,11 +60,12 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
             rows[f"bundle {name}"] = f"{found.directory} ({found.manifest.licence})"
         except TiueError as error:
             problems.append(str(error))
-    try:
-        rows["default bundle"] = Bundle.load(find_bundle()).directory
-    except TiueError as error:
-        rows["default bundle"] = "none, see below"
-        problems.append(str(error))
+    if bundle is None:
+        try:
+            rows["default bundle"] = Bundle.load(find_bundle()).directory
+        except TiueError as error:
+            rows["default bundle"] = "none, see below"
+            problems.append(str(error))
     if bundle is not None or device is not None:
         try:
             rows |= _placement_rows(Bundle.load(find_bundle(bundle)), choose_device(device or "auto"))

@@ -40,11 +40,14 @@ class Graph:
         self.inputs: dict[str, Shape] = {node.name: tuple(node.shape) for node in self._session.get_inputs()}
         self.outputs: tuple[str, ...] = tuple(node.name for node in self._session.get_outputs())
 
-    def __call__(self, feed: Mapping[str, Any], *, keep_on_device: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, feed: Mapping[str, Any], *, keep_on_device: bool = False, release: bool = False
+    ) -> dict[str, Any]:
         """Run the graph on the entries of `feed` that it has inputs for.
 
         Values are numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
-        never leave the device. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
+        never leave the device. release: on the CPU, give back the memory of this run, which the graph would keep for
+        its next one. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
         """
         with self._errors():
             values = {name: feed[name] for name in self.inputs}
@@ -52,7 +55,8 @@ class Graph:
                 if isinstance(value, np.ndarray):
                     values[name] = np.ascontiguousarray(cast(Array, value))
             if self._recordings is None:
-                return self._run(values, keep_on_device)
+                shrink = release and self.device.kind == "cpu"
+                return self._run(values, keep_on_device, shrinking_options(self.device) if shrink else self._options)
             return self._recordings.graphs.run(self._replay, self._recordings, values, keep_on_device)
 
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
@@ -74,12 +78,12 @@ class Graph:
 
     def _replay(self, recordings: Recordings, values: Mapping[str, Any], keep_on_device: bool) -> dict[str, Any]:
         """Run a recorded shape, or record it, or run without."""
-        recorded = recordings(values, lambda inputs: self._run(inputs, True))
+        recorded = recordings(values, lambda inputs: self._run(inputs, True, self._options))
         if recorded is None:
-            return self._run(values, keep_on_device)
+            return self._run(values, keep_on_device, self._options)
         return recorded if keep_on_device else {name: value.numpy() for name, value in recorded.items()}
 
-    def _run(self, values: Mapping[str, Any], keep_on_device: bool) -> dict[str, Any]:
+    def _run(self, values: Mapping[str, Any], keep_on_device: bool, options: Any) -> dict[str, Any]:
         """Run without a recording. The run has ended on the device, too, when this returns."""
         binding = self._session.io_binding()
         for name, value in values.items():
@@ -90,7 +94,7 @@ class Graph:
         for name in self.outputs:
             binding.bind_output(name, *(self.device.place if keep_on_device else ("cpu", 0)))
         try:
-            self._session.run_with_iobinding(binding, self._options)
+            self._session.run_with_iobinding(binding, options)
         except Exception as error:
             if "memory arena shrink list" not in str(error):
                 raise

@@ -2,11 +2,14 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any, Literal
 
-from .bundle import PORTABLE, Manifest
+from .bundle import CUDA, PORTABLE, Manifest
 from .providers import Device
 
 Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least
@@ -46,19 +49,43 @@ class Budget:
         self._device = device
         self._keeps = keeps
         self._held: dict[str, float] = {}
+        self._lock = Lock()
+        self._requests = 0
 
-    def fits(self, graph: str, rows: int, latents: int) -> bool:
-        """Whether a run of `rows` rows of `latents` = h*w latent pixels fits."""
-        need = self._need(graph, rows, latents)
-        if need is None or need <= self._held.get(graph, 0):
+    @contextmanager
+    def request(self) -> Generator[None]:
+        """Around a request: of several at once, none can count on what a graph keeps."""
+        with self._lock:
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
+
+    def fits(self, graph: str, rows: int, latents: int, before: tuple[str, int, int] | None = None) -> bool:
+        """Whether a run of `rows` rows of `latents` = h*w latent pixels fits, also after the run `before`."""
+        need = self._more(graph, rows, latents)
+        if need <= 0:
             return True
         free = free_memory(self._device)
+        if free is not None and before is not None and self._keeps:
+            free -= max(self._more(*before), 0)
         return free is None or need <= USABLE * free
+
+    def _more(self, graph: str, rows: int, latents: int) -> float:
+        """What a run needs beyond what its graph has kept. 0 where nothing is known."""
+        kept = self._held.get(graph, 0) if self._requests <= 1 else 0
+        return (self._need(graph, rows, latents) or 0) - kept
 
     def succeeded(self, graph: str, rows: int, latents: int) -> None:
         """Note a run that fitted."""
         if self._keeps:
             self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
+
+    def released(self, graph: str) -> None:
+        """Note that a graph gave back what it kept."""
+        self._held.pop(graph, None)
 
     def fastest_mode(self, graph: str, steps: int, images: int, latents: int) -> Mode:
         """The first mode whose decoder runs fit; the last one if none does."""
@@ -68,11 +95,12 @@ class Budget:
         return "sequential"
 
     def _need(self, graph: str, rows: int, latents: int) -> float | None:
-        # The graphs of another variant are made from the portable ones to take less, so theirs is an upper bound.
         for variant in (self._variant, PORTABLE):
             use = self._manifest.memory.get(variant, {}).get(graph)
             if use is not None:
-                return use.bytes(rows, latents)
+                # Estimated by the portable graph, whose attention maps CUDA's fused attention does not keep.
+                fused = self._variant == CUDA and variant == PORTABLE
+                return (replace(use, per_latent_squared=0) if fused else use).bytes(rows, latents)
         return None
 
 

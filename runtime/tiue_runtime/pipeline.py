@@ -78,6 +78,7 @@ class Pipeline:
     device: str
     vae: str  # the kind of image decoder that was loaded
     variant: str  # the bundle's graphs that were loaded
+    cuda_graphs: bool  # whether `warmup` records kernels
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class Pipeline:
         # On a GPU, arenas are shrunk after each run, unless recordings need the memory.
         keeps = device.kind != "cuda" or settings.cuda_graphs
         self._budget = Budget(manifest, self.variant, device, keeps=keeps)
+        self.cuda_graphs = settings.cuda_graphs
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
         names = contract.TEXT_ENCODER, contract.UNET_ENCODER, contract.UNET_DECODER, manifest.vaes[self.vae]
@@ -263,9 +265,9 @@ class Pipeline:
                 vae_tiling=vae_tiling,
                 previews=callback is not None,
             )
-            with self._cuda_graphs.turn() if self._cuda_graphs else nullcontext():
+            with self._budget.request(), self._cuda_graphs.turn() if self._cuda_graphs else nullcontext():
                 text = self._encode_text(request, run)
-                z_0, mode = self._denoise(request, text, run, callback)
+                z_0, mode = self._denoise(request, text, run, callback, decoded=output_type != "latent")
                 images: Any = z_0
                 tile = None
                 if output_type != "latent":
@@ -295,8 +297,10 @@ class Pipeline:
             self._text_encoder.check_output(contract.TEXT, text, shape, self._overflow_remedy())
         return np.repeat(text, request.num_images, axis=0)
 
-    def _denoise(self, request: Request, text: Float32, run: Run, callback: Callback | None) -> tuple[Float32, Mode]:
-        """z_T => z_0, both float32 (B,C,h,w), and the mode that had memory enough."""
+    def _denoise(
+        self, request: Request, text: Float32, run: Run, callback: Callback | None, *, decoded: bool
+    ) -> tuple[Float32, Mode]:
+        """z_T => z_0, both float32 (B,C,h,w), and the mode that had memory enough. decoded: whether the VAE follows."""
         manifest = self.bundle.manifest
         steps, schedule = request.steps, manifest.schedules[request.steps]
         rows = np.array(manifest.step_rows(steps), dtype=np.int64)
@@ -318,18 +322,27 @@ class Pipeline:
             feed[contract.STEP_INDEX] = rows[now]
             # A step alone gives its noise unweighted, which previews need.
             feed[contract.STEP_WEIGHT] = np.ones(1, dtype=np.float32) if sequential else weights[now]
+            this_run = contract.UNET_DECODER, len(rows[now]) * count, latents
+            # What the decoder keeps for the next picture must not drive this one's into tiles.
+            release = decoded and now.stop >= steps and not self._decode_image.fits_whole(z.shape, this_run)
             try:
                 with run.timed(contract.UNET_DECODER):
-                    contribution = self._unet_decoder(feed)[contract.CONTRIBUTION]
+                    contribution = self._unet_decoder(feed, release=release)[contract.CONTRIBUTION]
             except OutOfMemoryError as error:
+                self._budget.released(contract.UNET_DECODER)
                 lower = lower_mode(mode, steps)
                 if lower is None:
                     raise
                 warnings.warn(f"{error} in {mode} mode: going on in {lower} mode", stacklevel=3)
                 mode = lower
                 continue
+            if not np.isfinite(contribution).all():
+                self._check_features(features)  # the decoder is not to blame for what it was given
             self._unet_decoder.check_output(contract.CONTRIBUTION, contribution, z.shape, self._overflow_remedy())
-            self._budget.succeeded(contract.UNET_DECODER, len(rows[now]) * count, latents)
+            if release:
+                self._budget.released(contract.UNET_DECODER)
+            else:
+                self._budget.succeeded(*this_run)
             if sequential:
                 if callback is not None:
                     # The noise predicted at this step stands in for that of the steps to come.
@@ -341,16 +354,23 @@ class Pipeline:
             callback(steps, steps, z.copy())
         return z, mode
 
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        """Raise InferenceError if features, on the device or not, are not finite."""
+        for name, value in features.items():
+            array = cast(Float32, value if isinstance(value, np.ndarray) else value.numpy())
+            self._unet_encoder.check_output(name, array, array.shape, self._overflow_remedy())
+
     def _overflow_remedy(self, *, vae: bool = False) -> str:
         """What helps when a graph computes values that are not finite."""
-        precision = self.bundle.manifest.precision
-        if self.variant != contract.PORTABLE:
+        manifest = self.bundle.manifest
+        precision = manifest.created_from.get("precision", "fp32")  # `manifest.precision` is that of the files
+        if self.variant != contract.PORTABLE and contract.PORTABLE in manifest.variants:
             remedy = f'Its {self.variant} graphs overflowed: load with variant="portable"'
         elif precision != "fp32":
             remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
         else:
             remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
-        tiny = vae and contract.TINY in self.bundle.manifest.vaes and self.vae != contract.TINY
+        tiny = vae and contract.TINY in manifest.vaes and self.vae != contract.TINY
         return remedy + (', or load with vae="tiny"' if tiny else "")
 
     def _text_width(self) -> int | None:

@@ -48,11 +48,16 @@ class ImageDecoder:
             try:
                 image = decode(decode_part, latents, plan, pixels)
             except OutOfMemoryError as error:
+                self._budget.released(self._name)
                 why = str(error)
                 continue
             self._budget.succeeded(self._name, plan.rows, plan.height * plan.width)
             return image, (plan.height * pixels, plan.width * pixels) if plan.tiled else None
         raise OutOfMemoryError(why)
+
+    def fits_whole(self, shape: tuple[int, ...], before: tuple[str, int, int]) -> bool:
+        """Whether latents (B,C,h,w) can be decoded one at a time, untiled, after another run: (graph, rows, h*w)."""
+        return self._budget.fits(self._name, 1, shape[2] * shape[3], before)
 
     def _fits(self, plan: Plan) -> bool:
         return self._budget.fits(self._name, plan.rows, plan.height * plan.width)
