@@ -201,6 +201,7 @@ def rich(tmp_path_factory):
     return root / "bundle"
 
 
+@pytest.mark.slow
 def test_a_text_encoder_in_int8_beside_float16(tmp_path):
     tiny.save_pipeline(tiny.sd15(), tmp_path / "pipeline")
     arguments = ("--precision", "fp16", "--text-encoder", "int8", "--target", "cuda", "--steps", "1")
