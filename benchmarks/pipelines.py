@@ -16,7 +16,7 @@ import shutil
 import string
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,20 @@ _TINY_WIDTHS = (32, 64, 128, 128)
 _TINY_CLIP = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TINY_VAE = {"block_out_channels": (32, 32, 64, 64), "sample_size": 128}
 
+_TINY21 = Layout(
+    _SD21_UNET
+    | {
+        "block_out_channels": _TINY_WIDTHS,
+        "attention_head_dim": (1, 2, 4, 4),
+        "cross_attention_dim": 32,
+        "sample_size": 16,
+    },
+    _CLIP_H | _TINY_CLIP | {"hidden_size": 32},
+    _TINY_VAE,
+    "!",
+    "pndm",
+)
+
 LAYOUTS = {
     "sd15": Layout(_SD15_UNET, _CLIP_L, _KL | {"sample_size": 512}, _EOS, "pndm"),
     "sd21-base": Layout(_SD21_UNET, _CLIP_H, _KL | {"sample_size": 768}, "!", "pndm"),
@@ -125,34 +139,17 @@ LAYOUTS = {
         _EOS,
         "pndm",
     ),
-    "tiny21": Layout(
-        _SD21_UNET
-        | {
-            "block_out_channels": _TINY_WIDTHS,
-            "attention_head_dim": (1, 2, 4, 4),
-            "cross_attention_dim": 32,
-            "sample_size": 16,
-        },
-        _CLIP_H | _TINY_CLIP | {"hidden_size": 32},
-        _TINY_VAE,
-        "!",
-        "pndm",
-    ),
-    "mini21": Layout(
-        _SD21_UNET
+    "tiny21": _TINY21,
+    "mini21": replace(
+        _TINY21,
+        unet=_TINY21.unet
         | {
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "layers_per_block": 1,
             "block_out_channels": (32, 64),
             "attention_head_dim": (1, 2),
-            "cross_attention_dim": 32,
-            "sample_size": 16,
         },
-        _CLIP_H | _TINY_CLIP | {"hidden_size": 32},
-        _TINY_VAE,
-        "!",
-        "pndm",
     ),
 }
 MODELS = (*LAYOUTS, "taesd")

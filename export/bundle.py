@@ -32,7 +32,6 @@ from .parity import Checker, Row, judge
 from .precision import store_float16, store_int8
 from .source import check_tiny_vae
 
-TARGETS = (bundle.PORTABLE, bundle.CUDA)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -41,7 +40,7 @@ class Options:
     """What a bundle may differ in. Raises ExportError for what contradicts itself."""
 
     name: str | None = None  # the model's by default
-    targets: tuple[str, ...] = (bundle.PORTABLE,)  # of TARGETS
+    targets: tuple[str, ...] = (bundle.PORTABLE,)  # portable, cuda or both
     precision: str = "fp32"  # what the graphs compute in: fp32, or fp16 with the parts that overflow in fp32
     weights: str | None = None  # how the files store them, fp32 or fp16; as the graphs compute by default
     text_encoder: str = "fp32"  # or int8, which is storage, too

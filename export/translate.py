@@ -76,19 +76,9 @@ def _group_norm_in_float32(
     return op.Cast(op.Add(op.Mul(normalised, weight), bias), to=x.dtype)
 
 
-def _attention_in_float32(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
+def _attention_in_float32(query: Any, key: Any, value: Any, scale: float) -> Any:
     """(B,H,S,d) each. The products of queries and keys of SD 2.x exceed float16; the probabilities do not."""
-    _refuse(attn_mask, dropout_p, is_causal, enable_gqa)
-    factor = op.Constant(value_float=_scale(query, scale))
+    factor = op.Constant(value_float=scale)
     scores = op.MatMul(
         op.Mul(op.Cast(query, to=FLOAT), factor), op.Transpose(op.Cast(key, to=FLOAT), perm=[0, 1, 3, 2])
     )
@@ -118,24 +108,14 @@ def _group_norm_fused(
     return op.Transpose(normalised, perm=list(TO_CHANNELS_FIRST))
 
 
-def _attention_fused(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
+def _attention_fused(query: Any, key: Any, value: Any, scale: float) -> Any:
     """(B,H,S,d) each. Every kernel behind it adds in float32 and scales before it rounds to float16."""
-    _refuse(attn_mask, dropout_p, is_causal, enable_gqa)
     heads, size = query.shape[1], query.shape[3]
 
     def merged(x: Any) -> Any:
         return op.Reshape(op.Transpose(x, perm=list(SPLIT_HEADS)), op.Constant(value_ints=[0, 0, heads * size]))
 
-    out = _ATTENTION(merged(query), merged(key), merged(value), num_heads=heads, scale=_scale(query, scale))
+    out = _ATTENTION(merged(query), merged(key), merged(value), num_heads=heads, scale=scale)
     return op.Transpose(op.Reshape(out, op.Constant(value_ints=[0, 0, heads, size])), perm=list(SPLIT_HEADS))
 
 
@@ -145,13 +125,24 @@ def _gelu_fused(x: Any, approximate: str = "none") -> Any:
     return _GELU(x)
 
 
-def _scale(query: Any, scale: float | None) -> float:
-    return 1 / sqrt(query.shape[3]) if scale is None else scale
+def _attention(define: Callable[..., Any]) -> Callable[..., Any]:
+    """The translation of PyTorch's attention by `define`, which is given queries, keys, values and their scale."""
 
+    def translate(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+            raise NotImplementedError("attention with a mask, dropout or grouped queries")
+        return define(query, key, value, 1 / sqrt(query.shape[3]) if scale is None else scale)
 
-def _refuse(attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool) -> None:
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError("attention with a mask, dropout or grouped queries")
+    return translate
 
 
 _ATEN: Any = torch.ops.aten
@@ -160,12 +151,12 @@ PLAIN: Translations = {_ATEN.repeat.default: _repeat}
 FLOAT16: Translations = {
     **PLAIN,
     _ATEN.group_norm.default: _group_norm_in_float32,
-    _ATEN.scaled_dot_product_attention.default: _attention_in_float32,
+    _ATEN.scaled_dot_product_attention.default: _attention(_attention_in_float32),
 }
 # ONNX Runtime's operators, with CUDA kernels; `export.cuda` finishes what this begins.
 CUDA: Translations = {
     **PLAIN,
     _ATEN.group_norm.default: _group_norm_fused,
-    _ATEN.scaled_dot_product_attention.default: _attention_fused,
+    _ATEN.scaled_dot_product_attention.default: _attention(_attention_fused),
     _ATEN.gelu.default: _gelu_fused,
 }
