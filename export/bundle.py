@@ -26,7 +26,8 @@ from tiue.schedule import closed_form
 from .card import model_card
 from .errors import ExportError
 from .files import GraphWriter
-from .graphs import Form, VaeDecoder, unet_graphs, vae_decoder_graph
+from .graphs import Form, VaeDecoder, forget_graphs, unet_graphs, vae_decoder_graph
+from .memory import give_back
 from .optimum_parts import text_encoder_graph
 from .parity import Checker, Row, judge
 from .precision import store_float16, store_int8
@@ -156,6 +157,8 @@ def _write_graphs(
         for name, vae, replaced in _image_decoders(student, options):
             progress(f"exporting {name}, {target}")
             write(target, name, vae_decoder_graph(vae, form, replaced))
+        forget_graphs()
+        give_back()
 
 
 def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any, Any]]:

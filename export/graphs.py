@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+from onnxscript.optimizer import optimize
 from tiue_runtime import bundle
 from torch import Tensor, nn
 from torch.export import Dim
@@ -195,6 +196,13 @@ def _trace(module: nn.Module, args: tuple[Any, ...], form: Form, **options: Any)
     if form.target == bundle.CUDA:
         fuse(program.model)
     return program.model
+
+
+def forget_graphs() -> None:
+    """Let go of the graph traced last: onnxscript's rules keep it, with its weights, until they see another."""
+    x = ir.val("x", ir.DataType.FLOAT, [])
+    node = ir.node("Identity", [x])
+    optimize(ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": OPSET}), ir_version=10))
 
 
 def _scaling(vae: Any) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """How much memory a run of a graph takes, so that the runtime can choose what fits."""
 
 import ctypes
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +24,7 @@ def measured(run: Callable[[], T]) -> tuple[T, int | None]:
         _RESET.write_text("5")
     except OSError:
         return run(), None
-    _give_back()
+    give_back()
     before = _status("VmRSS")
     _RESET.write_text("5")
     result = run()
@@ -51,8 +52,9 @@ def _furthest(terms: Array, candidate: Array) -> float:
     return float(np.abs(terms @ candidate - 1).max())
 
 
-def _give_back() -> None:
-    """Have the C library return what was freed, where it can (glibc), so that it is not counted as taken before."""
+def give_back() -> None:
+    """Return what is no longer used to the system, where the C library can (glibc)."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
