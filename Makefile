@@ -29,7 +29,7 @@ test-runtime: $(LIGHT)/ready
 	$(LIGHT)/bin/python -m pytest runtime/tests
 
 test-full: $(FULL)/ready
-	$(FULL)/bin/python -m pytest -m "not slow and not gpu"
+	$(FULL)/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 lint: $(FULL)/ready
 	$(FULL)/bin/ruff check

@@ -26,7 +26,7 @@ from tiue.schedule import closed_form
 from .card import model_card
 from .errors import ExportError
 from .files import GraphWriter
-from .graphs import Form, VaeDecoder, forget_graphs, unet_graphs, vae_decoder_graph
+from .graphs import Form, forget_graphs, unet_graphs, vae_decoder_graph
 from .memory import give_back
 from .optimum_parts import text_encoder_graph
 from .parity import Checker, Row, judge
@@ -106,10 +106,7 @@ def export_bundle(
         _write_graphs(building, student, manifest, options, progress)
         _write_tokenizer(building / bundle.TOKENIZER, student.components)
         progress("checking the graphs against PyTorch")
-        vaes = {
-            name: VaeDecoder(vae, torch.float32, *scaling) for name, vae, *scaling in _image_decoders(student, options)
-        }
-        checker = Checker(building, manifest, student, vaes, options.exact)
+        checker = Checker(building, manifest, student, dict(_image_decoders(student, options)), options.exact)
         rows = checker.check()
         report(rows)
         judge(rows, options.exact)
@@ -154,21 +151,18 @@ def _write_graphs(
         graphs = list(unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length, form))
         write(target, bundle.UNET_DECODER, graphs.pop())
         write(target, bundle.UNET_ENCODER, graphs.pop())
-        for name, vae, replaced in _image_decoders(student, options):
+        for name, vae in _image_decoders(student, options):
             progress(f"exporting {name}, {target}")
-            write(target, name, vae_decoder_graph(vae, form, replaced))
+            write(target, name, vae_decoder_graph(vae, form))
         forget_graphs()
         give_back()
 
 
-def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any, Any]]:
-    """Each VAE: its graph, itself, and the model's own where it takes the place of that, or stands beside it."""
-    own = student.components.vae
+def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any]]:
+    """Each VAE: its graph and itself."""
     for kind, name in _vaes(student, options).items():
-        if kind == bundle.TINY and options.tiny_vae is not None:
-            yield name, options.tiny_vae, own
-        else:
-            yield name, own, None
+        tiny = kind == bundle.TINY and options.tiny_vae is not None
+        yield name, options.tiny_vae if tiny else student.components.vae
 
 
 def _variants(options: Options, vaes: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -218,8 +212,8 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
         default_height=height * pixels_per_latent,
         default_width=width * pixels_per_latent,
         size_multiple=pixels_per_latent * 2**unet.num_upsamplers,
-        vae_scaling_factor=vae["scaling_factor"],
-        vae_shift_factor=vae.get("shift_factor") or 0.0,
+        vae_scaling_factor=1.0,  # each VAE's graph has its own scaling
+        vae_shift_factor=0.0,
         text_length=components.tokenizer.model_max_length,
         encoder_timestep=student.encoder_timestep,
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),

@@ -6,18 +6,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from onnxscript.optimizer import optimize
 from tiue_runtime import bundle
 from torch import Tensor, nn
 from torch.export import Dim
 
-from tiue.unet import Features, TiUE
+from tiue.hoist import HoistedDecoder, HoistedEncoder, hoist, share
+from tiue.unet import TiUE
 
 from .cuda import fuse
 from .errors import ExportError
@@ -25,7 +25,7 @@ from .quiet import quiet
 from .translate import CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 
 OPSET = 18  # from 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel
-MID, SKIP = "mid", "skip_"  # features are named mid, skip_0, skip_1 ...
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,71 +49,71 @@ class Form:
 
 
 class UnetEncoder(nn.Module):
-    """The graph of the shared encoder."""
+    """The graph of what runs once."""
 
-    temb: Tensor
-
-    def __init__(self, tiue: TiUE, form: Form, temb: Tensor):
-        """temb: the embedding (1,E) of the encoder's timestep, which is fixed, so a constant of the graph."""
+    def __init__(self, encoder: HoistedEncoder, form: Form):
         super().__init__()
-        self.tiue = tiue
+        self.encoder = _in_precision(encoder, form.dtype)
         self.form = form
-        self.register_buffer("temb", temb.to(form.dtype))
 
     def forward(self, latents: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """latents (B,C,h,w), text (B,L,D), float32 => the features: mid, then the skips."""
-        latents, text = latents.to(self.form.dtype), text.to(self.form.dtype)
-        features = self.tiue.encode_embedded(latents, self.temb.expand(latents.shape[0], -1), text)
-        if self.form.channels_last:
-            return tuple(feature.permute(TO_CHANNELS_LAST) for feature in (features.mid, *features.skips))
-        return features.mid, *features.skips
+        """latents (B,C,h,w), text (B,L,D), float32 => the features."""
+        features = self.encoder(latents.to(self.form.dtype), text.to(self.form.dtype))
+        return tuple(self._laid_out(feature) for feature in features)
+
+    def _laid_out(self, feature: Tensor) -> Tensor:
+        return feature.permute(TO_CHANNELS_LAST) if self.form.channels_last and feature.ndim == 4 else feature
 
 
 class UnetDecoder(nn.Module):
-    """The graph of the decoder at any of the timesteps, and of its share in the weighted sum."""
+    """The graph of what runs at any of the timesteps, and of its share in the weighted sum."""
 
-    table: Tensor
-
-    def __init__(self, tiue: TiUE, form: Form, table: Tensor):
-        """table: the embeddings (T,E) of the decoder's timesteps."""
+    def __init__(self, decoder: HoistedDecoder, form: Form):
         super().__init__()
-        self.tiue = tiue
+        self.decoder = _in_precision(decoder, form.dtype, but=["weighted_sum"])
         self.form = form
-        self.register_buffer("table", table.to(form.dtype))
 
-    def forward(self, features: Sequence[Tensor], text: Tensor, step_index: Tensor, step_weight: Tensor) -> Tensor:
-        """features, text, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B,C,h,w)."""
-        k, batch = step_index.shape[0], text.shape[0]
-        temb = self.table[step_index][:, None].expand(k, batch, -1).flatten(0, 1)  # step-major
-        if self.form.channels_last:
-            features = [feature.permute(TO_CHANNELS_FIRST) for feature in features]
-        text = text.to(self.form.dtype)
-        eps = self.tiue.decode_embedded(Features(features[0], tuple(features[1:])), temb, text).float()
-        return (step_weight[:, None, None, None, None] * eps.unflatten(0, (k, batch))).sum(0)
+    def forward(self, features: Sequence[Tensor], step_index: Tensor, step_weight: Tensor) -> Tensor:
+        """features, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B,C,h,w), float32."""
+        return self.decoder([self._laid_out(feature) for feature in features], step_index, step_weight)
+
+    def _laid_out(self, feature: Tensor) -> Tensor:
+        return feature.permute(TO_CHANNELS_FIRST) if self.form.channels_last and feature.ndim == 4 else feature
 
 
 class VaeDecoder(nn.Module):
-    """The graph of a VAE's decoder, of whichever kind."""
+    """The graph of a VAE's decoder, of whichever kind, with the scaling of its latents."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype, replaced: Any = None):
-        """replaced: the VAE for whose latents, unscaled, this one is to be fed, if not for its own."""
+    def __init__(self, vae: Any, dtype: torch.dtype):
         super().__init__()
-        self.factor, self.offset = 1.0, 0.0
-        if replaced is not None:  # x = z_0 / scale + shift, of either: from the one's to the other's
-            (scale, shift), (own_scale, own_shift) = _scaling(replaced), _scaling(vae)
-            self.factor = scale / own_scale
-            self.offset = own_shift - shift * self.factor
         self.dtype = dtype
-        tail = _tail(vae) if dtype == torch.float16 and isinstance(vae, AutoencoderKL) else ()
+        kl = isinstance(vae, AutoencoderKL)
+        tail = _tail(vae) if dtype == torch.float16 and kl else ()
         self.vae = _in_precision(vae, dtype, but=tail)
         if tail:
             self.vae.get_submodule(tail[0]).register_forward_pre_hook(_widen)
+        self.scale, self.shift = vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
+        if kl:
+            self._fold(self.vae, vae)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1]."""
-        if (self.factor, self.offset) != (1.0, 0.0):
-            latents = latents * self.factor + self.offset
+        """latents z_0 (B,C,h,w), as the UNet makes them => image (B,3,H,W) in [-1,1]."""
+        if (self.scale, self.shift) != (1.0, 0.0):
+            latents = latents / self.scale + self.shift
         return self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+    def _fold(self, copy: Any, vae: Any) -> None:
+        """Fold the scaling into the first convolution: exact, but for a shift where the convolution pads."""
+        exact = vae.post_quant_conv is not None
+        first, own = (
+            (vae.post_quant_conv, copy.post_quant_conv) if exact else (vae.decoder.conv_in, copy.decoder.conv_in)
+        )
+        if self.shift and not exact:
+            return
+        weight, bias = first.weight.detach(), first.bias.detach()
+        own.weight = nn.Parameter((weight / self.scale).to(self.dtype), requires_grad=False)
+        own.bias = nn.Parameter((bias + self.shift * weight.sum((1, 2, 3))).to(self.dtype), requires_grad=False)
+        self.scale, self.shift = 1.0, 0.0
 
 
 def unet_graphs(
@@ -121,9 +121,8 @@ def unet_graphs(
 ) -> tuple[ir.Model, ir.Model]:
     """Trace both halves, with every size dynamic: (unet_encoder, unet_decoder)."""
     config = tiue.unet.config
-    with torch.no_grad():  # embedded in float32, whatever the graphs compute in
-        temb, table = (tiue.embed(torch.tensor(t), torch.float32) for t in ([tiue.encoder_timestep], decoder_timesteps))
-    tiue = TiUE(_in_precision(tiue.unet, form.dtype), tiue.schedule, tiue.encoder_timestep)
+    encoder, decoder = hoist(tiue, decoder_timesteps)
+    names = encoder.names
     # A batch of two, three steps, and not square: no size is mistaken for another, or for 1.
     multiple = 2**tiue.unet.num_upsamplers
     latents = torch.randn(2, config["in_channels"], 2 * multiple, 3 * multiple)
@@ -133,42 +132,38 @@ def unet_graphs(
 
     def plane(feature: Tensor, axis: int) -> dict[int, Any]:
         """The dynamic shape of a map: height and width count units of the coarsest feature's pixels."""
+        if feature.ndim != 4:  # keys and values of the text
+            return {0: batch}
         factor = feature.shape[axis] // 2
         return {0: batch, axis: factor * height, axis + 1: factor * width}
 
-    encoder = UnetEncoder(tiue, form, temb).eval()
+    graph = UnetEncoder(encoder, form).eval()
     with torch.no_grad():
-        features = encoder(latents, text)
-    names = [MID, *(f"{SKIP}{i}" for i in range(len(features) - 1))]
+        features = graph(latents, text)
     encoder_graph = _trace(
-        encoder,
+        graph,
         (latents, text),
         form,
         dynamic_shapes=(plane(latents, 2), {0: batch}),
         input_names=[bundle.LATENTS, bundle.TEXT],
-        output_names=names,
+        output_names=list(names),
     )
     decoder_graph = _trace(
-        UnetDecoder(tiue, form, table).eval(),
-        (list(features), text, torch.zeros(3, dtype=torch.int64), torch.ones(3)),
+        UnetDecoder(decoder, form).eval(),
+        (list(features), torch.zeros(3, dtype=torch.int64), torch.ones(3)),
         form,
-        dynamic_shapes=([plane(f, rows) for f in features], {0: batch}, {0: steps}, {0: steps}),
-        input_names=[*names, bundle.TEXT, bundle.STEP_INDEX, bundle.STEP_WEIGHT],
+        dynamic_shapes=([plane(f, rows) for f in features], {0: steps}, {0: steps}),
+        input_names=[*names, bundle.STEP_INDEX, bundle.STEP_WEIGHT],
         output_names=[bundle.CONTRIBUTION],
     )
     return encoder_graph, decoder_graph
 
 
-def vae_decoder_graph(vae: Any, form: Form, replaced: Any = None) -> ir.Model:
-    """Trace a VAE's decoder: latents (B,C,h,w), unscaled => image (B,3,H,W) in [-1,1].
-
-    Args:
-        vae: an AutoencoderKL or AutoencoderTiny.
-        replaced: the VAE whose place this one takes, or beside which it stands, so that both take the same latents.
-    """
+def vae_decoder_graph(vae: Any, form: Form) -> ir.Model:
+    """Trace the decoder of an AutoencoderKL or AutoencoderTiny: latents z_0 (B,C,h,w) => image (B,3,H,W) in [-1,1]."""
     batch, height, width = (Dim(name) for name in ("batch", "height", "width"))
     return _trace(
-        VaeDecoder(vae, form.dtype, replaced).eval(),
+        VaeDecoder(vae, form.dtype).eval(),
         (torch.randn(2, vae.config["latent_channels"], 16, 24),),
         form,
         dynamic_shapes=({0: batch, 2: height, 3: width},),
@@ -205,20 +200,16 @@ def forget_graphs() -> None:
     optimize(ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": OPSET}), ir_version=10))
 
 
-def _scaling(vae: Any) -> tuple[float, float]:
-    return vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
-
-
-def _in_precision(module: Any, dtype: torch.dtype, but: Sequence[str] = ()) -> Any:
-    """`module` itself in its own precision, else a copy with nothing but the weights copied, those of `but` as is."""
-    if module.dtype == dtype:
-        return module
-    with init_empty_weights(), quiet():
-        copy = type(module).from_config(module.config)
-    kept = tuple(f"{name}." for name in but)
-    weights = {name: t if name.startswith(kept) else t.to(dtype) for name, t in module.state_dict().items()}
-    copy.load_state_dict(weights, assign=True)
-    return copy.eval()
+def _in_precision(module: M, dtype: torch.dtype, but: Sequence[str] = ()) -> M:
+    """A copy in a precision; the submodules named by `but` keep theirs. Shares weights that need not change."""
+    copy = share(module).eval()
+    kept = {name: copy.get_submodule(name) for name in but}
+    for name in kept:
+        copy.set_submodule(name, nn.Identity())
+    copy.to(dtype)
+    for name, submodule in kept.items():
+        copy.set_submodule(name, submodule)
+    return copy
 
 
 def _tail(vae: Any) -> list[str]:

@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> int:
         )
         check_target(out, arguments.overwrite)
         _progress(f"loading {source}")
-        student = load_source(source, arguments.steps, arguments.base)
+        student = load_source(source, arguments.steps, arguments.base, arguments.shared_up_blocks)
         export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     except ParityError as error:
         return _fail(str(error), 1)
@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--name", help="the model's name (default: the one in --ckpt)")
     parser.add_argument("--steps", type=_steps, help=_STEPS_HELP)
+    parser.add_argument(
+        "--shared-up-blocks",
+        type=int,
+        metavar="K",
+        help="of a pipeline: the up blocks that it was trained to run once (default: 0; a student says it itself)",
+    )
     parser.add_argument(
         "--target",
         type=_list_of("portable", "cuda"),

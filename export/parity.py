@@ -22,14 +22,12 @@ from tiue_runtime import bundle
 from tiue_runtime.providers import Device
 from tiue_runtime.sessions import available_providers, first_line, probe
 from tokenizers import Tokenizer
-from torch import nn
 
 from tiue.checkpoint import Student
 from tiue.components import encode_text, tokenize, uses_attention_mask
-from tiue.unet import Features
+from tiue.hoist import hoist
 
 from .errors import ExportError, ParityError
-from .graphs import MID, SKIP
 from .memory import fit, measured
 from .reference import lower
 from .translate import TO_CHANNELS_FIRST
@@ -49,6 +47,7 @@ class Row:
     """One output at one batch size and resolution, ONNX Runtime against PyTorch."""
 
     variant: str
+    graph: str
     output: str
     case: str
     max_diff: float
@@ -78,10 +77,10 @@ class Checker:
         directory: Path,
         manifest: bundle.Manifest,
         student: Student,
-        vaes: Mapping[str, nn.Module],
+        vaes: Mapping[str, Any],
         exact: bool,
     ):
-        """vaes: by graph, unscaled latents => image; exact: float32 tolerance, else PSNR of latents and images."""
+        """vaes: the VAE of each graph; exact: float32 tolerance, else PSNR of latents and images."""
         self.directory = directory
         self.manifest = manifest
         self.student = student
@@ -116,9 +115,9 @@ class Checker:
         uses: list[tuple[int, int, int]] = []
         for case in cases:
             for output, made, expected in case.run(graph, session, self.manifest, uses):
-                channels_last = variant == bundle.CUDA and graph == bundle.UNET_ENCODER
+                channels_last = variant == bundle.CUDA and graph == bundle.UNET_ENCODER and made.ndim == 4
                 made = made.transpose(TO_CHANNELS_FIRST) if channels_last else made
-                yield _row(variant, output, case.name, made, expected, gated)
+                yield _row((variant, graph, output), case.name, made, expected, gated)
         if variant == bundle.PORTABLE and graph in (bundle.UNET_DECODER, *self.vaes) and uses:
             self.memory.setdefault(variant, {})[graph] = fit(uses)
 
@@ -161,13 +160,15 @@ def table(rows: list[Row], precision: str) -> str:
     """The rows as text, one a line; a star marks those that the gate judges. precision: what the graphs compute in."""
     lines = [f"{'variant':<9} {'output':<24} {'batch, latents':<15} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
     worst: dict[tuple[str, str], Row] = {}  # of the many features of a case, the one that is furthest off
-    for r in filter(_is_feature, rows):
+    for r in (row for row in rows if row.graph == bundle.UNET_ENCODER):
         key = r.variant, r.case
         worst[key] = max(worst.get(key, r), r, key=lambda row: row.relative)
     for r in rows:
-        if _is_feature(r) and worst[r.variant, r.case] is not r:
-            continue
-        output = f"features, worst: {r.output}" if _is_feature(r) else r.output
+        output = r.output
+        if r.graph == bundle.UNET_ENCODER:
+            if worst[r.variant, r.case] is not r:
+                continue
+            output = f"features, worst: {output}"
         figures = f"{r.max_diff:>10.2e} {r.relative:>9.1e} {r.psnr_db:>8.1f}"
         lines.append(f"{r.variant:<9} {output:<24} {r.case:<15} {figures}{' *' if r.gated else ''}")
     lines.append(f"* must pass: {FLOAT32_TOLERANCE} of std in float32, {PSNR_FLOOR_DB} dB in reduced precision")
@@ -195,16 +196,10 @@ def _one_line(graph: str) -> Generator[None]:
         raise ExportError(f"{graph} cannot be checked: {first_line(error)}") from error
 
 
-def _is_feature(row: Row) -> bool:
-    return row.output == MID or row.output.startswith(SKIP)
-
-
 class _Case:
     """One batch size and resolution: inputs, what PyTorch makes of them, and what the graphs do, in a chain."""
 
-    def __init__(
-        self, student: Student, vaes: Mapping[str, nn.Module], batch: int, height: int, width: int, largest: bool
-    ):
+    def __init__(self, student: Student, vaes: Mapping[str, Any], batch: int, height: int, width: int, largest: bool):
         self.largest = largest
         self.student = student
         self.vaes = vaes
@@ -236,7 +231,7 @@ class _Case:
             elif graph == bundle.UNET_DECODER:
                 yield from self._latent_rows(run, manifest, inputs)
             else:
-                yield from self._image_rows(run, manifest, graph)
+                yield from self._image_rows(run, graph)
 
     @cached_property
     def text(self) -> Any:
@@ -244,8 +239,9 @@ class _Case:
         return encode_text(self.student.components, self.prompts)
 
     @cached_property
-    def features(self) -> Features:
-        return self.student.tiue().encode(self.noise, self.text)
+    def features(self) -> tuple[Any, ...]:
+        encoder, _ = hoist(self.student.tiue(), [])
+        return encoder(self.noise, self.text)
 
     @cached_property
     def z_0(self) -> dict[int, Any]:
@@ -256,9 +252,8 @@ class _Case:
     @cached_property
     def images(self) -> dict[str, Any]:
         """Pictures of the longest schedule's latents, by the graph that stands for the VAE."""
-        vae = self.student.components.vae.config
-        unscaled = self.z_0[max(self.z_0)] / vae["scaling_factor"] + (vae.get("shift_factor") or 0.0)
-        return {graph: module(unscaled) for graph, module in self.vaes.items()}
+        z_0 = self.z_0[max(self.z_0)]
+        return {graph: _decode(vae, z_0) for graph, vae in self.vaes.items()}
 
     def _text_rows(self, run: Any) -> Any:
         ids, mask = tokenize(self.student.components, self.prompts)
@@ -271,7 +266,7 @@ class _Case:
     def _feature_rows(self, run: Any) -> Any:
         outputs = run({name: self.made[name] for name in (bundle.LATENTS, bundle.TEXT)})
         self.made |= outputs
-        for (name, made), expected in zip(outputs.items(), (self.features.mid, *self.features.skips), strict=True):
+        for (name, made), expected in zip(outputs.items(), self.features, strict=True):
             yield name, made, expected.numpy()
 
     def _latent_rows(self, run: Any, manifest: bundle.Manifest, inputs: set[str]) -> Any:
@@ -296,11 +291,15 @@ class _Case:
             z_0 = z_0 + run(feeds, rows=at_once)[bundle.CONTRIBUTION]
         return z_0
 
-    def _image_rows(self, run: Any, manifest: bundle.Manifest, graph: str) -> Any:
-        scale, shift = np.float32(manifest.vae_scaling_factor), np.float32(manifest.vae_shift_factor)
-        made = run({bundle.LATENTS: self.made["z_0"] / scale + shift})[bundle.IMAGE]
+    def _image_rows(self, run: Any, graph: str) -> Any:
+        made = run({bundle.LATENTS: self.made["z_0"]})[bundle.IMAGE]
         name = bundle.IMAGE if len(self.vaes) == 1 else f"{bundle.IMAGE}, {graph}"
         yield name, made, self.images[graph].numpy()
+
+
+def _decode(vae: Any, z_0: Any) -> Any:
+    scale, shift = vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
+    return vae.decode(z_0 / scale + shift, return_dict=False)[0]
 
 
 def _check_tokenizer(directory: Path, manifest: bundle.Manifest, student: Student) -> None:
@@ -313,7 +312,9 @@ def _check_tokenizer(directory: Path, manifest: bundle.Manifest, student: Studen
         raise ParityError(f"parity failed: {bundle.TOKENIZER} does not tokenise like the model's tokenizer")
 
 
-def _row(variant: str, output: str, case: str, made: Array, expected: Array, gated: bool) -> Row:
+def _row(names: tuple[str, str, str], case: str, made: Array, expected: Array, gated: bool) -> Row:
+    """names: variant, graph, output."""
+    output = names[-1]
     if made.shape != expected.shape:
         raise ParityError(f"parity failed for {output} ({case}): shape {made.shape}, expected {expected.shape}")
     difference = made.astype(np.float64) - expected
@@ -321,4 +322,4 @@ def _row(variant: str, output: str, case: str, made: Array, expected: Array, gat
     # The peak of an image in [-1,1] is 2; other outputs have no fixed range, so theirs is what they span.
     peak = 2.0 if output.startswith(bundle.IMAGE) else float(np.ptp(expected))
     psnr = float(20 * np.log10(peak / rmse)) if rmse > 0 and peak > 0 else float("inf" if rmse == 0 else "-inf")
-    return Row(variant, output, case, float(np.abs(difference).max()), float(expected.std()), psnr, gated)
+    return Row(*names, case, float(np.abs(difference).max()), float(expected.std()), psnr, gated)

@@ -15,13 +15,19 @@ from tiue.checkpoint import Student, load_student
 from tiue.components import Components, load_components
 from tiue.hub import is_hub_id
 from tiue.schedule import ddim_timesteps
+from tiue.unet import check_shared_up_blocks
 
 from .errors import ExportError
 
 DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
 
 
-def load_source(path_or_id: str | Path, steps: Sequence[int] | None = None, base: str | Path | None = None) -> Student:
+def load_source(
+    path_or_id: str | Path,
+    steps: Sequence[int] | None = None,
+    base: str | Path | None = None,
+    shared_up_blocks: int | None = None,
+) -> Student:
     """Load what there is to export and settle the schedules.
 
     Args:
@@ -29,6 +35,7 @@ def load_source(path_or_id: str | Path, steps: Sequence[int] | None = None, base
             weights; or, where there is no such path, the Hugging Face Hub id (owner/name) of a pipeline to download.
         steps: the step counts wanted. Of a student's schedules all by default; of a pipeline, DDIM's with 4
             steps. A pipeline's encoder runs at the first timestep of the longest.
+        shared_up_blocks: of what is no student and does not say, 0 by default.
         base: the pipeline directory, or Hub id, that has the rest of a UNet's model, and its configuration.
 
     Raises ValueError (CheckpointError, ComponentsError, ExportError), in one line.
@@ -41,14 +48,14 @@ def load_source(path_or_id: str | Path, steps: Sequence[int] | None = None, base
         if not source.is_dir() and not is_hub_id(str(path_or_id)):
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
         components = load_components(path_or_id, local_files_only=False)
-        student = _undeclared(components, steps, base_model=components.name)
+        student = _undeclared(components, steps, components.name, shared_up_blocks)
     elif base is not None:
         if _is_student(source):
             raise ExportError(f"--base goes with a file of UNet weights, but {source} is a student, which has its own")
         components = load_components(base, local_files_only=False, unet_file=source)
-        student = _undeclared(components, steps, base_model=Path(base).resolve().name)
+        student = _undeclared(components, steps, Path(base).resolve().name, shared_up_blocks)
     elif _is_student(source):
-        student = _declared(load_student(source), steps, source)
+        student = _declared(load_student(source), steps, source, shared_up_blocks)
     else:
         raise ExportError(f"{source} is not a TiUE student; if it is a UNet's weights, --base DIR must give the rest")
     _check_fit(student.components)
@@ -63,14 +70,23 @@ def _is_student(path: Path) -> bool:
         raise ExportError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
 
-def _undeclared(components: Components, steps: Sequence[int] | None, base_model: str) -> Student:
+def _undeclared(
+    components: Components, steps: Sequence[int] | None, base_model: str, shared_up_blocks: int | None
+) -> Student:
     """A student that does not say what it was trained for: DDIM's timesteps are taken for it."""
     schedules = {n: ddim_timesteps(components.scheduler_config, n) for n in steps or [DEFAULT_STEPS]}
-    return Student(components, schedules[max(schedules)][0], schedules, base_model)
+    check_shared_up_blocks(components.unet, shared_up_blocks or 0)
+    return Student(
+        components, schedules[max(schedules)][0], schedules, base_model, shared_up_blocks=shared_up_blocks or 0
+    )
 
 
-def _declared(student: Student, steps: Sequence[int] | None, path: Path) -> Student:
+def _declared(student: Student, steps: Sequence[int] | None, path: Path, shared_up_blocks: int | None) -> Student:
     """A student with those of its schedules that are wanted."""
+    if shared_up_blocks not in (None, student.shared_up_blocks):
+        raise ExportError(
+            f"--shared-up-blocks {shared_up_blocks}: {path} was trained with {student.shared_up_blocks} shared"
+        )
     unknown = sorted(set(steps or ()) - set(student.schedules))
     if unknown:
         known = ", ".join(map(str, sorted(student.schedules)))

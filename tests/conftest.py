@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from tiue.components import Components, load_components
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there are as many workers as cores
 
 GOLDEN_DIRECTORY = Path(__file__).parent / "data" / "sd21-tiny"
 

@@ -130,7 +130,7 @@ def test_graphs_have_the_contracts_inputs_and_outputs(emoji_bundle):
     assert signature(bundle.TEXT_ENCODER) == [[bundle.INPUT_IDS, bundle.ATTENTION_MASK], [bundle.TEXT]]
     inputs, features = signature(bundle.UNET_ENCODER)
     assert inputs == [bundle.LATENTS, bundle.TEXT]
-    given = [*features, bundle.TEXT, bundle.STEP_INDEX, bundle.STEP_WEIGHT]
+    given = [*features, bundle.STEP_INDEX, bundle.STEP_WEIGHT]  # the text is done with, once
     assert signature(bundle.UNET_DECODER) == [given, [bundle.CONTRIBUTION]]
     assert signature(bundle.VAE_DECODER) == [[bundle.LATENTS], [bundle.IMAGE]]
 
@@ -194,11 +194,11 @@ def test_a_bundle_that_computes_something_else_is_not_published(students, tmp_pa
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_gate_closes_on_nan_and_on_what_is_not_close(exact):
-    good = parity.Row("portable", "z", "1", max_diff=1e-4, std=1.0, psnr_db=40.0, gated=True)
+    good = parity.Row("portable", "g", "z", "1", max_diff=1e-4, std=1.0, psnr_db=40.0, gated=True)
     parity.judge([good], exact)
     for bad in (
-        parity.Row("portable", "z", "1", float("nan"), 1.0, float("nan"), gated=True),
-        parity.Row("portable", "z", "1", 0.1, 1.0, 30.0, gated=True),
+        parity.Row("portable", "g", "z", "1", float("nan"), 1.0, float("nan"), gated=True),
+        parity.Row("portable", "g", "z", "1", 0.1, 1.0, 30.0, gated=True),
     ):
         with pytest.raises(parity.ParityError, match="1 of 2 outputs"):
             parity.judge([good, bad], exact)

@@ -9,19 +9,22 @@ import onnxruntime as ort
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 from test_export import SCHEDULES, assert_refused, export
 from tiue_runtime import DeviceError, Pipeline, bundle
+from tolerances import REORDERED
 from torch import nn
 
 from export import cuda, files, graphs, memory, reference, translate
 from export.parity import PSNR_FLOOR_DB
 from tiue.checkpoint import Student
+from tiue.hoist import hoist
 
 CUDA32 = graphs.Form(bundle.CUDA, torch.float32)
 HALF = graphs.Form(bundle.PORTABLE, torch.float16)
@@ -50,18 +53,20 @@ def test_every_operator_with_a_cuda_kernel_is_fused(linear):
     tiue = Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(4)
     encoder, decoder = graphs.unet_graphs(tiue, SCHEDULES[4], 20, CUDA32)
     both = operators(encoder) + operators(decoder)
-    assert both["NhwcConv"] == len(of_type(unet, nn.Conv2d))
-    assert both["GroupNorm"] + both["SkipGroupNorm"] == len(of_type(unet, nn.GroupNorm))
-    assert both["SkipGroupNorm"] > len(of_type(unet, ResnetBlock2D))  # every one's second norm, and residual sums
+    halves = nn.ModuleList(hoist(tiue, SCHEDULES[4]))
+    assert both["NhwcConv"] == len(of_type(halves, nn.Conv2d))
+    assert both["GroupNorm"] + both["SkipGroupNorm"] == len(of_type(halves, nn.GroupNorm))
+    # After a sum: the first norm of the encoder's later blocks, all but two of the decoder's, and those of attention.
+    assert both["SkipGroupNorm"] == 14
     assert both["MultiHeadAttention"] == len(of_type(unet, Attention))
     assert both["BiasSplitGelu"] == len(of_type(unet, GEGLU))
     assert both["BiasAdd"] == len(of_type(unet, BasicTransformerBlock))
     assert not both.keys() & {"Conv", "InstanceNormalization", "Softmax", "Split", "Gelu", "Erf"}
     norms = [n for g in (encoder, decoder) for n in g.graph if n.op_type in ("GroupNorm", "SkipGroupNorm")]
     activated = sum(n.attributes["activation"].as_int() for n in norms)
-    assert activated == 2 * len(of_type(unet, ResnetBlock2D)) + 1
+    assert activated == len(of_type(halves, nn.GroupNorm)) - len(of_type(halves, Transformer2DModel))
     maps = [n for g in (encoder, decoder) for n in g.graph if n.op_type == "Transpose" and has_pixels(n)]
-    assert len(maps) == 2  # the latents on their way in, the noise on its way out
+    assert len(maps) == 4  # the latents on their way in, the noise on its way out, and around the weighted sum
 
 
 def has_pixels(node):
@@ -171,9 +176,23 @@ def test_a_vae_beyond_float16(tail_in_float32, monkeypatch):
     z = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(0))
     made = evaluate(graphs.vae_decoder_graph(vae, HALF), {bundle.LATENTS: z.numpy()})[bundle.IMAGE]
     if tail_in_float32:
-        assert psnr(made, vae.decode(z, return_dict=False)[0].numpy()) > PSNR_FLOOR_DB
+        assert psnr(made, vae.decode(z / vae.config.scaling_factor, return_dict=False)[0].numpy()) > PSNR_FLOOR_DB
     else:
         assert not np.isfinite(made).all()
+
+
+@pytest.mark.parametrize(("pads", "shift"), [(False, None), (False, 0.3), (True, None), (True, 0.3)])
+@torch.no_grad()
+def test_the_vaes_scaling_is_folded(pads, shift):
+    """Into a 1x1 convolution, where there is one; else into one that pads, which a shift would not survive."""
+    own = {name: value for name, value in tiny.sd15().vae.config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**own | {"use_post_quant_conv": not pads, "shift_factor": shift}).eval()
+    z_0 = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(z_0 / vae.config.scaling_factor + (shift or 0.0), return_dict=False)[0]
+    decoder = graphs.VaeDecoder(vae, torch.float32)
+    assert (decoder.scale == 1.0) == (not (pads and shift))
+    assert (decoder(z_0) - expected).abs().max() < REORDERED
 
 
 # Bundles with all of it.
@@ -251,11 +270,13 @@ def test_variants_share_their_weights(rich):
 
 
 def test_the_tiny_vae_takes_the_same_latents(rich):
-    """Its own scaling is in its graph, so that the runtime need not know which one it has."""
-    taesd, scale = tiny.taesd(), tiny.sd15().vae.config.scaling_factor
+    """Each VAE's scaling is in its graph, so that the runtime need not know which one it has."""
+    manifest = bundle.Bundle.load(rich).manifest
+    assert (manifest.vae_scaling_factor, manifest.vae_shift_factor) == (1.0, 0.0)
+    taesd = tiny.taesd()
     z_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     tiny_session = ort.InferenceSession(bundle.Bundle.load(rich).graph_path("vae_decoder_tiny"))
-    made = tiny_session.run(None, {bundle.LATENTS: (z_0 / scale).numpy()})[0]
+    made = tiny_session.run(None, {bundle.LATENTS: z_0.numpy()})[0]
     with torch.no_grad():
         expected = taesd.decode(z_0 / taesd.config.scaling_factor, return_dict=False)[0].numpy()
     assert psnr(made, expected) > PSNR_FLOOR_DB

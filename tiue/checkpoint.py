@@ -44,6 +44,7 @@ class Student:
     schedules: dict[int, list[int]]  # number of steps -> descending timesteps, e.g. {4: [751, 501, 251, 1]}
     base_model: str = "unknown"
     provenance: dict[str, Any] = field(default_factory=dict)  # JSON: how it was trained
+    shared_up_blocks: int = 0  # up blocks that belong to the encoder
 
     def tiue(self, steps: int | None = None) -> TiUE:
         """The network for one of the schedules; the longest by default."""
@@ -51,7 +52,7 @@ class Student:
         if steps not in self.schedules:
             raise ValueError(f"the student was trained for {sorted(self.schedules)} steps, not {steps}")
         schedule = closed_form(self.components.scheduler_config, self.schedules[steps])
-        return TiUE(self.components.unet, schedule, self.encoder_timestep)
+        return TiUE(self.components.unet, schedule, self.encoder_timestep, self.shared_up_blocks)
 
 
 def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None) -> None:
@@ -87,6 +88,7 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
         "base_model": student.base_model,
         "encoder_timestep": student.encoder_timestep,
         "schedules": student.schedules,
+        "shared_up_blocks": student.shared_up_blocks,
         "provenance": student.provenance,
     }
     strings = {"tiue_student": str(FORMAT)} | {key: json.dumps(value) for key, value in metadata.items()}
@@ -162,6 +164,7 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
         components=components,
         encoder_timestep=metadata["encoder_timestep"],
         schedules={int(steps): timesteps for steps, timesteps in metadata["schedules"].items()},
+        shared_up_blocks=metadata.get("shared_up_blocks", 0),  # files older than the setting have none
         base_model=metadata["base_model"],
         provenance=metadata["provenance"],
     )

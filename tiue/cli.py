@@ -18,6 +18,7 @@ the same command again. For several GPUs: accelerate launch -m tiue ..."""
 
 _HELP = {
     "steps": "decoders N of the student, each at one DDIM timestep of the teacher",
+    "shared_up_blocks": "up blocks, coarsest first, that run once, with the encoder: faster, less like the teacher",
     "iterations": "student updates",
     "batch_size": "samples per process and micro-batch",
     "accumulate": "micro-batches per update",

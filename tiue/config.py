@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHOICES = {"fake_score": ("lora", "full"), "mixed_precision": ("no", "fp16", "bf16")}
-_MAY_BE_ZERO = {"kl_weight", "null_probability", "seed", "t_min", "guidance", "fake_guidance"}
+_MAY_BE_ZERO = {"kl_weight", "null_probability", "seed", "t_min", "guidance", "fake_guidance", "shared_up_blocks"}
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class DistillConfig:
     """Settings of `tiue.distill`. Defaults are the paper's for Stable Diffusion 2.1 base, on 8 processes."""
 
     steps: int = 4  # decoders, N
+    shared_up_blocks: int = 0  # up blocks that run once, with the encoder; none in the paper
     iterations: int = 66_500  # student updates
     batch_size: int = 8  # samples per process and micro-batch
     accumulate: int = 1  # micro-batches per update

@@ -72,7 +72,7 @@ class Distillation:
         device = self.accelerator.device
         torch.manual_seed(config.seed)  # the adapters' initial weights
         timesteps = ddim_timesteps(teacher.scheduler_config, config.steps)
-        self.student = _student(teacher, timesteps, initial)
+        self.student = _student(teacher, timesteps, initial, config.shared_up_blocks)
         tiue = self.student.tiue()
         tiue.unet.requires_grad_(True)
         # DDIM clips unless told otherwise, which the method never does.
@@ -259,16 +259,17 @@ class Distillation:
         return dataclasses.replace(self.student, provenance=self.student.provenance | {"history": history})
 
 
-def _student(teacher: Components, timesteps: list[int], initial: Student | None) -> Student:
-    """The student to train: a copy of the teacher's UNet, or `initial`'s."""
+def _student(teacher: Components, timesteps: list[int], initial: Student | None, shared_up_blocks: int) -> Student:
+    """The student to train: a copy of the teacher's UNet, or `initial`'s, which may have shared less or more."""
+    schedules = {len(timesteps): timesteps}
     if initial is None:
         components = dataclasses.replace(teacher, unet=copy.deepcopy(teacher.unet))
-        return Student(components, timesteps[0], {len(timesteps): timesteps}, base_model=teacher.name)
+        return Student(components, timesteps[0], schedules, teacher.name, shared_up_blocks=shared_up_blocks)
     if initial.schedules.get(len(timesteps)) != timesteps or initial.encoder_timestep != timesteps[0]:
         raise ValueError(f"the initial student has schedules {initial.schedules}, this run needs {timesteps}")
     kept = {name: getattr(initial.components, name) for name in ("unet", "name", "licence")}
     components = dataclasses.replace(teacher, **kept)
-    return dataclasses.replace(initial, components=components, schedules={len(timesteps): timesteps})
+    return dataclasses.replace(initial, components=components, schedules=schedules, shared_up_blocks=shared_up_blocks)
 
 
 class Draw:

@@ -51,10 +51,11 @@ def claim(out: Path, config: DistillConfig) -> None:
     """
     path, settings = out / "config.json", dataclasses.asdict(config)
     if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        names = [n for n in settings if n not in _FREE and begun.get(n) != settings[n]]
+        # A setting younger than the run had its default.
+        begun = dataclasses.asdict(DistillConfig()) | json.loads(path.read_text(encoding="utf-8"))
+        names = [n for n in settings if n not in _FREE and begun[n] != settings[n]]
         if names:
-            differences = ", ".join(f"{n} {begun.get(n)!r} -> {settings[n]!r}" for n in names)
+            differences = ", ".join(f"{n} {begun[n]!r} -> {settings[n]!r}" for n in names)
             raise ValueError(f"{out} holds a run with another configuration: {differences}")
     out.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -24,8 +24,8 @@ _UNSUPPORTED_UNLESS = {
 class Features(NamedTuple):
     """What the encoder hands to the decoder."""
 
-    mid: torch.Tensor  # output of the mid block
-    skips: tuple[torch.Tensor, ...]  # conv_in's output first, then every down block's, in order
+    mid: torch.Tensor  # output of the mid block, or of the last up block that the encoder has
+    skips: tuple[torch.Tensor, ...]  # conv_in's output first, then every down block's, in order; those not used yet
 
 
 class TiUE(nn.Module):
@@ -35,16 +35,22 @@ class TiUE(nn.Module):
         unet: the network; its weights are shared, not copied, and stay under the name `unet`.
         schedule: where the decoder runs and how its predictions are summed.
         encoder_timestep: the one timestep the encoder is told, t_1 of the schedule it was trained for.
+        shared_up_blocks: how many up blocks, from the coarsest on, belong to the encoder and run once, too. 0 in the
+            paper.
 
-    Raises ValueError for a UNet with inputs other than latents, a timestep and text.
+    Raises ValueError for a UNet with inputs other than latents, a timestep and text, or with too few up blocks.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, encoder_timestep: int):
+    def __init__(
+        self, unet: UNet2DConditionModel, schedule: Schedule, encoder_timestep: int, shared_up_blocks: int = 0
+    ):
         super().__init__()
         check_supported(unet)
+        check_shared_up_blocks(unet, shared_up_blocks)
         self.unet = unet
         self.schedule = schedule
         self.encoder_timestep = encoder_timestep
+        self.shared_up_blocks = shared_up_blocks
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None) -> torch.Tensor:
         """Noise z_T [B,C,h,w] and text [B,L,D] => latents z_0 [B,C,h,w], by `schedule` or its own."""
@@ -64,7 +70,7 @@ class TiUE(nn.Module):
         return schedule.noise_weight * latents + (weights.view(-1, 1, 1, 1, 1) * eps).sum(0), eps
 
     def encode(self, latents: torch.Tensor, text: torch.Tensor) -> Features:
-        """conv_in, the down blocks and the mid block at the encoder's timestep.
+        """conv_in, the down blocks, the mid block and shared up blocks at the encoder's timestep.
 
         Args:
             latents: noise z_T, [B,C,h,w].
@@ -91,8 +97,8 @@ class TiUE(nn.Module):
         temb = self.unet.time_embedding(self.unet.time_proj(timesteps).to(dtype))
         return temb if self.unet.time_embed_act is None else self.unet.time_embed_act(temb)
 
-    def encode_embedded(self, latents: torch.Tensor, temb: torch.Tensor, text: torch.Tensor) -> Features:
-        """`encode` with the time embedding [B,E] given; export folds it into a constant here."""
+    def encode_embedded(self, latents: torch.Tensor, temb: torch.Tensor | None, text: torch.Tensor) -> Features:
+        """`encode` with the time embedding [B,E] given, or None for a UNet that has it in its biases."""
         hidden = self.unet.conv_in(latents)
         skips = (hidden,)
         for block in self.unet.down_blocks:
@@ -100,29 +106,40 @@ class TiUE(nn.Module):
             skips += tuple(outputs)
         if self.unet.mid_block is not None:
             hidden = self.unet.mid_block(hidden, temb, **_text_argument(self.unet.mid_block, text))
-        return Features(hidden, skips)
+        return self._up(Features(hidden, skips), slice(0, self.shared_up_blocks), temb, text)
 
     def decode_embedded(self, features: Features, temb: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """`decode` with the time embeddings [k*B,E], step-major, given; see `encode_embedded`."""
+        """`decode` with the time embeddings [k*B,E], step-major, given."""
         steps = temb.shape[0] // text.shape[0]
-        text = _repeat(text, steps)
-        hidden = _repeat(features.mid, steps)
-        skips = features.skips
+        features = features._replace(mid=repeat_rows(features.mid, steps))
+        hidden, _ = self._up(features, slice(self.shared_up_blocks, None), temb, repeat_rows(text, steps), steps)
+        if self.unet.conv_norm_out:
+            hidden = self.unet.conv_act(self.unet.conv_norm_out(hidden))
+        return self.unet.conv_out(hidden)
+
+    def _up(
+        self,
+        features: Features,
+        blocks: slice,
+        temb: torch.Tensor | None,
+        text: torch.Tensor,
+        steps: int | None = None,
+    ) -> Features:
+        """Some of the up blocks, which use up skips; these are repeated for `steps` timesteps."""
+        hidden, skips = features
         # Upsamplers double sizes. Where downsampling rounded an odd one up, they must be told the right one.
         rounded = any(size % 2**self.unet.num_upsamplers for size in skips[0].shape[2:])
-        for block in self.unet.up_blocks:
+        for block in self.unet.up_blocks[blocks]:
             count = len(block.resnets)
             skips, own = skips[:-count], skips[-count:]
             hidden = block(
                 hidden_states=hidden,
                 temb=temb,
-                res_hidden_states_tuple=tuple(_repeat(skip, steps) for skip in own),
+                res_hidden_states_tuple=own if steps is None else tuple(repeat_rows(skip, steps) for skip in own),
                 upsample_size=skips[-1].shape[2:] if rounded and skips else None,
                 **_text_argument(block, text),
             )
-        if self.unet.conv_norm_out:
-            hidden = self.unet.conv_act(self.unet.conv_norm_out(hidden))
-        return self.unet.conv_out(hidden)
+        return Features(hidden, skips)
 
 
 def check_supported(unet: UNet2DConditionModel) -> None:
@@ -140,10 +157,17 @@ def check_supported(unet: UNet2DConditionModel) -> None:
         )
 
 
+def check_shared_up_blocks(unet: UNet2DConditionModel, count: int) -> None:
+    """Raise ValueError unless a decoder is left when `count` up blocks are shared."""
+    blocks = len(unet.up_blocks)
+    if not 0 <= count < blocks:
+        raise ValueError(f"shared_up_blocks: expected 0 to {blocks - 1} for a UNet of {blocks} up blocks, got {count}")
+
+
 def _text_argument(block: nn.Module, text: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
-def _repeat(tensor: torch.Tensor, steps: int) -> torch.Tensor:
+def repeat_rows(tensor: torch.Tensor, steps: int) -> torch.Tensor:
     """[B,...] => [steps*B,...], step-major."""
     return tensor.repeat(steps, *[1] * (tensor.ndim - 1))

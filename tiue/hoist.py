@@ -1,0 +1,401 @@
+"""The student with everything that does not depend on the timestep done once, exactly, for fixed timesteps.
+
+What moves out of the decoder, for an up block of resnets whose input is cat(hidden, skip):
+
+- Convolution is linear in its channels, so conv1 and the shortcut of `skip` are added to those of `hidden`. The group
+  norm before conv1 works on groups of channels: those of skip's alone are normalised once, those shared with `hidden`,
+  the edge, at every timestep.
+- Where `hidden` itself does not depend on the timestep (in the first resnet), all of conv1 and the shortcut.
+- Keys and values of the text.
+- Time embeddings, which are constants then: they become biases of conv1, one per timestep.
+
+conv_out is linear, too, and is applied to the weighted sum. Up blocks of other kinds stay whole.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from itertools import zip_longest
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from torch import Tensor, nn
+
+from tiue.unet import TiUE, repeat_rows
+
+M = TypeVar("M", bound=nn.Module)
+_KEYS_VALUES = "text_keys_values"
+
+
+def hoist(tiue: TiUE, timesteps: Sequence[int]) -> tuple["HoistedEncoder", "HoistedDecoder"]:
+    """Split a student into what runs once and what runs at every timestep. Weights are shared with it, not copied.
+
+    Args:
+        tiue: the student; it stays as it is.
+        timesteps: that the decoder will run at, in the order of its step_index.
+
+    Without gradients, and for the UNet's own precision; `to` makes copies in another.
+    """
+    with torch.no_grad():
+        first = tiue.shared_up_blocks
+        copy = TiUE(share(tiue.unet), tiue.schedule, tiue.encoder_timestep, first)
+        unet = copy.unet
+        temb = tiue.embed(torch.tensor(list(timesteps)), tiue.unet.dtype)
+        hidden = 0  # channels that depend on the timestep
+        once, per_step, names, text_columns = list[nn.Module](), list[nn.Module](), list[str](), _TextColumns()
+        for i, block in enumerate(unet.up_blocks[first:], first):
+            halves = _split(block, hidden, temb, text_columns) if _can_split(block) else _keep(block, hidden, temb)
+            once.append(halves.once)
+            per_step.append(halves.per_step)
+            names += [f"up_{i}_{name}" for name in halves.names]
+            hidden = halves.channels
+        if text_columns.projections:
+            names.append(_KEYS_VALUES)
+        decoder = HoistedDecoder(unet, per_step, bool(text_columns.projections))
+        unet.up_blocks = unet.up_blocks[:first]
+        unet.conv_norm_out = unet.conv_out = None
+        encoder = HoistedEncoder(copy, once, names, text_columns.projections)
+    return encoder.eval(), decoder.eval()
+
+
+class HoistedEncoder(nn.Module):
+    """What runs once."""
+
+    def __init__(self, tiue: TiUE, blocks: Sequence[nn.Module], names: Sequence[str], projections: Sequence[nn.Module]):
+        super().__init__()
+        self.names = tuple(names)  # of the features, in their order
+        temb = tiue.embed(torch.tensor([tiue.encoder_timestep]), tiue.unet.dtype)
+        self.register_buffer("temb", None if _fold_time(tiue.unet, temb) else temb)
+        self.tiue = tiue
+        self.blocks = nn.ModuleList(blocks)
+        self.projections = nn.ModuleList(projections)
+
+    def forward(self, latents: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """latents (B,C,h,w), text (B,L,D) => features: maps (B,C,h,w), then keys and values of the text (B,L,K)."""
+        temb = None if self.temb is None else self.temb.expand(latents.shape[0], -1)
+        hidden, skips = self.tiue.encode_embedded(latents, temb, text)
+        features: list[Tensor] = []
+        for block in self.blocks:
+            skips, own = skips[: -block.skips], skips[-block.skips :]
+            features += block(hidden, own[::-1], text)
+            hidden = None  # from here on it depends on the timestep
+        if self.projections:
+            features.append(torch.cat([project(text) for project in self.projections], dim=-1))
+        return tuple(features)
+
+
+class HoistedDecoder(nn.Module):
+    """What runs at every timestep."""
+
+    def __init__(self, unet: Any, blocks: Sequence[nn.Module], keys_values: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.keys_values = keys_values
+        self.norm_out = nn.Sequential(unet.conv_norm_out, unet.conv_act) if unet.conv_norm_out else nn.Identity()
+        self.weighted_sum = _WeightedSum(unet.conv_out)
+
+    def forward(self, features: Sequence[Tensor], step_index: Tensor, step_weight: Tensor) -> Tensor:
+        """features, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B,C,h,w)."""
+        k, batch = step_index.shape[0], features[0].shape[0]
+        take = iter(features)
+        text = repeat_rows(features[-1], k) if self.keys_values else None
+        hidden = None
+        for block in self.blocks:
+            hidden = block(hidden, take, step_index, text)
+        assert hidden is not None  # a UNet has up blocks
+        return self.weighted_sum(self.norm_out(hidden).unflatten(0, (k, batch)), step_weight)
+
+
+class _WeightedSum(nn.Module):
+    """conv_out of the weighted sum of what it would be applied to, whatever that is given in, in its own precision."""
+
+    def __init__(self, conv_out: nn.Conv2d):
+        super().__init__()
+        self.conv = _conv_of(conv_out, slice(0, conv_out.in_channels), bias=False)
+        self.register_buffer("bias", conv_out.bias.detach()[:, None, None])
+
+    def forward(self, x: Tensor, step_weight: Tensor) -> Tensor:
+        """x (k,B,C,h,w), step_weight (k) => (B,C,h,w)."""
+        weight = step_weight.to(self.bias.dtype)
+        summed = (weight[:, None, None, None, None] * x.to(self.bias.dtype)).sum(0)
+        return self.conv(summed) + self.bias * weight.sum()
+
+
+def share(module: M) -> M:
+    """A copy of a module that may be changed, whose weights take no memory of their own until they are."""
+    tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return deepcopy(module, tensors | {id(b): b.detach() for b in module.buffers()})
+
+
+class _Halves(NamedTuple):
+    """An up block: what is done once, and at every timestep."""
+
+    once: nn.Module  # hidden or None, own skips, text => features
+    per_step: nn.Module  # hidden or None, features, step_index, text keys and values => hidden
+    names: list[str]  # of the features
+    channels: int  # of the result
+
+
+class _TextColumns:
+    """Linear layers of the text, to be applied once, and where each will find its result."""
+
+    def __init__(self) -> None:
+        self.projections: list[nn.Module] = []
+        self._width = 0
+
+    def move(self, attention: Any) -> None:
+        """Move the keys and values of an attention here. In their place it cuts out columns."""
+        for name in ("to_k", "to_v"):
+            project = getattr(attention, name)
+            setattr(attention, name, _Columns(self._width, self._width + project.out_features))
+            self.projections.append(project)
+            self._width += project.out_features
+
+
+class _Columns(nn.Module):
+    def __init__(self, start: int, stop: int):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.start : self.stop]
+
+
+def _can_split(block: nn.Module) -> bool:
+    if type(block) not in (UpBlock2D, CrossAttnUpBlock2D) or all(getattr(block, s, None) for s in ("s1", "s2", "b1")):
+        return False  # another kind of block, or FreeU, which changes what resnets are given
+    resnets = all(
+        type(resnet) is ResnetBlock2D
+        and resnet.time_embedding_norm in ("default", "scale_shift")
+        and resnet.upsample is None
+        and resnet.downsample is None
+        for resnet in block.resnets
+    )
+    return resnets and all(
+        type(attention) is Transformer2DModel
+        and not any(a.norm_cross or a.fused_projections for a in _of_text(attention))
+        for attention in getattr(block, "attentions", ())
+    )
+
+
+def _of_text(module: nn.Module) -> list[Any]:
+    """The attentions that look at the text."""
+    layers = [m for m in module.modules() if isinstance(m, BasicTransformerBlock)]
+    return [a for m in layers for a in ((m.attn1,) if m.only_cross_attention else ()) + (m.attn2,) if a is not None]
+
+
+def _split(block: Any, hidden: int, temb: Tensor, text: _TextColumns) -> _Halves:
+    for attention in _of_text(block):
+        text.move(attention)
+    once, per_step, names = list[nn.Module](), list[nn.Module](), list[str]()
+    for i, resnet in enumerate(block.resnets):
+        once.append(_ResnetOnce(resnet, hidden))
+        per_step.append(_ResnetPerStep(resnet, hidden, temb))
+        names += [f"{i}_{name}" for name in once[-1].names]
+        hidden = resnet.out_channels
+    return _Halves(_SplitOnce(once), _SplitPerStep(block, per_step), names, hidden)
+
+
+class _SplitOnce(nn.Module):
+    def __init__(self, resnets: Sequence[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.skips = len(resnets)
+
+    def forward(self, hidden: Tensor | None, skips: Sequence[Tensor], text: Tensor) -> list[Tensor]:
+        features: list[Tensor] = []
+        for resnet, skip in zip(self.resnets, skips, strict=True):
+            features += resnet(skip if hidden is None else torch.cat([hidden, skip], dim=1))
+            hidden = None
+        return features
+
+
+class _SplitPerStep(nn.Module):
+    def __init__(self, block: Any, resnets: Sequence[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = getattr(block, "attentions", ())
+        self.upsamplers = block.upsamplers or ()
+
+    def forward(self, hidden: Tensor | None, take: Iterator[Tensor], step_index: Tensor, text: Tensor | None) -> Tensor:
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
+            hidden = resnet(hidden, take, step_index)
+            if attention is not None:
+                hidden = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        for upsampler in self.upsamplers:
+            hidden = upsampler(hidden)
+        assert hidden is not None  # a block has resnets
+        return hidden
+
+
+def _edge(resnet: Any, hidden: int) -> int:
+    """How many of skip's channels are in a group with channels of `hidden`."""
+    size = resnet.in_channels // resnet.norm1.num_groups
+    return min(-hidden % size, resnet.in_channels - hidden)
+
+
+class _ResnetOnce(nn.Module):
+    """What a resnet does with those of its input's channels that do not depend on the timestep, the last ones."""
+
+    def __init__(self, resnet: Any, hidden: int):
+        """hidden: how many of the input's channels depend on the timestep, the first ones."""
+        super().__init__()
+        self.edge = _edge(resnet, hidden)
+        alone = slice(hidden + self.edge, resnet.in_channels)
+        self.conv1 = None
+        if alone.start < alone.stop:
+            norm, conv1 = _norm_of(resnet.norm1, alone), _conv_of(resnet.conv1, alone, bias=False)
+            self.conv1 = nn.Sequential(norm, resnet.nonlinearity, conv1)
+        self.shortcut = _conv_of(_shortcut(resnet), slice(hidden, resnet.in_channels), bias=True)
+        self.names = ["shortcut", *(["conv1"] if self.conv1 else []), *(["edge"] if self.edge else [])]
+
+    def forward(self, skip: Tensor) -> list[Tensor]:
+        features = [self.shortcut(skip)]
+        if self.conv1 is not None:
+            features.append(self.conv1(skip[:, self.edge :]))
+        if self.edge:
+            features.append(skip[:, : self.edge])
+        return features
+
+
+class _ResnetPerStep(nn.Module):
+    """The rest of a resnet."""
+
+    def __init__(self, resnet: Any, hidden: int, temb: Tensor):
+        """temb: the embeddings (T,E) of the timesteps."""
+        super().__init__()
+        edge = _edge(resnet, hidden)
+        self.has_edge, self.has_once = edge > 0, hidden + edge < resnet.in_channels
+        self.conv1 = self.shortcut = None
+        if hidden:
+            mixed = slice(0, hidden + edge)
+            norm, conv1 = _norm_of(resnet.norm1, mixed), _conv_of(resnet.conv1, mixed, bias=False)
+            self.conv1 = nn.Sequential(norm, resnet.nonlinearity, conv1)
+            self.shortcut = _conv_of(_shortcut(resnet), slice(0, hidden), bias=False)
+        bias, scale = _time_bias(resnet, temb)
+        self.register_buffer("bias", bias)
+        self.register_buffer("scale", scale)
+        self.norm2 = resnet.norm2
+        self.out = nn.Sequential(resnet.nonlinearity, resnet.conv2)
+        self.output_scale_factor = resnet.output_scale_factor
+
+    def forward(self, hidden: Tensor | None, take: Iterator[Tensor], step_index: Tensor) -> Tensor:
+        k = step_index.shape[0]
+        shortcut = repeat_rows(next(take), k)
+        x = repeat_rows(next(take), k) if self.has_once else None
+        if self.conv1 is not None and self.shortcut is not None and hidden is not None:
+            shortcut = self.shortcut(hidden) + shortcut
+            edge = [repeat_rows(next(take), k)] if self.has_edge else []
+            mixed = self.conv1(torch.cat([hidden, *edge], dim=1))
+            x = mixed if x is None else mixed + x
+        assert x is not None  # one of the two has channels
+        batch = x.shape[0] // k
+        bias = _rows(self.bias, step_index, batch)
+        if self.scale is None:
+            x = self.norm2(x + bias)
+        else:
+            first, (scale, shift) = bias, _rows(self.scale, step_index, batch).chunk(2, dim=1)
+            x = self.norm2(x + first) * (1 + scale) + shift
+        return (shortcut + self.out(x)) / self.output_scale_factor
+
+
+def _rows(table: Tensor, step_index: Tensor, batch: int) -> Tensor:
+    """Rows of a table (T,C), each for a batch: (k*batch,C,1,1), step-major."""
+    k = step_index.shape[0]
+    return table[step_index][:, None].expand(k, batch, -1).flatten(0, 1)[:, :, None, None]
+
+
+def _time_bias(resnet: Any, temb: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The bias of conv1 at each timestep (T,C), and of the second norm its scale and shift (T,2C) where they depend."""
+    bias = resnet.conv1.bias.detach().expand(len(temb), -1)
+    if resnet.time_emb_proj is None:
+        return bias, None
+    time = resnet.time_emb_proj(temb if resnet.skip_time_act else resnet.nonlinearity(temb))
+    return (bias, time) if resnet.time_embedding_norm == "scale_shift" else (bias + time, None)
+
+
+def _fold_time(unet: Any, temb: Tensor) -> bool:
+    """Move a fixed time embedding (1,E) into biases, in place. Returns False where a block's use of it is not known."""
+    resnets = [m for m in unet.modules() if hasattr(m, "time_emb_proj")]
+    if any(type(m) is not ResnetBlock2D or m.time_embedding_norm != "default" for m in resnets):
+        return False
+    for resnet in resnets:
+        bias, _ = _time_bias(resnet, temb)
+        resnet.conv1.bias = nn.Parameter(bias[0], requires_grad=False)
+        resnet.time_emb_proj = None
+    return True
+
+
+def _keep(block: Any, hidden: int, temb: Tensor) -> _Halves:
+    """A block of another kind, all of which is done at every timestep."""
+    has_text = bool(getattr(block, "has_cross_attention", False))
+    count = len(block.resnets)
+    names = [*(["hidden"] if not hidden else []), *(f"{i}_skip" for i in range(count)), *(["text"] if has_text else [])]
+    per_step = _WholePerStep(block, temb, first=not hidden, has_text=has_text)
+    return _Halves(_WholeOnce(count, has_text), per_step, names, block.resnets[-1].out_channels)
+
+
+class _WholeOnce(nn.Module):
+    def __init__(self, skips: int, has_text: bool):
+        super().__init__()
+        self.skips, self.has_text = skips, has_text
+
+    def forward(self, hidden: Tensor | None, skips: Sequence[Tensor], text: Tensor) -> list[Tensor]:
+        return [*([] if hidden is None else [hidden]), *skips, *([text] if self.has_text else [])]
+
+
+class _WholePerStep(nn.Module):
+    def __init__(self, block: Any, temb: Tensor, first: bool, has_text: bool):
+        super().__init__()
+        self.block, self.first, self.has_text = block, first, has_text
+        self.register_buffer("temb", temb)
+
+    def forward(self, hidden: Tensor | None, take: Iterator[Tensor], step_index: Tensor, _: Tensor | None) -> Tensor:
+        k = step_index.shape[0]
+        if self.first:
+            hidden = repeat_rows(next(take), k)
+        skips = [repeat_rows(next(take), k) for _ in self.block.resnets]
+        assert hidden is not None  # of the block before
+        temb = _rows(self.temb, step_index, hidden.shape[0] // k)[:, :, 0, 0]
+        text = {"encoder_hidden_states": repeat_rows(next(take), k)} if self.has_text else {}
+        return self.block(hidden, tuple(skips[::-1]), temb=temb, **text)
+
+
+def _shortcut(resnet: Any) -> Any:
+    """What makes the residual of a resnet's input, as a convolution."""
+    if resnet.conv_shortcut is not None:
+        return resnet.conv_shortcut
+    count, weight = resnet.in_channels, resnet.conv1.weight
+    identity = nn.Conv2d(count, count, 1, bias=False, device="meta")
+    identity.weight = nn.Parameter(torch.eye(count, dtype=weight.dtype)[:, :, None, None], requires_grad=False)
+    return identity
+
+
+def _norm_of(norm: nn.GroupNorm, channels: slice) -> nn.GroupNorm:
+    """The norm of some of the channels, which are whole groups."""
+    count = channels.stop - channels.start
+    part = nn.GroupNorm(count * norm.num_groups // norm.num_channels, count, norm.eps, device="meta")
+    part.weight = nn.Parameter(norm.weight[channels].detach(), requires_grad=False)
+    part.bias = nn.Parameter(norm.bias[channels].detach(), requires_grad=False)
+    return part
+
+
+def _conv_of(conv: nn.Conv2d, channels: slice, *, bias: bool) -> nn.Conv2d:
+    """The convolution of some of the input's channels."""
+    part = nn.Conv2d(
+        channels.stop - channels.start,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=bias and conv.bias is not None,
+        device="meta",
+    )
+    part.weight = nn.Parameter(conv.weight[:, channels].detach(), requires_grad=False)
+    if part.bias is not None and conv.bias is not None:
+        part.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
+    return part
