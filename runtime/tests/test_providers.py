@@ -22,16 +22,17 @@ BOTH = ("portable", "cuda")
 def test_devices_and_their_names(kind):
     assert parse_device(kind) == Device(kind)
     assert str(Device(kind)) == kind
-    if kind != "cpu":
+    if kind not in ("cpu", "openvino"):
         assert parse_device(f"{kind}:1") == Device(kind, 1)
         assert str(Device(kind, 1)) == f"{kind}:1"
 
 
 @pytest.mark.parametrize(
-    "device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cpu:1", "CPU", "openvino", "tensorrt:", 3, None]
+    "device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cpu:1", "CPU", "openvino:1", "tensorrt:", 3, None]
 )
 def test_refuses_other_devices(device):
-    with pytest.raises(DeviceError, match=r'device: expected "auto", "cpu", "cuda", "tensorrt" or "tensorrt-rtx".*got'):
+    expected = r'device: expected "auto", "cpu", "openvino", "cuda", "tensorrt" or "tensorrt-rtx".*got'
+    with pytest.raises(DeviceError, match=expected):
         sessions.choose_device(device)
 
 

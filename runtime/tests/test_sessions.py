@@ -5,11 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline, sessions
+from tiue_runtime import Pipeline, machine, sessions
 from tiue_runtime.bundle import Bundle, write_bundle
 from tiue_runtime.errors import BundleError, DeviceError, InferenceError
 from tiue_runtime.graph import Graph
-from tiue_runtime.sessions import Device, choose_device, thread_count
+from tiue_runtime.machine import thread_count
+from tiue_runtime.sessions import Device, choose_device
 
 no_cuda = pytest.mark.skipif(
     "CUDAExecutionProvider" in sessions.available_providers(), reason="ONNX Runtime with CUDA is installed"
@@ -96,8 +97,37 @@ def test_failing_run_is_an_inference_error(tiny):
 def test_threads_are_those_of_the_process():
     assert 1 <= thread_count() <= (os.cpu_count() or 1)
     if shutil.which("taskset"):
-        code = "from tiue_runtime.sessions import thread_count; print(thread_count())"
+        code = "from tiue_runtime.machine import thread_count; print(thread_count())"
         done = subprocess.run(
             ["taskset", "-c", "0", sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == "1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize(
+    "groups, files, threads",
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 3),  # half a CPU more is used
+        ("0::/\n", {"cpu.max": "10000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "1600000 100000"}, 8),  # more than the CPUs
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),  # a limit further up
+        ("0::/on/the/host\n", {"cpu.max": "50000 10000"}, 5),  # in a container only its own group is there
+        ("3:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "400000", "cpu/a/cpu.cfs_period_us": "100000"}, 4),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("3:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 8),  # not its group
+        ("0::/\n", {"cpu.max": "nonsense"}, 8),
+    ],
+)
+def test_threads_within_the_quota_of_a_container(tmp_path, monkeypatch, groups, files, threads):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(8)))
+    assert thread_count(tmp_path) == 8  # nothing known
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, content in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    assert thread_count(tmp_path) == threads

@@ -9,9 +9,11 @@ import numpy as np
 
 from . import __version__
 from .errors import InferenceError, RequestError
+from .machine import thread_count
 from .pipeline import Options, Pipeline, Vae
+from .providers import Precision
 from .request import Memory
-from .sessions import installed_wheels, thread_count
+from .sessions import installed_wheels
 
 PROMPT = "a red heart"
 
@@ -29,6 +31,7 @@ def bench(
     vae_tiling: bool | None = None,
     variant: str | None = None,
     cuda_graphs: bool = False,
+    precision: Precision | None = None,
 ) -> dict[str, object]:
     """Time `runs` pictures after one untimed, whose pixels every timed one must repeat.
 
@@ -38,7 +41,9 @@ def bench(
     if runs < 1:
         raise RequestError(f"runs: expected at least 1, got {runs}")
     start = time.perf_counter()
-    pipeline = Pipeline.load(bundle, device=device, vae=vae, variant=variant, cuda_graphs=cuda_graphs)
+    pipeline = Pipeline.load(
+        bundle, device=device, vae=vae, variant=variant, cuda_graphs=cuda_graphs, precision=precision
+    )
     loading = time.perf_counter() - start
 
     options = Options(seed=0, steps=steps, height=height, width=width, memory=memory, vae_tiling=vae_tiling)
@@ -54,12 +59,14 @@ def bench(
     if not all(np.allclose(result.images, warm_up.images, atol=0.02) for result in results):
         raise InferenceError("the same seed gave different pictures from run to run")
     _, rows, columns, _ = warm_up.images.shape
+    computed = f" in {pipeline.precision}" if pipeline.precision else ""
+    recorded = ", recorded" if pipeline.cuda_graphs else ""
     tiles = ", tiles of {1}x{0}".format(*warm_up.tile) if warm_up.tile else ""
     wheels = ", ".join(f"{name} {number}" for name, number in installed_wheels().items())
     report: dict[str, object] = {
         "bundle": f"{pipeline.bundle.manifest.name}, {pipeline.bundle.manifest.precision}",
         "image": f"{columns}x{rows}, batch 1, {warm_up.steps} steps, {warm_up.memory}, vae {warm_up.vae}{tiles}",
-        "device": f"{pipeline.device}, {pipeline.variant} graphs{', recorded' if pipeline.cuda_graphs else ''}",
+        "device": f"{pipeline.device}{computed}, {pipeline.variant} graphs{recorded}",
         "cpu": f"{_cpu_name()}, {thread_count()} threads",
         "versions": f"tiue-runtime {__version__}, {wheels}, python {platform.python_version()}",
         "loading": f"{loading:.2f} s",

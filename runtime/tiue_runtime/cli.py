@@ -54,7 +54,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     paths = _numbered(Path(arguments.out), arguments.num_images)
     for path in paths:
         check_png_path(path)
-    pipeline = Pipeline.load(arguments.bundle, device=arguments.device, vae=arguments.vae, variant=arguments.variant)
+    pipeline = Pipeline.load(
+        arguments.bundle,
+        device=arguments.device,
+        vae=arguments.vae,
+        variant=arguments.variant,
+        precision=arguments.precision,
+    )
     result = pipeline(
         arguments.prompt,
         num_images=arguments.num_images,
@@ -75,7 +81,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         }
         save_png(image, path, text)
         print(f"{path}  {image.width}x{image.height}  seed {seed}")
-    print(f"{result.timings['total']:.2f} s on {result.device}, without loading")
+    computed = f" in {result.precision}" if result.precision else ""
+    print(f"{result.timings['total']:.2f} s on {result.device}{computed}, without loading")
     return 0
 
 
@@ -141,6 +148,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         vae_tiling=arguments.vae_tiling,
         variant=arguments.variant,
         cuda_graphs=arguments.cuda_graphs,
+        precision=arguments.precision,
     )
     _print_rows(rows)
     return 0
@@ -216,6 +224,7 @@ def _bundle_flag(parser: _Parser) -> None:
 
 def _run_flags(parser: _Parser) -> None:
     from .bundle import CUDA, PORTABLE, VAE_KINDS
+    from .providers import Precision
     from .request import Memory
 
     parser.add_argument("--steps", type=int, help="a step count of the bundle (default: the bundle's)")
@@ -224,7 +233,13 @@ def _run_flags(parser: _Parser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto, cpu, cuda, tensorrt or tensorrt-rtx, or cuda:1 and so on; one asked for by name is never replaced",
+        help="auto, cpu, openvino, cuda, tensorrt or tensorrt-rtx, or cuda:1 and so on; one asked for by name is never "
+        "replaced",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="what openvino computes in (default: bf16 where the CPU multiplies in it, else fp32)",
     )
     parser.add_argument(
         "--memory",

@@ -4,6 +4,7 @@ import contextlib
 import io
 import platform
 import sys
+import warnings
 from collections import Counter
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -15,16 +16,18 @@ from .cache import cache_root, with_cache
 from .errors import TiueError
 from .find import find_bundle, installed_bundles
 from .gpu import driver_version, find_gpus
+from .machine import thread_count
 from .providers import KINDS, Device, Settings, choose_variant
 from .sessions import (
     available_providers,
     choose_device,
     create_session,
     installed_wheels,
+    is_whole,
     load_onnxruntime,
     preload_libraries,
     probe,
-    thread_count,
+    settle_precision,
 )
 
 # Beginnings of wheels and of shared libraries that ONNX Runtime works with on a GPU.
@@ -103,6 +106,9 @@ def _provider_rows() -> Rows:
         else:
             problem = probe(Device(name))
             rows[row] = f"no: {kind.provider} does not start: {problem}" if problem else f"yes: {kind.provider} starts"
+            precision = None if problem else settle_precision(Device(name), Settings()).precision
+            if precision:
+                rows[row] = f"{rows[row]} and computes in {precision}"
     others = [provider for provider in available if provider not in {kind.provider for kind in KINDS.values()}]
     return rows | ({"other providers": f"{', '.join(others)} (built in, not used)"} if others else {})
 
@@ -120,20 +126,28 @@ def _placement_rows(bundle: Bundle, device: Device) -> Rows:
     """How many nodes of each graph run on which provider. Raises BundleError, DeviceError."""
     manifest = bundle.manifest
     variant = choose_variant(device, manifest.variants)
-    rows: Rows = {"placement of": f"{manifest.name}, {variant} graphs, on {device}"}
+    chosen = settle_precision(device, Settings(record_placement=True))
+    computed = f" in {chosen.precision}" if chosen.precision else ""
+    rows: Rows = {"placement of": f"{manifest.name}, {variant} graphs, on {device}{computed}"}
     if KINDS[device.kind].compiles:
         rows["compiled graphs"] = f"kept below {cache_root()}"
     for graph in manifest.graphs:
         path = bundle.graph_path(graph, variant)
-        settings = with_cache(Settings(record_placement=True), device, bundle.directory, path)
-        rows[f"nodes of {graph}"] = _placement(create_session(path, device, settings), device)
+        settings = with_cache(chosen, device, bundle.directory, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of nodes on the CPU, which are shown here
+            session = create_session(path, device, settings)
+        rows[f"nodes of {graph}"] = _placement(session, device)
     return rows
 
 
 def _placement(session: Any, device: Device) -> str:
     """Such as "CUDAExecutionProvider 540, CPUExecutionProvider 5 (3 Gather, 2 Shape)"."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        return "not reported by this version of ONNX Runtime"
+        if not KINDS[device.kind].whole:
+            return "not reported by this version of ONNX Runtime"
+        part = "all" if is_whole(session) else "not all"
+        return f"{part} on {device.provider}; not counted by this version of ONNX Runtime"
     nodes: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
         nodes.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())

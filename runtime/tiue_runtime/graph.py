@@ -31,6 +31,7 @@ class Graph:
         self.device = device
         self._session = create_session(path, device, settings)
         self._recordings = None if cuda_graphs is None else Recordings(self._session, device.place, cuda_graphs)
+        self.releases = device.kind == "cpu"  # whether a run can give back its memory
         self._options: Any = None
         if self._recordings is not None:
             self._options = run_options(WITHOUT)
@@ -46,8 +47,8 @@ class Graph:
         """Run the graph on the entries of `feed` that it has inputs for.
 
         Values are numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
-        never leave the device. release: on the CPU, give back the memory of this run, which the graph would keep for
-        its next one. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
+        never leave the device. release: where `releases`, give back the memory of this run, which the graph would keep
+        for its next one. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
         """
         with self._errors():
             values = {name: feed[name] for name in self.inputs}
@@ -55,7 +56,7 @@ class Graph:
                 if isinstance(value, np.ndarray):
                     values[name] = np.ascontiguousarray(cast(Array, value))
             if self._recordings is None:
-                shrink = release and self.device.kind == "cpu"
+                shrink = release and self.releases
                 return self._run(values, keep_on_device, shrinking_options(self.device) if shrink else self._options)
             return self._recordings.graphs.run(self._replay, self._recordings, values, keep_on_device)
 

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
 from .bundle import CUDA, PORTABLE, Manifest
+from .machine import control_groups
 from .providers import Device
 
 Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least
@@ -140,29 +141,21 @@ def _kib(path: Path) -> Iterator[tuple[str, int]]:
 
 def _cgroups_left(root: Path) -> Iterator[int]:
     """What the limit of each control group of this process leaves, at every level of versions 1 and 2."""
-    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if not controllers:
-            top = root / "sys/fs/cgroup"
+    for directory, unified in control_groups(root, "memory"):
+        if unified:
             limit, usage, cache = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            limit, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
         else:
+            limit, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        if not (directory / limit).is_file():
             continue
-        path = PurePosixPath(group.lstrip("/"))
-        # In a container the path may be the host's and absent here: then its own group is the top.
-        for directory in (top / path, *(top / parent for parent in path.parents)):
-            if not (directory / limit).is_file():
-                continue
-            most = (directory / limit).read_text(encoding="ascii").strip()
-            if most == "max":
-                continue
-            used = int((directory / usage).read_text(encoding="ascii"))
-            # Files read once, such as the bundle's, stay counted until the memory is wanted.
-            pages = (directory / "memory.stat").read_text(encoding="ascii").split()
-            used -= int(pages[pages.index(cache) + 1]) if cache in pages else 0
-            yield int(most) - used
+        most = (directory / limit).read_text(encoding="ascii").strip()
+        if most == "max":
+            continue
+        used = int((directory / usage).read_text(encoding="ascii"))
+        # Files read once, such as the bundle's, stay counted until the memory is wanted.
+        pages = (directory / "memory.stat").read_text(encoding="ascii").split()
+        used -= int(pages[pages.index(cache) + 1]) if cache in pages else 0
+        yield int(most) - used
 
 
 def _windows_free() -> int | None:

@@ -29,10 +29,10 @@ from .find import find_bundle
 from .graph import Graph
 from .images import to_pil, to_unit
 from .memory import Budget, Mode, lower_mode, timesteps_at_once
-from .providers import Device, Settings, check_settings, choose_variant
+from .providers import Device, Precision, Settings, check_settings, choose_variant
 from .request import Float32, Memory, OutputType, Request
 from .run import Cancel, Run
-from .sessions import choose_device
+from .sessions import choose_device, settle_precision
 from .text import PromptTokenizer
 from .vae import ImageDecoder
 
@@ -48,7 +48,8 @@ class Result(Generic[Images]):
     images: Images  # list of PIL images; float32 (B,H,W,3) in [0,1] for "np"; z_0 float32 (B,C,h,w) for "latent"
     seeds: tuple[int, ...]  # one per image; empty when the caller brought the latents
     timings: Mapping[str, float]  # seconds: each graph that ran, and "total"
-    device: str  # where the graphs ran: "cpu", "cuda", "cuda:1"
+    device: str  # where the graphs ran: "cpu", "openvino", "cuda", "cuda:1"
+    precision: Precision | None  # what OpenVINO computed in; None on other devices, and where provider options say it
     steps: int
     memory: Mode  # the one the decoder really ran in; after running out of memory, the one it ended in
     vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
@@ -79,6 +80,7 @@ class Pipeline:
     vae: str  # the kind of image decoder that was loaded
     variant: str  # the bundle's graphs that were loaded
     cuda_graphs: bool  # whether `warmup` records kernels
+    precision: Precision | None  # as in `Result`
 
     def __init__(
         self,
@@ -91,6 +93,8 @@ class Pipeline:
         """Load the graphs of `bundle` on `device`; `Pipeline.load` finds both."""
         settings = settings or Settings()
         check_settings(device, settings)
+        settings = settle_precision(device, settings)
+        self.precision = settings.precision
         manifest = bundle.manifest
         self.bundle = bundle
         self.device = str(device)
@@ -130,15 +134,17 @@ class Pipeline:
         variant: str | None = None,
         cuda_graphs: bool = False,
         provider_options: Mapping[str, object] | None = None,
+        precision: Precision | None = None,
+        threads: int | None = None,
     ) -> "Pipeline":
         """Find, validate and load a bundle.
 
         bundle: a directory, the name of an installed bundle, or None for the environment variable
             TIUE_BUNDLE, else the installed "emoji".
-        device: "auto" (CUDA if it really works, else the CPU), "cpu", "cuda", "tensorrt", "tensorrt-rtx", or the
-            second GPU as "cuda:1" and so on. A device asked for by name is never replaced by another. What TensorRT
-            compiles, in minutes, is kept in the user's cache directory, or in that of the environment variable
-            TIUE_CACHE.
+        device: "auto" (CUDA if it really works, else OpenVINO likewise, else the CPU), "cpu", "openvino", "cuda",
+            "tensorrt", "tensorrt-rtx", or the second GPU as "cuda:1" and so on. A device asked for by name is never
+            replaced by another. What TensorRT compiles, in minutes, is kept in the user's cache directory, or in that
+            of the environment variable TIUE_CACHE.
         vae: the image decoder: "kl", the original AutoencoderKL; "tiny", a small autoencoder, faster and in less
             memory with coarser details; or None for the bundle's default. Only this one is loaded.
         variant: the graphs to load, "portable" or "cuda", or None for the best that the bundle has for the device.
@@ -147,10 +153,14 @@ class Pipeline:
             chooses the CPU, this has no effect.
         provider_options: options of ONNX Runtime's provider for the device, such as {"gpu_mem_limit": 4 * 2**30}, which
             win over those chosen here. They need a device by name.
+        precision: what "openvino" computes in on the CPU: "bf16", "fp32", or None for bf16 where the CPU multiplies in
+            it, else fp32. The result tells.
+        threads: CPU threads of a graph, or None for all CPUs that this process may use, by affinity and by the quota
+            of a container. Graphs run one after the other. Idle threads do not spin.
         Raises BundleError, DeviceError, RequestError if the bundle has no such vae.
         """
         found = Bundle.load(find_bundle(bundle))
-        settings = Settings(provider_options or {}, cuda_graphs)
+        settings = Settings(provider_options or {}, cuda_graphs, precision, threads)
         chosen = choose_device(device, settings)
         if device == "auto" and chosen.kind == "cpu":
             settings = replace(settings, cuda_graphs=False)
@@ -279,7 +289,9 @@ class Pipeline:
             tiles = ", allow vae_tiling" if vae_tiling is False else ""
             raise OutOfMemoryError(f"{error}: make smaller pictures, fewer at once{tiny}{tiles}") from error
         run.timings["total"] = time.perf_counter() - start
-        return Result(images, request.seeds, run.timings, self.device, request.steps, mode, self.vae, tile)
+        return Result(
+            images, request.seeds, run.timings, self.device, self.precision, request.steps, mode, self.vae, tile
+        )
 
     def _encode_text(self, request: Request, run: Run) -> Float32:
         """Text embeddings (B,L,D), each prompt encoded once and repeated for its images."""
@@ -324,7 +336,8 @@ class Pipeline:
             feed[contract.STEP_WEIGHT] = np.ones(1, dtype=np.float32) if sequential else weights[now]
             this_run = contract.UNET_DECODER, len(rows[now]) * count, latents
             # What the decoder keeps for the next picture must not drive this one's into tiles.
-            release = decoded and now.stop >= steps and not self._decode_image.fits_whole(z.shape, this_run)
+            release = self._unet_decoder.releases and decoded and now.stop >= steps
+            release = release and not self._decode_image.fits_whole(z.shape, this_run)
             try:
                 with run.timed(contract.UNET_DECODER):
                     contribution = self._unet_decoder(feed, release=release)[contract.CONTRIBUTION]

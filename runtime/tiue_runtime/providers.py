@@ -1,15 +1,20 @@
 """Devices: the strings that name them, the ONNX Runtime providers behind them, and what they are asked to do.
 
 A kind of device is a row of `KINDS` and, where it takes options, a function in `_OPTIONS`. Another provider
-(OpenVINO, DirectML) is one more of each.
+(DirectML) is one more of each.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from .bundle import CUDA, PORTABLE
 from .errors import BundleError, DeviceError
+from .machine import thread_count
+
+Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Kind:
     variants: tuple[str, ...] = (PORTABLE,)  # of a bundle: those it can run, the best first
     memory: str = "cpu"  # ONNX Runtime's name of where its tensors are
     rest: tuple[str, ...] = ()  # kinds that take the nodes which it has no kernel for, in this order
+    whole: bool = False  # whether it takes our graphs whole, so that nodes left to the CPU are worth a warning
     compiles: bool = False  # whether it makes files of a graph that are worth keeping
     library: str = ""  # the provider's file in ONNX Runtime's wheel, without prefix and suffix
     plugin: str = ""  # module of the wheel that brings the provider, where ONNX Runtime's own wheels do not
@@ -29,6 +35,16 @@ class Kind:
 
 KINDS = {
     "cpu": Kind("CPUExecutionProvider", "cpu"),
+    "openvino": Kind(
+        "OpenVINOExecutionProvider",
+        "openvino",
+        whole=True,
+        library="onnxruntime_providers_openvino",
+        remedy=(
+            "It needs an x86-64 CPU or, for another device_type in provider_options, such a device of Intel's and its "
+            "driver"
+        ),
+    ),
     "cuda": Kind(
         "CUDAExecutionProvider",
         "cuda",
@@ -65,7 +81,7 @@ KINDS = {
     ),
 }
 
-EXPECTED = 'expected "auto", "cpu", "cuda", "tensorrt" or "tensorrt-rtx", the last three also with ":N"'
+EXPECTED = 'expected "auto", "cpu", "openvino", "cuda", "tensorrt" or "tensorrt-rtx", the last three also with ":N"'
 
 
 @dataclass(frozen=True)
@@ -95,12 +111,13 @@ class Device:
 
 
 def parse_device(text: object) -> Device:
-    """Read "cpu", "cuda", "cuda:1" and so on. Raises DeviceError."""
+    """Read "cpu", "openvino", "cuda", "cuda:1" and so on. Raises DeviceError."""
     if isinstance(text, str):
         kind, colon, index = text.partition(":")
-        numbered = not colon or (kind != "cpu" and index.isascii() and index.isdigit())
-        if kind in KINDS and numbered:
-            return Device(kind, int(index or 0))
+        if kind in KINDS:
+            numbered = Device(kind).is_gpu and index.isascii() and index.isdigit()
+            if numbered or not colon:
+                return Device(kind, int(index or 0))
     raise DeviceError(f"device: {EXPECTED}, got {text!r}")
 
 
@@ -125,8 +142,21 @@ class Settings:
 
     provider_options: Mapping[str, object] = field(default_factory=dict[str, object])  # win over those chosen here
     cuda_graphs: bool = False  # whether runs can be captured; on "cuda" only
+    precision: Precision | None = None  # that OpenVINO computes in on the CPU; None is the best for the CPU
+    threads: int | None = None  # of the CPU, for each session; None is `thread_count()`
     cache: Path | None = None  # a directory for what a provider compiles, of this graph and device alone
     record_placement: bool = False  # whether the session can tell which provider got which node
+
+    @property
+    def cpu_threads(self) -> int:
+        """Threads of the CPU for each session."""
+        return self.threads or thread_count()
+
+    @property
+    def own_openvino(self) -> bool:
+        """Whether the caller's provider options, not ours, say what OpenVINO computes in and with how many threads."""
+        given = self.provider_options
+        return "load_config" in given or given.get("device_type", "CPU") != "CPU"
 
 
 # Options that follow from other arguments, by the argument.
@@ -137,11 +167,30 @@ def check_settings(device: Device, settings: Settings) -> None:
     """Raise DeviceError for settings that `device` cannot have."""
     if settings.cuda_graphs and device.kind != "cuda":
         raise DeviceError(f'cuda_graphs: expected device="cuda", got {device}')
+    if settings.threads is not None and settings.threads < 1:
+        raise DeviceError(f"threads: expected at least 1, or None for all CPUs, got {settings.threads}")
+    _check_openvino(device, settings)
     if settings.provider_options and device.kind not in _OPTIONS:
         raise DeviceError(f"provider_options: {device} has none, got {', '.join(settings.provider_options)}")
     for name in settings.provider_options:
         if name in _OWNED:
             raise DeviceError(f"provider_options: {name} follows from {_OWNED[name]}=, pass that instead")
+
+
+def _check_openvino(device: Device, settings: Settings) -> None:
+    if device.kind == "openvino" and settings.own_openvino:
+        for name in ("precision", "threads"):
+            if getattr(settings, name) is not None:
+                raise DeviceError(f"{name}: follows from device_type and load_config of provider_options, pass either")
+    if settings.precision is None:
+        return
+    expected = " or ".join(f'"{precision}"' for precision in get_args(Precision))
+    if settings.precision not in get_args(Precision):
+        raise DeviceError(
+            f"precision: expected {expected}, or None for the best of the CPU, got {settings.precision!r}"
+        )
+    if device.kind != "openvino":
+        raise DeviceError(f'precision: expected device="openvino", got {device}, which computes as graphs are written')
 
 
 def provider_options(device: Device, settings: Settings) -> list[tuple[str, dict[str, str]]]:
@@ -167,6 +216,18 @@ def _cuda(device: Device, settings: Settings) -> dict[str, str]:
     return {**options, "enable_cuda_graph": "1"} if settings.cuda_graphs else options
 
 
+def _openvino(device: Device, settings: Settings) -> dict[str, str]:
+    if settings.own_openvino:
+        return {"device_type": "CPU"}
+    # No num_of_threads: that is also how many requests the provider prepares for each graph, each with its memory.
+    config = {
+        # Given always: the provider's own default is float32, whatever the CPU has.
+        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[settings.precision or "fp32"],
+        "INFERENCE_NUM_THREADS": str(settings.cpu_threads),
+    }
+    return {"device_type": "CPU", "load_config": json.dumps({"CPU": config})}
+
+
 def _tensorrt(device: Device, settings: Settings) -> dict[str, str]:
     # No trt_fp16_enable: it would let TensorRT lower what an fp16 bundle keeps in fp32 because it overflows. Without
     # it, the types are those written in the graph.
@@ -189,8 +250,10 @@ def _tensorrt_rtx(device: Device, settings: Settings) -> dict[str, str]:
     return options if settings.cache is None else {**options, "nv_runtime_cache_path": str(settings.cache)}
 
 
-_OPTIONS = {"cuda": _cuda, "tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt_rtx}
+_OPTIONS = {"openvino": _openvino, "cuda": _cuda, "tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt_rtx}
 
 
 def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return json.dumps(value)
     return str(int(value)) if isinstance(value, bool) else str(value)

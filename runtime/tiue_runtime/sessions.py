@@ -12,13 +12,17 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from .errors import BundleError, DeviceError
 from .gpu import find_gpus
+from .machine import has_bf16
 from .providers import KINDS, Device, Settings, check_settings, parse_device, provider_options
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -30,18 +34,30 @@ _PROBE = bytes.fromhex(
     "620f0a0179120a0a08080112040a02080142040a001012"
 )
 
+# Where this entry is 1, a session is refused if nodes of its graph are left to the CPU provider, in these words.
+_WHOLE = "session.disable_cpu_ep_fallback"
+_NOT_WHOLE = "fallback to CPU EP has been explicitly disabled"
+
+# y = a @ b on 16x16 floats: OpenVINO computes it in the precision it was asked for, or in float32.
+_MATMUL = bytes.fromhex(
+    "08083a590a110a01610a016212017922064d61744d756c120570726f62655a130a0161120e0a0c080112080a0208100a0208105a130a01"
+    "62120e0a0c080112080a0208100a02081062130a0179120e0a0c080112080a0208100a02081042040a001012"
+)
+
 
 def choose_device(device: str = "auto", settings: Settings | None = None) -> Device:
-    """Turn "auto", "cpu", "cuda", "cuda:N", "tensorrt" and so on into a device that works here.
+    """Turn "auto", "cpu", "openvino", "cuda", "cuda:N", "tensorrt" and so on into a device that works here.
 
-    "auto" is CUDA where a session really starts on it, else the CPU, with a warning if ONNX Runtime was
-    built for CUDA. Any other device is granted, with the provider options of `settings`, or refused with a DeviceError
-    that says what is available and what to install.
+    "auto" is CUDA, else OpenVINO, where a session really starts on it, else the CPU, with a warning if ONNX Runtime was
+    built for one of them. Any other device is granted, with the provider options of `settings`, or refused with a
+    DeviceError that says what is available and what to install.
     """
     settings = settings or Settings()
     if device == "auto":
         if settings.provider_options:
             raise DeviceError('provider_options: expected the device they are for, got device="auto"')
+        if settings.precision is not None:
+            raise DeviceError('precision: expected device="openvino", got device="auto"')
         return _choose_any()
     chosen = parse_device(device)
     check_settings(chosen, settings)
@@ -61,13 +77,43 @@ def choose_device(device: str = "auto", settings: Settings | None = None) -> Dev
 
 
 def _choose_any() -> Device:
-    cuda = Device("cuda")
-    if cuda.provider not in available_providers():
-        return Device("cpu")
-    problem = probe(cuda)
-    if problem:
-        warnings.warn(f"running on the CPU, because CUDA could not be started: {problem}", stacklevel=4)
-    return Device("cpu") if problem else cuda
+    available = available_providers()
+    for device in (Device("cuda"), Device("openvino")):
+        if device.provider in available:
+            problem = probe(device)
+            if not problem:
+                return device
+            name = {"cuda": "CUDA", "openvino": "OpenVINO"}[device.kind]
+            warnings.warn(f"running on the CPU, because {name} could not be started: {problem}", stacklevel=4)
+    return Device("cpu")
+
+
+def settle_precision(device: Device, settings: Settings) -> Settings:
+    """`settings` with the precision that OpenVINO will compute in, and has shown to; those of other devices unchanged.
+
+    It is the one asked for, else bf16 where the CPU multiplies in it. OpenVINO itself computes in float32, without a
+    word, what it is asked to compute in bf16 on a CPU without. Raises DeviceError.
+    """
+    if device.kind != "openvino" or settings.own_openvino or settings.precision == "fp32":
+        return settings
+    asked = settings.precision == "bf16"
+    granted = (asked or has_bf16()) and _rounds(device, replace(settings, precision="bf16"))
+    if asked and not granted:
+        raise DeviceError(
+            "precision: OpenVINO computes in float32 on this CPU, which has no instructions for bf16 "
+            '(avx512_bf16, amx_bf16), got "bf16". Load with "fp32" or without'
+        )
+    return replace(settings, precision="bf16" if granted else "fp32")
+
+
+def _rounds(device: Device, settings: Settings) -> bool:
+    """Whether a matrix product really loses what bf16, with 8 significant bits, cannot hold. Raises DeviceError."""
+    try:
+        session = _start(_MATMUL, device, settings, whole=True)
+        a, b = np.full((16, 16), 1 + 2**-10, dtype=np.float32), np.eye(16, dtype=np.float32)
+        return bool((session.run(None, {"a": a, "b": b})[0] == 1).all())
+    except Exception as error:  # ONNX Runtime's own exceptions share no other base
+        raise DeviceError(f"precision: {device} cannot show what it computes in: {first_line(error)}") from error
 
 
 def available_providers() -> list[str]:
@@ -78,13 +124,6 @@ def available_providers() -> list[str]:
     built_in = list(load_onnxruntime().get_available_providers())
     plugins = [kind.provider for kind in KINDS.values() if kind.plugin and importlib.util.find_spec(kind.plugin)]
     return list(dict.fromkeys((*plugins, *built_in)))
-
-
-def thread_count() -> int:
-    """CPU threads of a session: the CPUs this process may use. A container's CPU quota is not seen."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def installed_wheels() -> dict[str, str]:
@@ -131,7 +170,7 @@ def create_session(path: Path, device: Device, settings: Settings | None = None)
     """
     settings = settings or Settings()
     try:
-        session = _start(os.fspath(path), device, settings)
+        session = _start_graph(path, device, settings)
     except DeviceError:
         raise
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
@@ -147,6 +186,30 @@ def create_session(path: Path, device: Device, settings: Settings | None = None)
             f"got {', '.join(session.get_providers())}"
         )
     return session
+
+
+def _start_graph(path: Path, device: Device, settings: Settings) -> Any:
+    """Create a session, with a warning where nodes are left to the CPU by a device that takes our graphs whole."""
+    model = os.fspath(path)
+    if not KINDS[device.kind].whole:
+        return _start(model, device, settings)
+    try:
+        return _start(model, device, settings, whole=True)
+    except Exception as error:  # ONNX Runtime's own exceptions share no other base
+        if _NOT_WHOLE not in str(error):
+            raise
+    session = _start(model, device, settings)
+    if session.get_providers()[0] == device.provider:
+        warnings.warn(
+            f"{path.name}: {device} leaves nodes to ONNX Runtime's CPU provider; tiue-runtime doctor tells which",
+            stacklevel=4,
+        )
+    return session
+
+
+def is_whole(session: Any) -> bool:
+    """Whether a session was refused any node on the CPU provider that its device might have left."""
+    return session.get_session_options().get_session_config_entry(_WHOLE) == "1"
 
 
 def run_options(entries: Mapping[str, str]) -> Any:
@@ -195,11 +258,11 @@ def _with_reason(problem: str, device: Device) -> str:
     return f"{problem} ({'; '.join(reasons)})" if reasons else problem
 
 
-def _start(model: str | bytes, device: Device, settings: Settings) -> Any:
-    """Create a session. It may run elsewhere than on `device`: the caller looks."""
+def _start(model: str | bytes, device: Device, settings: Settings, *, whole: bool = False) -> Any:
+    """Create a session. It may run elsewhere than on `device`, unless `whole`: the caller looks."""
     ort = load_onnxruntime()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = thread_count()
+    options.intra_op_num_threads = settings.cpu_threads
     # Four sessions whose idle threads spin take the cores from each other (70 against 22 ms a picture of the default
     # model on 2 cores), and from the application.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -207,6 +270,7 @@ def _start(model: str | bytes, device: Device, settings: Settings) -> Any:
     # latents of any size have the same, and so has any number of timesteps: small runs would take what large ones took.
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors are raised too, and other messages are no use to a caller
+    options.add_session_config_entry(_WHOLE, str(int(whole)))
     if settings.record_placement:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device.kind == "cuda":
@@ -217,7 +281,8 @@ def _start(model: str | bytes, device: Device, settings: Settings) -> Any:
         session = ort.InferenceSession(model, sess_options=options, providers=providers)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # where ONNX Runtime prints what it cannot load
-            preload_libraries(ort, device)
+            if device.is_gpu:
+                preload_libraries(ort, device)
             if KINDS[device.kind].plugin and device.provider not in ort.get_available_providers():
                 options.add_provider_for_devices([_plugin_device(ort, device)], providers[0][1])
                 providers = None

@@ -1,0 +1,238 @@
+"""OpenVINO as a device: what is asked of it, and, with its wheel, what it computes."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from tiue_runtime import Pipeline, doctor, machine, sessions
+from tiue_runtime.bundle import Bundle
+from tiue_runtime.errors import DeviceError
+from tiue_runtime.find import find_bundle, installed_bundles
+from tiue_runtime.graph import Graph
+from tiue_runtime.noise import gaussian
+from tiue_runtime.providers import Device, Settings, check_settings, provider_options
+
+OPENVINO = Device("openvino")
+HEART = "a red heart"
+EQUAL = {"rtol": 1e-4, "atol": 2e-4}  # float32 against float32, added up in another order
+REDUCED = 35  # dB of peak signal to noise, the floor of exports in a reduced precision
+
+real = pytest.mark.skipif(
+    OPENVINO.provider not in sessions.available_providers(), reason="ONNX Runtime with OpenVINO is not installed"
+)
+emoji = pytest.mark.skipif("emoji" not in installed_bundles(), reason="tiue-emoji is not installed")
+
+
+def psnr(actual, expected):
+    return 10 * np.log10(np.ptp(expected) ** 2 / max(np.mean((actual - expected) ** 2), 1e-30))
+
+
+def test_options(monkeypatch):
+    monkeypatch.setattr("tiue_runtime.providers.thread_count", lambda: 6)
+
+    def config(settings):
+        [(name, options)] = provider_options(OPENVINO, settings)
+        assert name == "OpenVINOExecutionProvider" and options["device_type"] == "CPU"
+        return json.loads(options["load_config"])
+
+    assert config(Settings()) == {"CPU": {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "6"}}
+    asked = config(Settings(precision="bf16", threads=3))
+    assert asked == {"CPU": {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": "3"}}
+    given = {"device_type": "GPU", "load_config": {"GPU": {"PERFORMANCE_HINT": "LATENCY"}}}
+    [(_, options)] = provider_options(OPENVINO, Settings(given))
+    assert options == {"device_type": "GPU", "load_config": '{"GPU": {"PERFORMANCE_HINT": "LATENCY"}}'}
+    assert provider_options(OPENVINO, Settings({"device_type": "NPU"})) == [(OPENVINO.provider, {"device_type": "NPU"})]
+
+
+@pytest.mark.parametrize(
+    "device, settings, message",
+    [
+        ("cpu", Settings(precision="fp32"), 'precision: expected device="openvino", got cpu'),
+        ("openvino", Settings(precision="fp16"), r'precision: expected "bf16" or "fp32", or None.*got .fp16'),
+        ("openvino", Settings({"device_type": "GPU"}, precision="fp32"), "precision: follows from device_type"),
+        ("openvino", Settings({"load_config": "{}"}, threads=1), "threads: follows from device_type and load_config"),
+        ("openvino", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got openvino'),
+        ("cpu", Settings(threads=0), "threads: expected at least 1, or None for all CPUs, got 0"),
+    ],
+)
+def test_settings_that_contradict_the_device(device, settings, message):
+    with pytest.raises(DeviceError, match=message):
+        check_settings(Device(device), settings)
+
+
+def test_precision_needs_the_device_by_name(tiny):
+    with pytest.raises(DeviceError, match='precision: expected device="openvino", got device="auto"'):
+        Pipeline.load(tiny, precision="fp32")
+
+
+class Multiplying:
+    """A session of a matrix product on a CPU that multiplies in bf16, or in float32 whatever it is asked for."""
+
+    def __init__(self, bf16):
+        self.bf16 = bf16
+
+    def run(self, outputs, feed):
+        product = feed["a"] @ feed["b"]
+        if self.bf16:
+            product = ((product.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
+        return [product]
+
+
+@pytest.mark.parametrize(
+    "flag, bf16, asked, granted",
+    [
+        (True, True, None, "bf16"),
+        (True, True, "bf16", "bf16"),
+        (True, True, "fp32", "fp32"),
+        (True, False, None, "fp32"),  # the CPU could, OpenVINO does not
+        (False, True, None, "fp32"),  # OpenVINO imitates bf16, slowly
+        (False, True, "bf16", "bf16"),
+        (False, False, None, "fp32"),
+    ],
+)
+def test_the_precision_is_the_one_that_openvino_shows(monkeypatch, flag, bf16, asked, granted):
+    def start(model, device, settings, *, whole):
+        assert whole and settings.precision == "bf16"
+        return Multiplying(bf16)
+
+    monkeypatch.setattr(sessions, "_start", start)
+    monkeypatch.setattr(sessions, "has_bf16", lambda: flag)
+    assert sessions.settle_precision(OPENVINO, Settings(precision=asked)).precision == granted
+
+
+def test_bf16_that_openvino_would_compute_in_float32_is_refused(monkeypatch):
+    monkeypatch.setattr(sessions, "_start", lambda *args, **options: Multiplying(False))
+    with pytest.raises(DeviceError, match=r'OpenVINO computes in float32 on this CPU.*Load with "fp32"'):
+        sessions.settle_precision(OPENVINO, Settings(precision="bf16"))
+
+
+def test_precision_of_other_devices_is_not_settled(monkeypatch):
+    monkeypatch.setattr(sessions, "has_bf16", lambda: True)
+    for device, given in (("cpu", {}), ("cuda", {}), ("openvino", {"device_type": "GPU"})):
+        settings = Settings(given)
+        assert sessions.settle_precision(Device(device), settings) is settings
+
+
+@pytest.mark.parametrize(
+    "flags, found", [("fma avx512_bf16 avx", True), ("amx_bf16", True), ("avx512f avx_vnni", False)]
+)
+def test_instructions_of_the_cpu(tmp_path, flags, found):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\nmodel name\t: bf16\nflags\t\t: fpu {flags}\nbugs\t:\n")
+    assert machine.has_bf16(tmp_path) is found
+    assert not machine.has_bf16(tmp_path / "elsewhere")
+
+
+def test_auto(monkeypatch):
+    problems = {"cuda": "no driver", "openvino": "no library"}
+    monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in (*problems, "cpu")])
+    monkeypatch.setattr(sessions, "probe", lambda device: problems[device.kind])
+    with pytest.warns(UserWarning, match="running on the CPU, because") as said:
+        assert sessions.choose_device("auto") == Device("cpu")
+    assert [str(warning.message).partition(" could")[0].split()[-1] for warning in said] == ["CUDA", "OpenVINO"]
+    problems["openvino"] = ""
+    with pytest.warns(UserWarning, match="because CUDA could not be started"):
+        assert sessions.choose_device("auto") == OPENVINO
+    problems["cuda"] = ""
+    assert sessions.choose_device("auto") == Device("cuda")
+
+
+def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
+    """ONNX Runtime lists OpenVINO first for a graph of which it runs no node: tiny's vae_decoder, too small for it."""
+    start = sessions._start
+
+    def without_openvino(model, device, settings, *, whole=False):
+        if whole:
+            raise RuntimeError(f"nodes are assigned to the default CPU EP, but {sessions._NOT_WHOLE} by the user.")
+        session = start(model, Device("cpu"), settings)
+        monkeypatch.setattr(session, "get_providers", lambda: [OPENVINO.provider, "CPUExecutionProvider"])
+        return session
+
+    monkeypatch.setattr(sessions, "_start", without_openvino)
+    with pytest.warns(UserWarning, match=r"vae_decoder\.onnx: openvino leaves nodes to ONNX Runtime's CPU provider"):
+        Graph(tiny / "vae_decoder.onnx", OPENVINO)
+
+
+def test_threads(tiny, monkeypatch):
+    def threads(pipe):
+        return pipe._unet_decoder._session.get_session_options().intra_op_num_threads
+
+    monkeypatch.setattr("tiue_runtime.providers.thread_count", lambda: 2)
+    assert threads(Pipeline.load(tiny, device="cpu")) == 2
+    assert threads(Pipeline.load(tiny, device="cpu", threads=1)) == 1
+
+
+@real
+def test_granted(tiny):
+    assert sessions.choose_device("openvino") == OPENVINO
+    with pytest.raises(DeviceError, match=r"openvino. could not be started: .*Intel"):
+        sessions.choose_device("openvino", Settings({"device_type": "GPU.7"}))
+    with pytest.warns(UserWarning, match="vae_decoder"):
+        pipe = Pipeline.load(tiny, device="openvino", precision="fp32")
+    result = pipe(HEART, seed=1)
+    assert (pipe.device, result.device, pipe.precision, result.precision) == ("openvino", "openvino", "fp32", "fp32")
+    assert not pipe._unet_decoder.releases
+
+
+@real
+@pytest.mark.filterwarnings("ignore:vae_decoder.onnx. openvino leaves nodes")
+def test_openvino_equals_the_closed_form(tiny, closed_form, close):
+    pipe = Pipeline.load(tiny, device="openvino", precision="fp32")
+    for height, width, memory in ((4, 6, "parallel"), (8, 2, "sequential"), (4, 6, "partial")):
+        z_t = np.stack([gaussian(seed, (4, height, width)) for seed in (1, 2)])
+        made = pipe(HEART, num_images=2, latents=z_t, output_type="latent", memory=memory).images
+        close(made, np.stack([closed_form(z, HEART) for z in z_t]))
+
+
+@real
+@emoji
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_default_model(precision):
+    """All nodes of all graphs, those of the int8 text encoder too, at shapes that change from run to run."""
+    if precision == "bf16" and not machine.has_bf16():
+        with pytest.raises(DeviceError, match="bf16"):
+            Pipeline.load("emoji", device="openvino", precision=precision)
+        pytest.skip("this CPU does not multiply in bf16, and bf16 is refused")
+    expected, actual = (
+        Pipeline.load("emoji", device="cpu"),
+        Pipeline.load("emoji", device="openvino", precision=precision),
+    )
+    graphs = (actual._text_encoder, actual._unet_encoder, actual._unet_decoder, actual._decode_image.graph)
+    assert all(sessions.is_whole(graph._session) for graph in graphs)
+    for size, count, memory in ((64, 1, "parallel"), (96, 3, "sequential"), (64, 2, "partial"), (64, 1, "parallel")):
+        options = {"num_images": count, "seed": 3, "height": size, "memory": memory, "output_type": "np"}
+        ours, theirs = expected(HEART, **options).images, actual(HEART, **options).images
+        assert psnr(theirs, ours) >= REDUCED
+        if precision == "fp32":
+            np.testing.assert_allclose(theirs, ours, **EQUAL)
+
+
+@real
+@emoji
+def test_several_threads_at_once():
+    pipe = Pipeline.load("emoji", device="openvino")
+
+    def run(seed):
+        return pipe(HEART, seed=seed, output_type="np").images
+
+    alone = [run(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for images, expected in zip(pool.map(run, range(4)), alone, strict=True):
+            np.testing.assert_array_equal(images, expected)
+
+
+@real
+def test_the_doctor_shows_where_nodes_run(tiny):
+    rows, problems = doctor.examine(tiny, "openvino")
+    assert problems == []
+    precision = sessions.settle_precision(OPENVINO, Settings()).precision
+    assert rows["provider openvino"] == f"yes: {OPENVINO.provider} starts and computes in {precision}"
+    assert rows["placement of"] == f"tiny, portable graphs, on openvino in {precision}"
+    assert str(rows["nodes of unet_decoder"]).startswith((f"{OPENVINO.provider} 8", f"all on {OPENVINO.provider}"))
+    left = ("CPUExecutionProvider 2 (1 Slice, 1 Resize)", f"not all on {OPENVINO.provider}")
+    assert str(rows["nodes of vae_decoder"]).startswith(left)
+    if "emoji" in installed_bundles():
+        path = Bundle.load(find_bundle("emoji")).directory
+        nodes = {k: str(v) for k, v in doctor.examine(path, "openvino")[0].items() if k.startswith("nodes of")}
+        assert len(nodes) == 4 and not any("CPUExecution" in text or "not all" in text for text in nodes.values())

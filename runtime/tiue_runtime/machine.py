@@ -1,0 +1,65 @@
+"""What this process may use of the machine: CPU time, and the instructions of its CPUs."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def thread_count(root: Path = Path("/")) -> int:
+    """CPU threads of a session: the CPUs this process may use, and no more than its quota of CPU time, rounded up.
+
+    root: of the file system, for tests.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota(root)
+    return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
+
+
+def has_bf16(root: Path = Path("/")) -> bool:
+    """Whether the CPU multiplies in bfloat16 (avx512_bf16 or amx_bf16), where the system tells: on Linux."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
+def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The directories of this process's control groups that a controller may limit, from the innermost to the top.
+
+    With each, whether it is of version 2, which names its files otherwise. Raises OSError, ValueError.
+    """
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        path = PurePosixPath(group.lstrip("/"))
+        # In a container the path may be the host's and absent here: then its own group is the top.
+        for directory in (top / path, *(top / parent for parent in path.parents)):
+            yield directory, not controllers
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """CPUs' worth of time that control groups grant, the least of all levels; None where there is no limit."""
+    if not sys.platform.startswith("linux"):
+        return None
+    quotas: list[float] = []
+    try:
+        for directory, unified in control_groups(root, "cpu"):
+            files = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            if not all((directory / file).is_file() for file in files):
+                continue
+            # Microseconds in each period; version 2 has both in one file.
+            quota, period = " ".join((directory / file).read_text(encoding="ascii") for file in files).split()
+            if quota not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+    except (OSError, ValueError):
+        return None
+    return min(quotas, default=None)
