@@ -25,7 +25,7 @@ from tiue.schedule import closed_form
 
 from .card import model_card
 from .errors import ExportError
-from .files import GraphWriter
+from .files import EXTERNAL_ABOVE, GraphWriter
 from .graphs import Form, forget_graphs, unet_graphs, vae_decoder_graph
 from .memory import give_back
 from .optimum_parts import text_encoder_graph
@@ -41,7 +41,7 @@ class Options:
     """What a bundle may differ in. Raises ExportError for what contradicts itself."""
 
     name: str | None = None  # the model's by default
-    targets: tuple[str, ...] = (bundle.PORTABLE,)  # portable, cuda or both
+    targets: tuple[str, ...] = ()  # of bundle.VARIANTS; by default portable, and cpu where weights have their own file
     precision: str = "fp32"  # what the graphs compute in: fp32, or fp16 with the parts that overflow in fp32
     weights: str | None = None  # how the files store them, fp32 or fp16; as the graphs compute by default
     text_encoder: str = "fp32"  # or int8, which is storage, too
@@ -95,6 +95,7 @@ def export_bundle(
     KeyboardInterrupt included, `out` is complete or as it was, and nothing else is left.
     """
     check_target(out, options.overwrite)
+    options = replace(options, targets=options.targets or _default_targets(student))
     if options.tiny_vae is not None:
         check_tiny_vae(options.tiny_vae, student.components)
     out = out.absolute()
@@ -146,7 +147,8 @@ def _write_graphs(
     write(options.targets[0], bundle.TEXT_ENCODER, text_encoder)
     del text_encoder
     for target in options.targets:
-        form = Form(target, dtype)
+        # What is stored in fp16 the CPU computes in fp32 in any case.
+        form = Form(target, torch.float32 if target == bundle.CPU else dtype)
         progress(f"exporting the UNet's encoder and decoder, {target}")
         graphs = list(unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length, form))
         write(target, bundle.UNET_DECODER, graphs.pop())
@@ -158,6 +160,11 @@ def _write_graphs(
         give_back()
 
 
+def _default_targets(student: Student) -> tuple[str, ...]:
+    size = sum(p.numel() * p.element_size() for p in student.components.unet.parameters())
+    return (bundle.PORTABLE, bundle.CPU) if size > EXTERNAL_ABOVE else (bundle.PORTABLE,)
+
+
 def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any]]:
     """Each VAE: its graph and itself."""
     for kind, name in _vaes(student, options).items():
@@ -166,7 +173,7 @@ def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, A
 
 
 def _variants(options: Options, vaes: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The file of each graph, for each target. What the text encoder does gains nothing from CUDA's operators."""
+    """The file of each graph, for each target. What the text encoder does gains nothing from special operators."""
     variants: dict[str, dict[str, str]] = {}
     for target in options.targets:
         suffix = "" if target == bundle.PORTABLE else f".{target}"

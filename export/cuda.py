@@ -50,7 +50,6 @@ def fuse(graph: ir.Model) -> None:
         for value in node.outputs:
             if value.dtype is None and node.inputs[0] is not None:  # made here, by an operator that keeps the type
                 _describe(value, value.shape, node.inputs[0].dtype)
-    graph.opset_imports[CONTRIB] = 1
 
 
 def _move_channels_last(graph: ir.Graph) -> None:

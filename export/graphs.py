@@ -22,7 +22,7 @@ from tiue.unet import TiUE
 from .cuda import fuse
 from .errors import ExportError
 from .quiet import quiet
-from .translate import CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
+from .translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 
 OPSET = 18  # from 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel
 M = TypeVar("M", bound=nn.Module)
@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 class Form:
     """What a graph is made for and computes in."""
 
-    target: str  # bundle.PORTABLE: standard operators; bundle.CUDA: ONNX Runtime's with CUDA kernels, channels last
+    target: str  # of bundle.VARIANTS: standard operators, or ONNX Runtime's with kernels for the CPU or for CUDA
     dtype: torch.dtype  # float32, or float16 with the parts that overflow in float32
 
     @property
@@ -43,8 +43,8 @@ class Form:
     @property
     def translations(self) -> Translations:
         """Operators that are not left to the exporter."""
-        if self.target == bundle.CUDA:
-            return CUDA
+        if self.target != bundle.PORTABLE:
+            return {bundle.CPU: CPU, bundle.CUDA: CUDA}[self.target]
         return FLOAT16 if self.dtype == torch.float16 else PLAIN
 
 
@@ -190,6 +190,8 @@ def _trace(module: nn.Module, args: tuple[Any, ...], form: Form, **options: Any)
     assert program is not None  # None only from the exporter that dynamo=True replaces
     if form.target == bundle.CUDA:
         fuse(program.model)
+    if form.target != bundle.PORTABLE:
+        program.model.opset_imports[CONTRIB] = 1
     return program.model
 
 

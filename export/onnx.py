@@ -86,10 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--target",
-        type=_list_of("portable", "cuda"),
-        default=("portable",),
+        type=_list_of("portable", "cpu", "cuda"),
+        default=(),
         metavar="TARGET[,TARGET]",
-        help="portable runs anywhere; cuda has the fused operators of ONNX Runtime's CUDA provider (default: portable)",
+        help="portable runs anywhere; cpu and cuda have operators of ONNX Runtime for its CPU and CUDA providers, and "
+        "share the weights' file (default: portable, and cpu for a model over 1 GB)",
     )
     parser.add_argument(
         "--precision",
@@ -122,7 +123,7 @@ def _list_of(*allowed: str) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
         items = tuple(text.split(","))
         if not set(items) <= set(allowed) or len(set(items)) < len(items):
-            raise argparse.ArgumentTypeError(f"expected {' or '.join(allowed)}, or both by a comma, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected one or several of {', '.join(allowed)} by commas, got {text!r}")
         return items
 
     return parse

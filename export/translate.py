@@ -153,6 +153,12 @@ FLOAT16: Translations = {
     _ATEN.group_norm.default: _group_norm_in_float32,
     _ATEN.scaled_dot_product_attention.default: _attention(_attention_in_float32),
 }
+# ONNX Runtime's operators, with CPU kernels: attention block by block, which never has all scores in memory.
+CPU: Translations = {
+    **PLAIN,
+    _ATEN.scaled_dot_product_attention.default: _attention(_attention_fused),
+    _ATEN.gelu.default: _gelu_fused,
+}
 # ONNX Runtime's operators, with CUDA kernels; `export.cuda` finishes what this begins.
 CUDA: Translations = {
     **PLAIN,

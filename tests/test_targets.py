@@ -200,7 +200,7 @@ def test_the_vaes_scaling_is_folded(pads, shift):
 
 @pytest.fixture(scope="session")
 def rich(tmp_path_factory):
-    """Both targets and both image decoders, in float16."""
+    """All targets and both image decoders, in float16."""
     root = tmp_path_factory.mktemp("rich")
     tiny.save_pipeline(tiny.sd15(), root / "pipeline")
     tiny.taesd().save_pretrained(root / "taesd")
@@ -208,7 +208,7 @@ def rich(tmp_path_factory):
         patch.setattr(files, "SHARED_ABOVE", 256)
         arguments = (
             "--target",
-            "portable,cuda",
+            "portable,cpu,cuda",
             "--precision",
             "fp16",
             "--vae",
@@ -229,7 +229,7 @@ def test_a_text_encoder_in_int8_beside_float16(tmp_path):
     assert list(made.manifest.variants) == [bundle.CUDA]
     text_encoder = ir.load(made.graph_path(bundle.TEXT_ENCODER, bundle.CUDA))
     assert any(v.dtype == ir.DataType.INT8 for v in text_encoder.graph.initializers.values())
-    with pytest.raises(DeviceError, match="cpu runs portable graphs, the bundle holds only cuda"):
+    with pytest.raises(DeviceError, match="cpu runs cpu or portable graphs, the bundle holds only cuda"):
         Pipeline.load(tmp_path / "out", device="cpu")
 
 
@@ -249,11 +249,29 @@ def test_a_tiny_vae_that_is_none(tmp_path, capsys):
 def test_a_bundle_of_everything(rich):
     made = bundle.Bundle.load(rich)
     made.verify()
-    assert list(made.manifest.variants) == [bundle.PORTABLE, bundle.CUDA]
+    assert tuple(made.manifest.variants) == bundle.VARIANTS
     assert made.manifest.vaes == {"kl": "vae_decoder", "tiny": "vae_decoder_tiny"}
     assert (made.manifest.precision, made.manifest.created_from["precision"]) == ("fp16", "fp16")
     pictures = {kind: Pipeline.load(rich, device="cpu", vae=kind)("a cat", seed=1).images for kind in ("kl", "tiny")}
     assert not np.array_equal(pictures["kl"][0], pictures["tiny"][0])
+
+
+def test_the_cpu_gets_its_own_graphs(rich):
+    """They hold the same weights, attention in one operator, and compute in float32 what is stored in float16."""
+    pipelines = {variant: Pipeline.load(rich, device="cpu", variant=variant) for variant in (None, "cpu", "portable")}
+    assert {pipeline.variant for pipeline in pipelines.values()} == {"cpu", "portable"}
+    assert pipelines[None].variant == "cpu"
+    made = {v: p("a cat", seed=1, output_type="latent").images for v, p in pipelines.items()}
+    assert np.array_equal(made[None], made["cpu"])
+    assert PSNR_FLOOR_DB < psnr(made["cpu"], made["portable"]) < np.inf
+    manifest = bundle.Bundle.load(rich)
+    decoder = ir.load(manifest.graph_path(bundle.UNET_DECODER, bundle.CPU))
+    unet = tiny.sd15().unet
+    assert operators(decoder)["MultiHeadAttention"] == len(of_type(unet.up_blocks, Attention))
+    assert operators(decoder)["Gelu"] == len(of_type(unet.up_blocks, GEGLU))
+    assert not operators(decoder).keys() & {"Softmax", "Erf"}
+    portable, extra = (manifest.manifest.files[f"unet_decoder{s}.onnx.data"].size for s in ("", ".cpu"))
+    assert extra < 0.2 * portable  # what portable graphs keep in float32
 
 
 def test_variants_share_their_weights(rich):
@@ -318,5 +336,5 @@ def test_what_contradicts_itself_is_refused(tmp_path, capsys, arguments, message
 
 
 def test_a_variant_for_another_device(rich):
-    with pytest.raises(DeviceError, match="cpu runs portable graphs, got 'cuda'"):
+    with pytest.raises(DeviceError, match="cpu runs cpu or portable graphs, got 'cuda'"):
         Pipeline.load(rich, device="cpu", variant=bundle.CUDA)

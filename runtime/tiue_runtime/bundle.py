@@ -34,7 +34,9 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 PORTABLE = "portable"  # the variant that every device runs
-CUDA = "cuda"  # the variant for NVIDIA GPUs, where the bundle has one
+CPU = "cpu"  # the variant for ONNX Runtime's CPU provider, where the bundle has one
+CUDA = "cuda"  # the variant for NVIDIA GPUs, likewise
+VARIANTS = (PORTABLE, CPU, CUDA)
 
 TEXT_ENCODER = "text_encoder"
 UNET_ENCODER = "unet_encoder"

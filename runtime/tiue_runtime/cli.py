@@ -223,7 +223,7 @@ def _bundle_flag(parser: _Parser) -> None:
 
 
 def _run_flags(parser: _Parser) -> None:
-    from .bundle import CUDA, PORTABLE, VAE_KINDS
+    from .bundle import VAE_KINDS, VARIANTS
     from .providers import Precision
     from .request import Memory
 
@@ -252,7 +252,7 @@ def _run_flags(parser: _Parser) -> None:
         "--vae", choices=VAE_KINDS, help="kl: the full image decoder; tiny: a small, fast one (default: the bundle's)"
     )
     parser.add_argument(
-        "--variant", choices=(PORTABLE, CUDA), help="the bundle's graphs to run (default: the best for the device)"
+        "--variant", choices=VARIANTS, help="the bundle's graphs to run (default: the best for the device)"
     )
     parser.add_argument(
         "--vae-tiling",

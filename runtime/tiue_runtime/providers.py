@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from .bundle import CUDA, PORTABLE
+from .bundle import CPU, CUDA, PORTABLE
 from .errors import BundleError, DeviceError
 from .machine import thread_count
 
@@ -34,7 +34,7 @@ class Kind:
 
 
 KINDS = {
-    "cpu": Kind("CPUExecutionProvider", "cpu"),
+    "cpu": Kind("CPUExecutionProvider", "cpu", variants=(CPU, PORTABLE)),
     "openvino": Kind(
         "OpenVINOExecutionProvider",
         "openvino",
