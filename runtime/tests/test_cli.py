@@ -97,7 +97,7 @@ MISTAKES = {
     "width": (["generate", "a", "--out", "TMP/a.png", "--width", "5"], "width: expected a multiple of 4"),
     "num_images": (["generate", "a", "--out", "TMP/a.png", "--num-images", "0"], "num_images: expected"),
     "device": (["generate", "a", "--out", "TMP/a.png", "--device", "tpu"], "device: expected"),
-    "memory": (["generate", "a", "--out", "TMP/a.png", "--memory", "low"], "--memory: invalid choice: 'low'"),
+    "memory": (["generate", "a", "--out", "TMP/a.png", "--memory", "none"], "--memory: invalid choice: 'none'"),
     "vae": (["generate", "a", "--out", "TMP/a.png", "--vae", "tiny"], "vae: bundle tiny has kl, got 'tiny'"),
     "vae kind": (["bench", "--vae", "big"], "--vae: invalid choice: 'big'"),
     "bundle name": (["generate", "a", "--out", "TMP/a.png", "--bundle", "nothing"], "neither a directory"),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tiue_runtime import Pipeline, memory
 from tiue_runtime.bundle import Bundle, MemoryUse
-from tiue_runtime.errors import InferenceError, OutOfMemoryError, is_out_of_memory
+from tiue_runtime.errors import BundleError, InferenceError, OutOfMemoryError, RequestError, is_out_of_memory
 from tiue_runtime.memory import Budget, free_memory, lower_mode, timesteps_at_once
-from tiue_runtime.sessions import Device
+from tiue_runtime.providers import Device, Settings
 
 HEART, STAR = "a red heart", "a blue star"
 CPU = Device("cpu")
@@ -482,3 +482,60 @@ def test_memory_of_a_gpu_without_a_driver():
 
     assert memory._cuda_free(0, load) is None
     assert memory._cuda_free(0, lambda _: object()) is None
+
+
+def graphs_of(pipe):
+    return pipe._text_encoder, pipe._unet_encoder, pipe._unet_decoder, pipe._decode_image.graph
+
+
+def loaded(pipe):
+    return [graph.name for graph in graphs_of(pipe) if graph._session is not None]
+
+
+@pytest.fixture
+def low_pipe(tiny):
+    return Pipeline.load(tiny, device="cpu", memory="low")
+
+
+def test_low_memory_holds_one_graph_at_a_time(low_pipe, pipe, monkeypatch):
+    held = []
+    for graph in graphs_of(low_pipe):
+        create = graph._create
+        monkeypatch.setattr(graph, "_create", lambda create=create: held.append(loaded(low_pipe)) or create())
+    assert loaded(low_pipe) == []
+    result = low_pipe(HEART, seed=1, num_images=2, output_type="np")
+    assert held == [[]] * 4  # each was loaded when no other was there
+    assert loaded(low_pipe) == []
+    assert result.memory == "sequential"
+    expected = pipe(HEART, seed=1, num_images=2, output_type="np", memory="sequential").images
+    np.testing.assert_array_equal(result.images, expected)
+
+
+def test_low_memory_for_one_request(tiny):
+    pipe = Pipeline.load(tiny, device="cpu")
+    pipe(HEART, seed=1, memory="low")
+    assert loaded(pipe) == []
+    pipe(HEART, seed=1, memory="auto")
+    assert len(loaded(pipe)) == 4
+
+
+def test_low_memory_with_embeddings_of_the_wrong_width(low_pipe):
+    """The width is known only from a graph, which is loaded to look."""
+    with pytest.raises(RequestError, match="prompt_embeds"):
+        low_pipe(prompt_embeds=np.zeros((1, 8, 4), np.float32))
+    assert loaded(low_pipe) == []
+
+
+def test_low_memory_finds_a_bad_graph_when_its_turn_comes(edit):
+    def mistake(content):
+        content["variants"]["portable"]["unet_decoder"] = "vae_decoder.onnx"
+
+    pipe = Pipeline.load(edit(mistake), device="cpu", memory="low")
+    with pytest.raises(BundleError, match="vae_decoder: expected contribution"):
+        pipe(HEART)
+    assert loaded(pipe) == []
+
+
+def test_recordings_and_low_memory_exclude_each_other(tiny):
+    with pytest.raises(RequestError, match="cuda_graphs"):
+        Pipeline(Bundle.load(tiny), Device("cuda"), settings=Settings(cuda_graphs=True), memory="low")

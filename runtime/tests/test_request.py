@@ -68,7 +68,7 @@ WRONG = {
         "seed: expected an integer in [0, 2**64), with seed + 1 the seed of the last image",
     ),
     "output_type": ({"output_type": "jpeg"}, "output_type: expected one of pil, np, latent, got 'jpeg'"),
-    "memory": ({"memory": "low"}, "memory: expected one of auto, parallel, partial, sequential, got 'low'"),
+    "memory": ({"memory": "none"}, "memory: expected one of auto, low, parallel, partial, sequential, got 'none'"),
     "vae_tiling": ({"vae_tiling": "no"}, "vae_tiling: expected True, False or None, got 'no'"),
     "cancel": ({"cancel": 1}, "cancel: expected a threading.Event or a function, got 1"),
 }

@@ -42,7 +42,13 @@ def bench(
         raise RequestError(f"runs: expected at least 1, got {runs}")
     start = time.perf_counter()
     pipeline = Pipeline.load(
-        bundle, device=device, vae=vae, variant=variant, cuda_graphs=cuda_graphs, precision=precision
+        bundle,
+        device=device,
+        vae=vae,
+        variant=variant,
+        cuda_graphs=cuda_graphs,
+        precision=precision,
+        memory=memory,
     )
     loading = time.perf_counter() - start
 

@@ -60,6 +60,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         vae=arguments.vae,
         variant=arguments.variant,
         precision=arguments.precision,
+        memory=arguments.memory,
     )
     result = pipeline(
         arguments.prompt,
@@ -68,7 +69,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         height=arguments.height,
         width=arguments.width,
-        memory=arguments.memory,
         vae_tiling=arguments.vae_tiling,
     )
     for path, image, seed in zip(paths, result.images, result.seeds, strict=True):
@@ -245,8 +245,8 @@ def _run_flags(parser: _Parser) -> None:
         "--memory",
         choices=get_args(Memory),
         default="auto",
-        help="parallel: all steps in one batch; partial: two at once; sequential: one by one, in the least memory; "
-        "auto (default): the first of them that fits",
+        help="parallel: all steps in one batch; partial: two at once; sequential: one by one; auto (default): the "
+        "first of them that fits; low: one by one, and each graph is loaded only for its turn",
     )
     parser.add_argument(
         "--vae", choices=VAE_KINDS, help="kl: the full image decoder; tiny: a small, fast one (default: the bundle's)"

@@ -1,8 +1,9 @@
-"""A loaded ONNX graph: takes named arrays, returns named arrays, checks both against the contract."""
+"""An ONNX graph: takes named arrays, returns named arrays, checks both against the contract."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from .capture import WITHOUT, CudaGraphs, Recordings
 from .errors import BundleError, InferenceError, OutOfMemoryError, is_out_of_memory
+from .memory import give_back
 from .providers import Device, Settings
 from .sessions import create_session, first_line, load_onnxruntime, run_options, shrinking_options
 
@@ -18,19 +20,34 @@ Shape = tuple[int | str | None, ...]  # None or a name where a dimension is dyna
 
 
 class Graph:
-    """A loaded ONNX graph. Calls from several threads at once are safe."""
+    """An ONNX graph, loaded where it is needed. Calls from several threads at once are safe."""
 
     def __init__(
-        self, path: Path, device: Device, settings: Settings | None = None, cuda_graphs: CudaGraphs | None = None
+        self,
+        path: Path,
+        device: Device,
+        settings: Settings | None = None,
+        cuda_graphs: CudaGraphs | None = None,
+        *,
+        check: "Callable[[Graph], object] | None" = None,
+        load: bool = True,
     ) -> None:
-        """Load `path` on `device`. Raises BundleError for a bad graph, DeviceError for a refused device or setting.
+        """Take the graph in `path` for `device`, and load it now, or when it is first asked for anything.
 
         cuda_graphs: what the graphs of a pipeline share whose `settings` have cuda_graphs.
+        check: called whenever the graph has been loaded.
+
+        Loading raises BundleError for a bad graph, DeviceError for a refused device or setting, and what `check` does.
         """
         self.name = path.stem
         self.device = device
-        self._session = create_session(path, device, settings)
-        self._recordings = None if cuda_graphs is None else Recordings(self._session, device.place, cuda_graphs)
+        self._create = lambda: create_session(path, device, settings)
+        self._check = check
+        self._loading = Lock()
+        self._session: Any = None
+        self._inputs: dict[str, Shape] | None = None
+        self._outputs: tuple[str, ...] = ()
+        self._recordings = None if cuda_graphs is None else Recordings(self.session(), device.place, cuda_graphs)
         self.releases = device.kind == "cpu"  # whether a run can give back its memory
         self._options: Any = None
         if self._recordings is not None:
@@ -38,8 +55,40 @@ class Graph:
         elif device.kind == "cuda":
             # Each session has an arena of its own: what one keeps, the others lack.
             self._options = shrinking_options(device)
-        self.inputs: dict[str, Shape] = {node.name: tuple(node.shape) for node in self._session.get_inputs()}
-        self.outputs: tuple[str, ...] = tuple(node.name for node in self._session.get_outputs())
+        if load:
+            self.session()
+
+    def session(self) -> Any:
+        """ONNX Runtime's session of it, loaded if it is not there."""
+        with self._loading:
+            if self._session is not None:
+                return self._session
+            session = self._session = self._create()
+            self._inputs = {node.name: tuple(node.shape) for node in session.get_inputs()}
+            self._outputs = tuple(node.name for node in session.get_outputs())
+        if self._check is not None:
+            self._check(self)
+        return session
+
+    def unload(self) -> None:
+        """Let go of the session and its memory, once nobody uses it any more; the next call loads it again."""
+        if self._session is not None:
+            self._session = None
+            give_back()
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        """The shape of each input."""
+        if self._inputs is None:
+            self.session()
+        return self._inputs or {}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs."""
+        if self._inputs is None:
+            self.session()
+        return self._outputs
 
     def __call__(
         self, feed: Mapping[str, Any], *, keep_on_device: bool = False, release: bool = False
@@ -48,8 +97,10 @@ class Graph:
 
         Values are numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
         never leave the device. release: where `releases`, give back the memory of this run, which the graph would keep
-        for its next one. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind.
+        for its next one. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind, and
+        what loading does.
         """
+        self.session()  # what is wrong with the graph is no error of its run
         with self._errors():
             values = {name: feed[name] for name in self.inputs}
             for name, value in values.items():
@@ -86,7 +137,8 @@ class Graph:
 
     def _run(self, values: Mapping[str, Any], keep_on_device: bool, options: Any) -> dict[str, Any]:
         """Run without a recording. The run has ended on the device, too, when this returns."""
-        binding = self._session.io_binding()
+        session = self.session()
+        binding = session.io_binding()
         for name, value in values.items():
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(name, value)
@@ -95,13 +147,13 @@ class Graph:
         for name in self.outputs:
             binding.bind_output(name, *(self.device.place if keep_on_device else ("cpu", 0)))
         try:
-            self._session.run_with_iobinding(binding, options)
+            session.run_with_iobinding(binding, options)
         except Exception as error:
             if "memory arena shrink list" not in str(error):
                 raise
             # Some allocators that provider options select are no arenas, and then there is none to shrink.
             self._options = None
-            self._session.run_with_iobinding(binding, None)
+            session.run_with_iobinding(binding, None)
         outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
         return outputs if keep_on_device else {name: value.numpy() for name, value in outputs.items()}
 

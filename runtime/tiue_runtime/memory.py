@@ -115,6 +115,14 @@ def free_memory(device: Device) -> int | None:
     return _linux_free(Path("/")) if sys.platform.startswith("linux") else None
 
 
+def give_back() -> None:
+    """Have the C library return freed memory to the system (glibc keeps what lies between other blocks)."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def _linux_free(root: Path) -> int | None:
     """The least of what the machine has available, and what control groups and RLIMIT_AS leave to this process."""
     import resource  # exists on Unix only

@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
     width: int | None
     latents: Any
     prompt_embeds: Any
-    memory: Memory
+    memory: Memory | None
     vae_tiling: bool | None
     callback: Callback | None
     cancel: Cancel | None
@@ -89,9 +89,13 @@ class Pipeline:
         vae: Vae | None = None,
         variant: str | None = None,
         settings: Settings | None = None,
+        memory: Memory = "auto",
     ) -> None:
         """Load the graphs of `bundle` on `device`; `Pipeline.load` finds both."""
         settings = settings or Settings()
+        if memory == "low" and settings.cuda_graphs:
+            raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
+        self.memory: Memory = memory
         check_settings(device, settings)
         settings = settle_precision(device, settings)
         self.precision = settings.precision
@@ -108,21 +112,29 @@ class Pipeline:
         self.cuda_graphs = settings.cuda_graphs
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
-        names = contract.TEXT_ENCODER, contract.UNET_ENCODER, contract.UNET_DECODER, manifest.vaes[self.vae]
-        self._text_encoder, self._unet_encoder, self._unet_decoder, vae_decoder = (
-            self._load_graph(name, device, settings) for name in names
-        )
-        remedy = self._overflow_remedy(vae=True)
-        self._decode_image = ImageDecoder(vae_decoder, names[-1], manifest, self._budget, remedy)
-        self._check_graphs()
 
-    def _load_graph(self, name: str, device: Device, settings: Settings) -> Graph:
-        path = self.bundle.graph_path(name, self.variant)
-        settings = with_cache(settings, device, self.bundle.directory, path)
-        # A text encoder makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes recording.
-        if name == contract.TEXT_ENCODER:
-            return Graph(path, device, replace(settings, cuda_graphs=False))
-        return Graph(path, device, settings, self._cuda_graphs)
+        def graph(name: str, check: Callable[[Graph], object]) -> Graph:
+            path = bundle.graph_path(name, self.variant)
+            chosen, recording = with_cache(settings, device, bundle.directory, path), self._cuda_graphs
+            # A text encoder makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes
+            # recording.
+            if name == contract.TEXT_ENCODER:
+                chosen, recording = replace(chosen, cuda_graphs=False), None
+            return Graph(path, device, chosen, recording, check=check, load=memory != "low")
+
+        given = {contract.LATENTS, contract.TEXT}
+        steps = {contract.STEP_INDEX, contract.STEP_WEIGHT}
+        self._text_encoder = graph(
+            contract.TEXT_ENCODER, lambda g: g.expect({contract.INPUT_IDS, contract.ATTENTION_MASK}, {contract.TEXT})
+        )
+        self._unet_encoder = graph(contract.UNET_ENCODER, lambda g: g.expect(given, set()))
+        self._unet_decoder = graph(
+            contract.UNET_DECODER,
+            lambda g: g.expect({*self._unet_encoder.outputs, *given, *steps}, {contract.CONTRIBUTION}, needed=steps),
+        )
+        vae_decoder = graph(manifest.vaes[self.vae], lambda g: g.expect({contract.LATENTS}, {contract.IMAGE}))
+        remedy = self._overflow_remedy(vae=True)
+        self._decode_image = ImageDecoder(vae_decoder, manifest.vaes[self.vae], manifest, self._budget, remedy)
 
     @classmethod
     def load(
@@ -136,6 +148,7 @@ class Pipeline:
         provider_options: Mapping[str, object] | None = None,
         precision: Precision | None = None,
         threads: int | None = None,
+        memory: Memory = "auto",
     ) -> "Pipeline":
         """Find, validate and load a bundle.
 
@@ -157,6 +170,8 @@ class Pipeline:
             it, else fp32. The result tells.
         threads: CPU threads of a graph, or None for all CPUs that this process may use, by affinity and by the quota
             of a container. Graphs run one after the other. Idle threads do not spin.
+        memory: for calls that do not say. With "low" nothing is loaded now, but each graph in each call, when its turn
+            comes, and what is wrong with a graph shows only then.
         Raises BundleError, DeviceError, RequestError if the bundle has no such vae.
         """
         found = Bundle.load(find_bundle(bundle))
@@ -164,7 +179,7 @@ class Pipeline:
         chosen = choose_device(device, settings)
         if device == "auto" and chosen.kind == "cpu":
             settings = replace(settings, cuda_graphs=False)
-        return cls(found, chosen, vae, variant, settings)
+        return cls(found, chosen, vae, variant, settings, memory)
 
     def warmup(
         self,
@@ -173,7 +188,7 @@ class Pipeline:
         steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        memory: Memory = "auto",
+        memory: Memory | None = None,
         vae_tiling: bool | None = None,
     ) -> None:
         """Make a picture and throw it away, so that the first real one of that size and number is as quick as others.
@@ -227,7 +242,7 @@ class Pipeline:
         latents: Any = None,
         prompt_embeds: Any = None,
         output_type: OutputType = "pil",
-        memory: Memory = "auto",
+        memory: Memory | None = None,
         vae_tiling: bool | None = None,
         callback: Callback | None = None,
         cancel: Cancel | None = None,
@@ -245,7 +260,8 @@ class Pipeline:
         memory: "parallel" runs the decoder at all steps in one batch; "partial" at two at once; "sequential" step by
             step, in about 1/steps of the memory; "auto" is sequential if there is a callback to show previews to,
             else the first of the three that fits into the free memory by the bundle's estimate. A mode that runs out
-            of memory is followed by the next, with a warning; the pictures are the same.
+            of memory is followed by the next, with a warning; the pictures are the same. "low" is sequential and lets
+            go of each graph after its turn, to be loaded again for the next picture. None: as the pipeline was loaded.
         vae_tiling: whether pictures larger than the bundle's default are decoded in overlapping tiles, in less memory.
             They differ from those decoded whole, because group norms see one tile at a time. None does so,
             with a warning, where memory does not suffice otherwise.
@@ -258,10 +274,11 @@ class Pipeline:
         """
         start = time.perf_counter()
         run = Run(cancel)
+        memory = self.memory if memory is None else memory
         try:
             request = Request.make(
                 self.bundle.manifest,
-                self._text_width(),
+                None if prompt_embeds is None else self._text_width(),
                 prompt,
                 num_images=num_images,
                 seed=seed,
@@ -282,12 +299,16 @@ class Pipeline:
                 tile = None
                 if output_type != "latent":
                     image, tile = self._decode_image(z_0, request.vae_tiling, run)
+                    self._used(self._decode_image.graph, request)
                     unit = to_unit(image)
                     images = to_pil(unit) if output_type == "pil" else unit
         except (OutOfMemoryError, MemoryError) as error:
             tiny = ', load with vae="tiny"' if contract.TINY in self.bundle.manifest.vaes and self.vae != "tiny" else ""
             tiles = ", allow vae_tiling" if vae_tiling is False else ""
             raise OutOfMemoryError(f"{error}: make smaller pictures, fewer at once{tiny}{tiles}") from error
+        finally:
+            if memory == "low":
+                self._unload(self._text_encoder, self._unet_encoder, self._unet_decoder, self._decode_image.graph)
         run.timings["total"] = time.perf_counter() - start
         return Result(
             images, request.seeds, run.timings, self.device, self.precision, request.steps, mode, self.vae, tile
@@ -307,6 +328,7 @@ class Pipeline:
                 text = cast(Float32, self._text_encoder(feed)[contract.TEXT])
             shape = (len(request.prompts), self.bundle.manifest.text_length, text.shape[-1])
             self._text_encoder.check_output(contract.TEXT, text, shape, self._overflow_remedy())
+            self._used(self._text_encoder, request)
         return np.repeat(text, request.num_images, axis=0)
 
     def _denoise(
@@ -319,14 +341,15 @@ class Pipeline:
         weights = np.array(schedule.step_weights, dtype=np.float32)
         with run.timed(contract.UNET_ENCODER):
             known = self._unet_encoder.place({contract.LATENTS: request.latents, contract.TEXT: text})
-            features = self._unet_encoder(known, keep_on_device=True)
+            features = self._unet_encoder(known, keep_on_device=request.memory != "low")
+        self._used(self._unet_encoder, request)
         z = np.float32(schedule.noise_weight) * request.latents
         feed = {**known, **features}
         count, latents = len(z), z.shape[2] * z.shape[3]
         if request.memory == "auto":
             mode = self._budget.fastest_mode(contract.UNET_DECODER, steps, count, latents)
         else:
-            mode = request.memory
+            mode = "sequential" if request.memory == "low" else request.memory
         i = 0
         while i < steps:
             now = slice(i, i + timesteps_at_once(mode, steps))
@@ -363,9 +386,21 @@ class Pipeline:
                 contribution = weights[i] * contribution
             z = z + contribution
             i = now.stop
+        self._used(self._unet_decoder, request)
         if callback is not None and mode != "sequential":
             callback(steps, steps, z.copy())
         return z, mode
+
+    def _used(self, graph: Graph, request: Request) -> None:
+        """Let go of a graph whose turn is over, if the request is to take little memory."""
+        if request.memory == "low":
+            self._unload(graph)
+
+    def _unload(self, *graphs: Graph) -> None:
+        for graph in graphs:
+            graph.unload()
+        self._budget.released(contract.UNET_DECODER)
+        self._budget.released(self.bundle.manifest.vaes[self.vae])
 
     def _check_features(self, features: Mapping[str, Any]) -> None:
         """Raise InferenceError if features, on the device or not, are not finite."""
@@ -391,16 +426,6 @@ class Pipeline:
         width = shape[-1] if shape else None
         return width if isinstance(width, int) else None
 
-    def _check_graphs(self) -> None:
-        """Compare the graphs' inputs and outputs with the contract. Raises BundleError."""
-        features = self._unet_encoder.outputs
-        given = {contract.LATENTS, contract.TEXT}
-        steps = {contract.STEP_INDEX, contract.STEP_WEIGHT}
-        self._text_encoder.expect({contract.INPUT_IDS, contract.ATTENTION_MASK}, {contract.TEXT})
-        self._unet_encoder.expect(given, set())
-        self._unet_decoder.expect({*features, *given, *steps}, {contract.CONTRIBUTION}, needed=steps)
-        self._decode_image.graph.expect({contract.LATENTS}, {contract.IMAGE})
-
 
 def generate(
     prompt: str | Sequence[str],
@@ -412,10 +437,11 @@ def generate(
 ) -> list[Image]:
     """Make pictures of a prompt with a pipeline that stays loaded; options are those of `Pipeline.__call__`.
 
-    Raises BundleError, DeviceError, RequestError.
+    With memory="low" little of it stays loaded. Raises BundleError, DeviceError, RequestError.
     """
+    low = options.get("memory") == "low"
     with _loading:
-        pipeline = _cached_pipeline(str(find_bundle(bundle).resolve()), device, vae)
+        pipeline = _cached_pipeline(str(find_bundle(bundle).resolve()), device, vae, low)
     return pipeline(prompt, **options).images
 
 
@@ -423,5 +449,5 @@ _loading = Lock()
 
 
 @lru_cache(maxsize=2)
-def _cached_pipeline(directory: str, device: str, vae: Vae | None) -> Pipeline:
-    return Pipeline.load(Path(directory), device=device, vae=vae)
+def _cached_pipeline(directory: str, device: str, vae: Vae | None, low: bool) -> Pipeline:
+    return Pipeline.load(Path(directory), device=device, vae=vae, memory="low" if low else "auto")

@@ -13,7 +13,7 @@ from .errors import RequestError
 from .memory import Mode
 from .noise import check_seed, gaussian
 
-Memory = Literal["auto", Mode]
+Memory = Literal["auto", "low", Mode]
 OutputType = Literal["pil", "np", "latent"]
 Float32 = NDArray[np.float32]
 
@@ -28,7 +28,7 @@ class Request:
     seeds: tuple[int, ...]  # of each picture; empty when the caller brought the latents
     steps: int
     latents: Float32  # z_T (B,C,h,w)
-    memory: Memory  # "auto" where the free memory shall decide
+    memory: Memory  # "auto" where the free memory shall decide; "low" holds graphs only while they are used
     vae_tiling: bool | None
 
     @classmethod
