@@ -158,7 +158,7 @@ def judge(rows: list[Row], exact: bool) -> None:
 
 def table(rows: list[Row], precision: str) -> str:
     """The rows as text, one a line; a star marks those that the gate judges. precision: what the graphs compute in."""
-    lines = [f"{'variant':<9} {'output':<24} {'batch, latents':<15} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
+    lines = [f"{'variant':<9} {'output':<30} {'batch, latents':<15} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
     worst: dict[tuple[str, str], Row] = {}  # of the many features of a case, the one that is furthest off
     for r in (row for row in rows if row.graph == bundle.UNET_ENCODER):
         key = r.variant, r.case
@@ -170,7 +170,7 @@ def table(rows: list[Row], precision: str) -> str:
                 continue
             output = f"features, worst: {output}"
         figures = f"{r.max_diff:>10.2e} {r.relative:>9.1e} {r.psnr_db:>8.1f}"
-        lines.append(f"{r.variant:<9} {output:<24} {r.case:<15} {figures}{' *' if r.gated else ''}")
+        lines.append(f"{r.variant:<9} {output:<30} {r.case:<15} {figures}{' *' if r.gated else ''}")
     lines.append(f"* must pass: {FLOAT32_TOLERANCE} of std in float32, {PSNR_FLOOR_DB} dB in reduced precision")
     if any(r.variant == bundle.CUDA for r in rows) and not cuda_starts():
         lines.append("cuda: no GPU here, so its operators were replaced by their definitions and run on the CPU")
