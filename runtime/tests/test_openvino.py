@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiue_runtime import Pipeline, doctor, machine, sessions
 from tiue_runtime.bundle import Bundle
-from tiue_runtime.errors import DeviceError
+from tiue_runtime.errors import DeviceError, OutOfMemoryError, is_out_of_memory
 from tiue_runtime.find import find_bundle, installed_bundles
 from tiue_runtime.graph import Graph
 from tiue_runtime.noise import gaussian
@@ -154,6 +154,46 @@ def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
         Graph(tiny / "vae_decoder.onnx", OPENVINO)
 
 
+def test_memory_is_given_back_by_loading_again(monkeypatch, tiny):
+    start, failing = sessions._start, [False]
+
+    def on_the_cpu(model, device, settings, *, whole=False):
+        session = start(model, Device("cpu"), settings)
+        run = session.run_with_iobinding
+
+        def run_or_fail(*args):
+            if failing.pop():
+                raise RuntimeError("Failed to allocate 33554432 bytes of memory")
+            run(*args)
+
+        monkeypatch.setattr(session, "get_providers", lambda: [OPENVINO.provider])
+        monkeypatch.setattr(session, "run_with_iobinding", run_or_fail)
+        return session
+
+    monkeypatch.setattr(sessions, "_start", on_the_cpu)
+    graph = Graph(tiny / "vae_decoder.onnx", OPENVINO)
+    first, feed = graph.session(), {"latents": np.ones((1, 4, 2, 3), dtype=np.float32)}
+    kept = graph(feed)
+    assert graph.session() is first
+    failing[:] = [False]
+    released = graph(feed, release=True)
+    second = graph.session()
+    assert second is not first
+    failing[:] = [True]
+    with pytest.raises(OutOfMemoryError, match="vae_decoder ran out of memory on openvino"):
+        graph(feed)
+    assert graph.session() is not second
+    np.testing.assert_array_equal(released["image"], kept["image"])
+
+
+def test_what_openvino_says_of_memory_and_where():
+    error = RuntimeError(
+        "Status Message: /onnxruntime/ov_interface.cc:24 auto OvExceptionBoundary() [OpenVINO-EP] Couldn't start "
+        "Inference:\nException from src/node.cpp:792:\nFailed to allocate 33554432 bytes of memory\n\n"
+    )
+    assert is_out_of_memory(error) and sessions.first_line(error) == "Failed to allocate 33554432 bytes of memory"
+
+
 def test_threads(tiny, monkeypatch):
     def threads(pipe):
         return pipe._unet_decoder._session.get_session_options().intra_op_num_threads
@@ -172,7 +212,6 @@ def test_granted(tiny):
         pipe = Pipeline.load(tiny, device="openvino", precision="fp32")
     result = pipe(HEART, seed=1)
     assert (pipe.device, result.device, pipe.precision, result.precision) == ("openvino", "openvino", "fp32", "fp32")
-    assert not pipe._unet_decoder.releases
 
 
 @real

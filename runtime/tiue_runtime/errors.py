@@ -29,8 +29,9 @@ class OutOfMemoryError(InferenceError):
     """There was not enough memory to run a graph, however little of the request it took at once."""
 
 
-# What an exhausted allocator says, in lower case: the C++ library and operating systems, ONNX Runtime's arena, CUDA,
-# cuBLAS and cuDNN (whose version 9 puts more words between INTERNAL_ERROR and ALLOCATION_FAILED).
+# What an exhausted allocator says, in lower case: the C++ library and operating systems, ONNX Runtime's arena, OpenVINO
+# (Failed to allocate 123 bytes of memory), CUDA, cuBLAS and cuDNN (whose version 9 puts more words between
+# INTERNAL_ERROR and ALLOCATION_FAILED).
 _EXHAUSTED = (
     "bad_alloc",
     "bad allocation",
@@ -38,6 +39,7 @@ _EXHAUSTED = (
     "failed to allocate memory",
     "smaller than requested bytes",
     "bfcarena",
+    "bytes of memory",
     "out of memory",
     "cudaerrormemoryallocation",
     "_alloc_failed",

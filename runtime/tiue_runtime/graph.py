@@ -48,7 +48,7 @@ class Graph:
         self._inputs: dict[str, Shape] | None = None
         self._outputs: tuple[str, ...] = ()
         self._recordings = None if cuda_graphs is None else Recordings(self.session(), device.place, cuda_graphs)
-        self.releases = device.kind == "cpu"  # whether a run can give back its memory
+        self.releases = not device.is_gpu  # whether a run can give back its memory
         self._options: Any = None
         if self._recordings is not None:
             self._options = run_options(WITHOUT)
@@ -107,8 +107,12 @@ class Graph:
                 if isinstance(value, np.ndarray):
                     values[name] = np.ascontiguousarray(cast(Array, value))
             if self._recordings is None:
-                shrink = release and self.releases
-                return self._run(values, keep_on_device, shrinking_options(self.device) if shrink else self._options)
+                shrink = release and self.device.kind == "cpu"
+                options = shrinking_options(self.device) if shrink else self._options
+                outputs = self._run(values, keep_on_device, options)
+                if release and self.device.kind == "openvino":
+                    self.unload()  # has no other way
+                return outputs
             return self._recordings.graphs.run(self._replay, self._recordings, values, keep_on_device)
 
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
@@ -168,6 +172,8 @@ class Graph:
                     # Before it fails, the arena takes most of what is left. From now on it gives back after each run
                     # what the run no longer needs, as it does on a GPU from the first run.
                     self._options = shrinking_options(self.device)
+                elif self.device.kind == "openvino":
+                    self.unload()  # what the failed run took would stay, too
                 raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 

@@ -322,6 +322,8 @@ def _plugin_devices(ort: Any, device: Device) -> list[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its type."""
+    """The first line of what an exception says, or its type; of OpenVINO's the last, after where in its code it was."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if "[OpenVINO-EP]" in lines[0] else lines[0]
