@@ -1,6 +1,7 @@
 import ctypes
 from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 from tiue_runtime import doctor, gpu, sessions
 from tiue_runtime.gpu import Gpu
@@ -134,6 +135,9 @@ def test_two_wheels_are_a_problem_and_no_crash(monkeypatch, tiny):
     assert "are installed together" in problems[0] and "pip uninstall -y onnxruntime onnxruntime-gpu" in problems[0]
 
 
+@pytest.mark.skipif(
+    not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"), reason="ONNX Runtime is too old"
+)
 def test_nodes_are_counted(tiny):
     rows, problems = doctor.examine(tiny, "cpu")
     assert rows["placement of"] == "tiny, portable graphs, on cpu" and problems == []
