@@ -14,7 +14,7 @@ PARTS = ("unet", "text_encoder", "vae")
 
 def student(components):
     schedules = {4: [751, 501, 251, 1], 1: [751]}
-    return Student(components, 751, schedules, "tiny-teacher", {"iterations": 3})
+    return Student(components, 751, schedules, "tiny-teacher", {"iterations": 3}, shared_up_blocks=1)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_saved_and_loaded_is_bit_equal(make, tmp_path):
         assert a.state_dict().keys() == b.state_dict().keys()
         assert all(torch.equal(a.state_dict()[name], tensor) for name, tensor in b.state_dict().items())
         assert not a.training
-    for name in ("encoder_timestep", "schedules", "base_model", "provenance"):
+    for name in ("encoder_timestep", "schedules", "base_model", "provenance", "shared_up_blocks"):
         assert getattr(loaded, name) == getattr(original, name)
     assert (loaded.components.name, loaded.components.licence) == (original.components.name, "apache-2.0")
     prompts = ["a cat", "", "x" * 99]
@@ -52,6 +52,13 @@ def test_saved_and_loaded_is_bit_equal(make, tmp_path):
     assert torch.equal(encode_text(loaded.components, prompts), text)
     noise = torch.randn(3, original.components.unet.config.in_channels, 8, 8)
     assert torch.equal(loaded.tiue()(noise, text), original.tiue()(noise, text))
+
+
+def test_an_older_file_shares_no_up_blocks(path):
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "shared_up_blocks"}
+    save_file(load_file(path), path, metadata)
+    assert load_student(path).shared_up_blocks == 0
 
 
 def test_the_tokenizer_of_clip_survives(golden_components, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -178,9 +179,25 @@ def test_a_run_begins_from_an_initial_student(tmp_path):
         Distillation(tiny.emoji(), PROMPTS, tmp_path / "other", CONFIG, initial=other)
 
 
+def test_a_student_with_a_shared_up_block(tmp_path):
+    student = load_student(distil(tmp_path, iterations=1, shared_up_blocks=1))
+    assert student.shared_up_blocks == student.tiue().shared_up_blocks == 1
+
+
+def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    distil(tmp_path, iterations=2)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["shared_up_blocks"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="another configuration: shared_up_blocks 0 -> 1"):
+        distil(tmp_path, iterations=4, shared_up_blocks=1)
+    distil(tmp_path, iterations=4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--shared-up-blocks", "2"], "shared_up_blocks: expected 0 to 1 for a UNet of 2 up blocks, got 2"),
         (["--teacher", "{tmp}/none"], "no such pipeline directory"),
         (["--prompts", "{tmp}/none.txt"], "none.txt: No such file"),
         (["--batch-size", "0"], "batch_size must be positive"),

@@ -329,3 +329,13 @@ def test_the_command_refuses_in_one_line(exported, no_hub, capsys):
         "export.onnx: error: no such checkpoint: ./owner/model (no such file or directory)"
     )
     assert not exported
+
+
+def test_shared_up_blocks(directory, student_file, no_hub):
+    assert load_source(directory).shared_up_blocks == 0
+    assert load_source(directory, shared_up_blocks=1).tiue().shared_up_blocks == 1
+    assert load_source(student_file, shared_up_blocks=0).shared_up_blocks == 0
+    with pytest.raises(ValueError, match="shared_up_blocks: expected 0 to 1"):
+        load_source(directory, shared_up_blocks=2)
+    with pytest.raises(ExportError, match=r"--shared-up-blocks 1: .* was trained with 0 shared"):
+        load_source(student_file, shared_up_blocks=1)

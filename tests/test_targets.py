@@ -21,6 +21,7 @@ from tiue_runtime import DeviceError, Pipeline, bundle
 from tolerances import REORDERED
 from torch import nn
 
+from export import bundle as assembling
 from export import cuda, files, graphs, memory, reference, translate
 from export.parity import PSNR_FLOOR_DB
 from tiue.checkpoint import Student
@@ -272,6 +273,13 @@ def test_the_cpu_gets_its_own_graphs(rich):
     assert not operators(decoder).keys() & {"Softmax", "Erf"}
     portable, extra = (manifest.manifest.files[f"unet_decoder{s}.onnx.data"].size for s in ("", ".cpu"))
     assert extra < 0.2 * portable  # what portable graphs keep in float32
+
+
+def test_large_models_get_graphs_for_the_cpu_unasked(monkeypatch):
+    student = Student(tiny.sd15(), 751, SCHEDULES)
+    assert assembling._default_targets(student) == (bundle.PORTABLE,)
+    monkeypatch.setattr(assembling, "EXTERNAL_ABOVE", 10_000)
+    assert assembling._default_targets(student) == (bundle.PORTABLE, bundle.CPU)
 
 
 def test_variants_share_their_weights(rich):

@@ -27,7 +27,7 @@ from tiue.config import DistillConfig
 from tiue.prompts import PromptOrder
 from tiue.schedule import ddim_timesteps
 from tiue.scores import Scores
-from tiue.unet import TiUE
+from tiue.unet import TiUE, check_shared_up_blocks
 
 
 class _Predict(nn.Module):
@@ -66,6 +66,7 @@ class Distillation:
         initial: Student | None = None,
         sample_prompts: Sequence[str] | None = None,
     ):
+        check_shared_up_blocks(teacher.unet, config.shared_up_blocks)
         runs.claim(out, config)
         self.config, self.out, self._teacher = config, out, teacher
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out)
