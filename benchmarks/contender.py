@@ -1,7 +1,8 @@
 """One contender in a process of its own, so that its peak memory is its own: JSON lines in, JSON lines out.
 
-Requests: {"do": "picture" | "eps", "shape": of one image's latents, "batch", "steps"[, "save": a .npy path]}.
+Requests: {"do": "picture" | "latents" | "eps", "noise": a .npy path, "steps"[, "save": a .npy path][, "png": a path]}.
 Replies carry seconds, peak_bytes and what was asked for; the first, before any request, says that the model is loaded.
+Any interpreter will do that has numpy, Pillow and what the contender itself imports.
 """
 
 import json
@@ -16,21 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .machine import peak_bytes
+from .native import OpenVino, StableDiffusionCpp
 from .peers import PROMPT, diffusers, optimum
+from .student import Student
 
 Float32 = NDArray[np.float32]
-SEED = 0
 
 
 class Contender(Protocol):
     """Something that makes pictures from our noise."""
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """z_T (B,C,h,w) => images (B,H,W,3) in [0,1], seconds by stage."""
+        """z_T (B,C,h,w) => images (B,H,W,3) in [0,1], seconds by stage: text..., unet..., vae..."""
         ...
 
-    def first_eps(self, latents: Float32, steps: int) -> tuple[Float32, list[int]]:
-        """What the UNet predicts at the first timestep (B,C,h,w), and all the timesteps."""
+    def latents(self, latents: Float32, steps: int) -> Float32 | None:
+        """z_T (B,C,h,w) => z_0 (B,C,h,w); None where it cannot be looked at."""
+        ...
+
+    def first_eps(self, latents: Float32, steps: int) -> tuple[Float32 | None, list[int]]:
+        """What the UNet predicts at the first timestep (B,C,h,w), and all the timesteps; None, [] likewise."""
         ...
 
 
@@ -41,7 +47,7 @@ class Tiue:
         """memory: of each request; vae: by default the kind that the peers have; options: others of `Pipeline.load`."""
         from tiue_runtime import Pipeline
 
-        self._pipe = Pipeline.load(directory, device=device, vae=vae, **options)
+        self._pipe = Pipeline.load(directory, device=device, vae=vae, memory=memory, **options)
         self._memory: Any = memory
         self._to_record = options.get("cuda_graphs", False)
         self._recorded: set[tuple[int, ...]] = set()
@@ -61,9 +67,15 @@ class Tiue:
         result = self._pipe(
             PROMPT, num_images=len(latents), latents=latents, steps=steps, memory=self._memory, output_type="np"
         )
-        if result.memory != self._memory:
+        if result.memory != {"low": "sequential", "auto": result.memory}.get(self._memory, self._memory):
             raise MemoryError(f"asked for memory={self._memory!r}, which ran out: {result.memory!r} was used")
         return result.images, {name: seconds for name, seconds in result.timings.items() if name != "total"}
+
+    def latents(self, latents: Float32, steps: int) -> Float32:
+        """See Contender."""
+        return self._pipe(
+            PROMPT, num_images=len(latents), latents=latents, steps=steps, memory=self._memory, output_type="latent"
+        ).images
 
     def first_eps(self, latents: Float32, steps: int) -> tuple[Float32, list[int]]:
         """See Contender. A preview is w_0 z_T + (w_1 + ... + w_N) eps_1 after the first step."""
@@ -76,7 +88,7 @@ class Tiue:
                 num_images=len(latents),
                 latents=latents,
                 steps=steps,
-                memory="sequential",
+                memory="low" if self._memory == "low" else "sequential",
                 output_type="latent",
                 callback=lambda step, steps, preview: previews.append(preview),
                 cancel=lambda: bool(previews),
@@ -87,30 +99,40 @@ class Tiue:
 
 
 def make(kind: str, directory: Path, device: str, threads: int, options: dict[str, Any]) -> Contender:
-    """Load a contender: kind is "tiue", "optimum" or "diffusers"."""
+    """Load a contender; kind is one of `kinds.KINDS`."""
     if kind == "tiue":
         return Tiue(directory, device, **options)
-    if kind == "optimum":
-        return optimum(directory, threads, **options)
-    return diffusers(directory, threads, device)
+    if kind == "torch":
+        return Student(directory, device, threads, **options)
+    if kind == "diffusers":
+        return diffusers(directory, threads, device, **options)
+    return {"optimum": optimum, "openvino": OpenVino, "sdcpp": StableDiffusionCpp}[kind](directory, threads, **options)
 
 
 def answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks for, from the noise of seeds SEED, SEED + 1 ..."""
-    from tiue_runtime.noise import gaussian
-
-    latents = np.stack([gaussian(SEED + i, tuple(request["shape"])) for i in range(request["batch"])])
+    """Do what a request asks for."""
+    noise, steps = np.load(request["noise"]), request["steps"]
+    reply: dict[str, Any] = {}
     start = time.perf_counter()
     if request["do"] == "eps":
-        array, timesteps = contender.first_eps(latents, request["steps"])
-        reply: dict[str, Any] = {"timesteps": timesteps}
+        array, reply["timesteps"] = contender.first_eps(noise, steps)
+    elif request["do"] == "latents":
+        array = contender.latents(noise, steps)
     else:
-        array, stages = contender.picture(latents, request["steps"])
-        reply = {"stages": stages}
-    reply |= {"seconds": time.perf_counter() - start, "shape": array.shape, "finite": bool(np.isfinite(array).all())}
-    if "save" in request:
+        array, reply["stages"] = contender.picture(noise, steps)
+    reply["seconds"] = time.perf_counter() - start
+    reply |= {"shape": None, "finite": True} if array is None else _about(array)
+    if "png" in request:
+        from PIL import Image
+
+        Image.fromarray((array[0] * 255).round().astype(np.uint8)).save(request["png"], format="png")
+    if "save" in request and array is not None:
         np.save(request["save"], array)
     return reply
+
+
+def _about(array: Float32) -> dict[str, Any]:
+    return {"shape": array.shape, "finite": bool(np.isfinite(array).all())}
 
 
 def main(argument: str, requests: TextIO, replies: TextIO) -> int:

@@ -76,6 +76,10 @@ class Peer:
         self._seconds.clear()
         return self._run(latents, steps, "np"), dict(self._seconds)
 
+    def latents(self, latents: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
+        """z_T (B,C,h,w) => z_0 (B,C,h,w)."""
+        return self._run(latents, steps, "latent").float().cpu().numpy()
+
     def first_eps(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], list[int]]:
         """What the UNet predicts at the first timestep (B,C,h,w), and all the timesteps."""
         self._only_eps = True
@@ -96,7 +100,7 @@ class Peer:
             height=latents.shape[2] * self._pipe.vae_scale_factor,
             width=latents.shape[3] * self._pipe.vae_scale_factor,
             num_inference_steps=steps,
-            guidance_scale=0.0,
+            guidance_scale=1.0,  # none
             output_type=output_type,
         ).images
 
@@ -151,6 +155,26 @@ def diffusers(directory: Path, threads: int, device: str) -> Peer:
     ).to(device)
     parts = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
     return Peer(pipe, parts, torch.cuda.synchronize if cuda else lambda: None)
+
+
+def ddim_steps(directory: Path, steps: int) -> list[tuple[int, float, float]]:
+    """(t, a, b) of every step z <- a z + b eps, read off diffusers' DDIMScheduler, whose steps are linear."""
+    import torch
+
+    scheduler = _ddim(directory)
+    scheduler.set_timesteps(steps)
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def step(eps: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> float:
+        return float(scheduler.step(eps, t, z).prev_sample)
+
+    return [(int(t), step(zero, t, one), step(one, t, zero)) for t in scheduler.timesteps]
+
+
+def noise_levels(directory: Path, timesteps: Sequence[int]) -> list[float]:
+    """sqrt(1/abar_t - 1) of each timestep."""
+    abar = _ddim(directory).alphas_cumprod.double()
+    return [float((1 / abar[t] - 1).sqrt()) for t in timesteps]
 
 
 def _ddim(directory: Path) -> Any:

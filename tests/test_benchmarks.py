@@ -1,6 +1,6 @@
 import json
+import re
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -9,14 +9,17 @@ import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from tiue_runtime.noise import gaussian
+from PIL import Image, ImageColor
 from tolerances import REORDERED
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks import pipelines, stable_diffusion
-from benchmarks.comparing import ROOT, BenchmarkError, Conditions, Entry, compare
-from benchmarks.contender import SEED, Tiue
-from benchmarks.peers import diffusers
+from benchmarks import latency, pipelines, scaling
+from benchmarks import report as report_
+from benchmarks.comparing import Conditions, Entry, compare
+from benchmarks.contender import Tiue
+from benchmarks.flops import unet_flops
+from benchmarks.installed import measure
 from export.onnx import main as export_main
 from tiue.components import encode_text, load_components, tokenize
 
@@ -75,62 +78,140 @@ def test_same_seed_same_weights_and_no_directory_is_overwritten(tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Where the pipeline, the bundle and optimum's directory of mini21 are."""
+    """Where the pipeline and the bundle of mini21 are."""
     directory = tmp_path_factory.mktemp("benchmarks")
-    # Two processes less, each of which would import torch, than if make_ready made everything, as for tiny21.
+    # Two processes less, each of which would import torch, than if the benchmark made everything.
     pipeline = pipelines.write_pipeline("mini21", directory / "mini21")
-    assert export_main(["--ckpt", str(pipeline), "--out", str(directory / "mini21-bundle")]) == 0
-    stable_diffusion.make_ready("mini21", directory, None, ["tiue", "optimum"])
+    assert export_main(["--ckpt", str(pipeline), "--out", str(directory / "mini21-bundle-fp32")]) == 0
     return directory
 
 
-@pytest.mark.parametrize("model", ["mini21", pytest.param("tiny21", marks=pytest.mark.slow)])
-def test_benchmark_runs_ours_beside_the_peer(model, work, capsys):
-    report = work / f"{model}.json"
-    flags = ["--model", model, "--work", str(work), "--runs", "1", "--json", str(report)]
-    assert stable_diffusion.main(flags) == 0, capsys.readouterr().err
+def flags_for(work, *flags):
+    return ["--model", "mini21", "--work", str(work), "--threads", "1", "--runs", "1", *map(str, flags)]
+
+
+def test_latency_end_to_end(work, tmp_path, capsys):
+    out = tmp_path / "figures"
+    contenders = "tiue tiue:memory=low torch diffusers openvino tiue:vae=tiny"
+    flags = flags_for(work, "--contenders", contenders, "--python", "openvino=/absent", "--out", out)
+    assert latency.main(flags) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "128x128, 4 DDIM timesteps" in printed
-    contenders = json.loads(report.read_text())["contenders"]
-    assert [*contenders] == ["tiue", "optimum"]
-    assert all(f"\n{name}" in printed for name in contenders)
-    for measured in contenders.values():
-        assert measured["timesteps"] == [751, 501, 251, 1]
-        assert measured["difference"] < REORDERED
-        assert 0 < measured["loaded_peak_bytes"] <= measured["peak_bytes"]
-        assert measured["disk_bytes"] > 0 and measured["start_seconds"][0] > 0
-        assert measured["first_seconds"]["1"] and 0 < sum(measured["stages"]["1"][0].values()) < 60
-    assert contenders["tiue"]["peak_bytes"] < contenders["optimum"]["peak_bytes"]  # it has no torch to load
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert report["schema"] == "tiue-latency/1" and report["about"]["cpu"]
+    assert report["skipped"].keys() == {"openvino", "tiue:vae=tiny"}  # and never silently
+    assert (
+        "Left out: openvino: no such interpreter: /absent" in printed and "Left out: tiue:vae=tiny: it said" in printed
+    )
+    measured = report["contenders"]
+    assert measured.keys() == {"tiue", "tiue:memory=low", "torch", "diffusers"}
+    for name, m in measured.items():
+        assert f"| {name} " in printed and f"| {name} " in (tmp_path / "figures.md").read_text()
+        assert m["timesteps"] == [751, 501, 251, 1]
+        assert 0 < m["loaded_peak_bytes"] <= m["peak_bytes"] and m["weights_bytes"] > 0
+        assert 0 < m["load_seconds"][0] < m["cold_seconds"][0] and m["first_seconds"]["1"][0] > 0
+        stages = m["stages"]["1"][0]
+        assert {stage.partition("_")[0] for stage in stages} == {"text", "unet", "vae"} and min(stages.values()) > 0
+        assert sum(stages.values()) <= m["seconds"]["1"][0]
+    assert measured["torch"]["compared"]["eps"]["value"] < REORDERED
+    assert measured["diffusers"]["compared"]["eps"]["value"] < REORDERED
+    for name in ("tiue:memory=low", "torch"):
+        assert all(measured[name]["compared"][what]["reference"] == "tiue" for what in ("latents", "picture"))
+        assert all(measured[name]["compared"][what]["value"] > 90 for what in ("latents", "picture"))
+    # It has no torch to load, nor to install.
+    assert measured["tiue"]["peak_bytes"] < measured["torch"]["peak_bytes"]
+    assert 0 < measured["tiue"]["installed"]["bytes"] < measured["torch"]["installed"]["bytes"]
+    with Image.open(tmp_path / "figures.png") as chart:
+        colours = {colour for _, colour in chart.convert("RGB").getcolors(maxcolors=2**24)}
+        assert chart.format == "PNG" and min(chart.size) > 300
+    assert {ImageColor.getrgb(report_.STAGES[stage]) for stage in ("unet", "vae")} <= colours
 
 
-def test_another_network_is_refused(work, tmp_path):
-    ours, other = work / "mini21-bundle", tmp_path / "other"
-    shutil.copytree(ours, other)
-    graph = onnx.load(other / "unet_decoder.onnx")
-    for weight in graph.graph.initializer:
+@pytest.mark.slow
+def test_optimum_agrees_with_diffusers(work, tmp_path):
+    flags = flags_for(work, "--contenders", "diffusers", "optimum", "--out", tmp_path / "out", "--batches", 1, 2)
+    assert latency.main(flags) == 0
+    compared = json.loads((tmp_path / "out.json").read_text())["contenders"]["optimum"]["compared"]
+    assert compared["latents"]["value"] > 90 and compared["picture"]["value"] > 90
+
+
+def broken(bundle, directory, graph):
+    """A copy of a bundle where a graph's convolutions have the opposite sign."""
+    shutil.copytree(bundle, directory)
+    model = onnx.load(directory / f"{graph}.onnx")
+    for weight in model.graph.initializer:
         if len(weight.dims) == 4:
             weight.raw_data = (-onnx.numpy_helper.to_array(weight)).tobytes()
-    onnx.save(graph, other / "unet_decoder.onnx")
-    entries = {"ours": Entry("tiue", ours), "other": Entry("tiue", other)}
-    conditions = Conditions("cpu", 1, (4, 16, 16), 8, steps=4, batches=(1,), runs=1)
-    with pytest.raises(BenchmarkError, match=r"^other: .* from ours's, so they are different networks"):
-        compare(entries, conditions, apart=False, progress=print)
-    measured = compare({"ours": entries["ours"]}, conditions, apart=True, progress=print)
-    assert len(measured["ours"].start_seconds) == len(measured["ours"].seconds[1]) == 1
+    onnx.save(model, directory / f"{graph}.onnx")
 
 
-def test_optimum_samples_as_diffusers_does(work, tmp_path):
-    given = {"kind": "optimum", "directory": str(work / "mini21-optimum"), "device": "cpu", "threads": 1, "options": {}}
-    request = {"do": "picture", "shape": [4, 16, 16], "batch": 2, "steps": 4, "save": str(tmp_path / "optimum.npy")}
-    command = [sys.executable, "-m", "benchmarks.contender", json.dumps(given)]
-    done = subprocess.run(command, input=json.dumps(request) + "\n", cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[1])["shape"] == [2, 128, 128, 3]
-    latents = np.stack([gaussian(SEED + i, (4, 16, 16)) for i in range(2)])
-    expected, stages = diffusers(work / "mini21", torch.get_num_threads(), "cpu").picture(latents, 4)
-    assert stages.keys() == {"text_encoder", "unet", "vae_decoder"}
-    assert expected.std() > 0.01 and abs(expected[0] - expected[1]).max() > 0.01
-    np.testing.assert_allclose(np.load(tmp_path / "optimum.npy"), expected, atol=REORDERED, rtol=0)
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        ("unet_decoder", "so they are different networks"),
+        ("vae_decoder", r"its picture is -?\d+\.\d dB from tiue's, expected more than 30"),
+    ],
+)
+def test_what_draws_something_else_fails(work, tmp_path, capsys, graph, said):
+    broken(work / "mini21-bundle-fp32", tmp_path / "broken", graph)
+    flags = flags_for(work, "--contenders", "tiue tiue:bundle=other", "--bundle", f"other={tmp_path / 'broken'}")
+    assert latency.main([*flags, "--out", str(tmp_path / "out")]) == 1
+    assert re.search(rf"error: tiue:bundle=other: .*{said}", capsys.readouterr().err)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_apart_starts_a_process_for_every_round(work):
+    entries = {"ours": Entry("tiue", work / "mini21-bundle-fp32")}
+    conditions = Conditions(1, (4, 16, 16), 8, steps=4, batches=(1,), runs=2)
+    measured, skipped = compare(entries, conditions, apart=True, progress=print)
+    assert len(measured["ours"].load_seconds) == len(measured["ours"].seconds[1]) == 2 and not skipped
+
+
+def test_installed_counts_what_is_required_and_extras_asked_for(tmp_path, monkeypatch):
+    def distribution(name, size, *requires):
+        (tmp_path / f"{name}.py").write_bytes(b"#" * size)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {r}" for r in requires)]
+        (info / "METADATA").write_text("\n".join(lines))
+        (info / "RECORD").write_text(f"{name}.py,,\n")
+
+    distribution("tiue_a", 1000, "tiue_b>0", 'tiue_c; extra == "fast"', "tiue_absent")
+    distribution("tiue_b", 200, "tiue_a")  # a cycle
+    distribution("tiue_c", 30)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    plain = measure(sys.executable, ["tiue-a", "tiue-not-installed"])
+    assert (plain.bytes, plain.versions) == (1200, {"tiue-a": "1.0", "tiue-b": "1.0"})
+    assert plain.absent == ["tiue-absent"]
+    assert measure(sys.executable, ["tiue-a[fast]"]).bytes == 1230
+
+
+def test_flops_of_both_halves_are_the_whole(work):
+    config = json.loads((work / "mini21/unet/config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        with FlopCounterMode(display=False) as whole:
+            unet(torch.empty(2, 4, 16, 24), 1, torch.empty(2, 77, config["cross_attention_dim"]))
+        with FlopCounterMode(display=False) as embedding:  # which both halves need
+            unet.time_embedding(torch.empty(2, config["block_out_channels"][0]))
+    encoder, decoder = unet_flops(work / "mini21", (4, 16, 24), batch=2, steps=1)
+    assert encoder + decoder == whole.get_total_flops() + embedding.get_total_flops()
+    assert min(encoder, decoder) > 0
+    assert unet_flops(work / "mini21", (4, 16, 24), batch=2, steps=4) == (encoder, 4 * decoder)
+
+
+def test_scaling_end_to_end(work, tmp_path, capsys):
+    flags = flags_for(work, "--batches", 1, 2, "--steps", 2, "--sizes", 64, 128, "--out", tmp_path / "scaling")
+    flags += ["--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]
+    assert scaling.main(flags) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    points = {(p["batch"], p["steps"], p["size"]): p for p in report["points"]}
+    assert points.keys() == {(1, 4, 128), (2, 4, 128), (1, 4, 64)}
+    assert all(p["unet_seconds"] > 0 and p["measured"]["peak_bytes"] > 0 for p in points.values())
+    assert points[2, 4, 128]["decoder_flops"] == 2 * points[1, 4, 128]["decoder_flops"]
+    assert [*report["skipped"]] == ["Point(batch=1, steps=2, size=128)"]  # the bundle has no such schedule
+    with Image.open(tmp_path / "scaling.png") as figure:
+        assert figure.format == "PNG" and figure.size[0] > 1000
 
 
 def test_cuda_graphs_record_each_shape_once(monkeypatch):
@@ -156,11 +237,18 @@ def test_cuda_graphs_record_each_shape_once(monkeypatch):
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(work, capsys, monkeypatch):
-    flags = ["--model", "mini21", "--work", str(work), "--contenders", "tiue"]
-    assert stable_diffusion.main([*flags, "--size", "100"]) == 2
-    assert "expected a multiple of 16, got 100" in capsys.readouterr().err
-    assert stable_diffusion.main([*flags, "--contenders", "tiue-taesd"]) == 2
-    assert "tiue-taesd ended with status 1" in capsys.readouterr().err
+    flags = flags_for(work)
+    for more, said in (
+        (["--size", "100"], "expected a multiple of 16, got 100"),
+        (["--contenders", "ours"], "expected KIND or KIND:option=value,... with a kind of tiue, torch"),
+        (["--contenders", "optimum:device=cuda"], "it is measured on cpu, not on cuda"),
+        (["--contenders", "tiue:bundle=int9"], "expected fp32 or fp16, or --bundle int9=DIRECTORY"),
+    ):
+        assert latency.main([*flags, *more]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setenv("CXX", "absent-compiler")
+    assert latency.main([*flags, "--contenders", "torch:compile=true"]) == 2
+    assert "needs a C++ compiler: expected absent-compiler" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
-    assert stable_diffusion.main(["--device", "cuda"]) == 2
-    assert "nvidia-smi" in capsys.readouterr().err
+    assert latency.main([*flags, "--device", "cuda"]) == 2
+    assert "no GPU: nvidia-smi" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""`python -m benchmarks.latency --model sd21-base --size 512`: TiUE beside what else runs the same UNet.
+
+Same UNet (random weights), same noise, same timesteps, no guidance, same threads. Contenders, each KIND or
+KIND:option=value,option=value, with device= of any of them (default: --device):
+
+- tiue: a bundle through tiue_runtime. bundle=fp32|fp16 or a --bundle's name; vae=kl|tiny;
+  memory=parallel|sequential|low; variant=, precision=, cuda_graphs=true as in `Pipeline.load`.
+- torch: the same algorithm in PyTorch, `tiue.unet.TiUE`, eager; compile=true: through torch.compile, minutes at the
+  first picture.
+- diffusers: StableDiffusionPipeline, the full UNet at every timestep, as the ones below.
+- optimum: ORTStableDiffusionPipeline, ONNX Runtime. Its threads do not spin when idle, as tiue_runtime's do not;
+  spinning=true: they do, ONNX Runtime's default.
+- openvino: OpenVINO by itself on optimum's graphs; precision=fp32|bf16.
+- sdcpp: stable-diffusion.cpp; precision=fp32|fp16.
+
+Every contender runs in a process of its own, by its own interpreter if --python says so. They take turns run by run;
+with --apart, process by process, for when memory does not hold all. Before anything is timed, their first noise
+predictions are compared, which must be one network's, and the latents and pictures of those that share an algorithm.
+What cannot run is left out with its reason.
+
+Everything needed is made once in --work: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32. Random weights make
+noise, but cost what trained ones cost. Not run so far: anything on a GPU, which must have nothing else to do, or
+"GPU, GiB" is wrong.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tiue_runtime.machine import thread_count
+
+from .agreement import BenchmarkError
+from .comparing import CannotRun, Conditions, Entry, Measured, compare
+from .kinds import KINDS, Spec, Workplace
+from .machine import GPUS, cpu_name, gpu_query
+from .pipelines import LAYOUTS
+from .report import check_matplotlib, save, table
+
+_ON_CPU = (
+    "tiue tiue:variant=portable tiue:memory=sequential tiue:memory=low tiue:vae=tiny tiue:device=openvino "
+    "torch torch:compile=true diffusers optimum openvino openvino:precision=bf16 sdcpp"
+)
+_ON_CUDA = (
+    "tiue:variant=portable tiue:variant=portable,cuda_graphs=true tiue:variant=cuda tiue:variant=cuda,cuda_graphs=true "
+    "torch diffusers"
+)
+# Distributions in what is printed; the JSON has all of each contender.
+_NAMED = ("python", "tiue-runtime", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino")
+_NAMED += ("optimum-onnx", "torch", "diffusers", "transformers", "stable-diffusion-cpp-python")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns 0; 1 if outputs disagree; 2 if nothing could be measured. Says why in one line."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except BenchmarkError as error:
+        return _fail(error, 1)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        return _fail(error, 2)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    on_gpu = arguments.device != "cpu"
+    asked = " ".join(arguments.contenders or [_ON_CUDA if on_gpu else _ON_CPU]).split()
+    try:
+        specs = [Spec.parse(text) for text in dict.fromkeys(asked)]
+        if arguments.out:
+            check_matplotlib()
+        place = workplace(arguments, arguments.device)
+        shape, pixels = place.geometry(arguments.size)
+    except BenchmarkError as error:
+        return _fail(error, 2)
+    batches = tuple(arguments.batches or ([1, 4] if on_gpu else [1]))
+    conditions = Conditions(arguments.threads, shape, pixels, arguments.steps, batches, arguments.runs)
+    entries, skipped = prepare(place, specs, conditions)
+    measured, failed = compare(entries, conditions, apart=arguments.apart, progress=progress)
+    skipped |= failed
+    if not measured:
+        return _fail("; ".join(f"{name}: {why}" for name, why in skipped.items()), 2)
+    about = {"model": f"{arguments.model}, random weights", **surroundings(conditions, measured)}
+    print("\n".join(f"{key:<10}{value}" for key, value in about.items()))
+    print(table(measured, skipped))
+    if arguments.out:
+        save(arguments.out, about, measured, skipped)
+    return 0
+
+
+def prepare(place: Workplace, specs: Sequence[Spec], conditions: Conditions) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Make what contenders load. Returns those that can be started, and why others cannot."""
+    tiny = any(spec.options.get("vae") == "tiny" for spec in specs)
+    entries, skipped = dict[str, Entry](), dict[str, str]()
+    for spec in specs:
+        try:
+            entries[spec.name] = place.entry(spec, conditions, tiny=tiny)
+        except CannotRun as reason:
+            skipped[spec.name] = " ".join(str(reason).split())
+            progress(f"{spec.name} is left out: {reason}")
+    return entries, skipped
+
+
+def surroundings(conditions: Conditions, measured: Mapping[str, Measured]) -> dict[str, str]:
+    """Machine, threads, versions and date."""
+    versions = {
+        f"{name} {number}"
+        for m in measured.values()
+        for name, number in {"python": m.installed.python, **m.installed.versions}.items()
+        if name in _NAMED
+    }
+    height, width = conditions.size
+    on_gpu = any(m.device.startswith(GPUS) for m in measured.values())
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": f"{cpu_name()}, {conditions.threads} thread{'s' * (conditions.threads > 1)}",
+        **({"gpu": gpu_query("name,driver_version")} if on_gpu else {}),
+        "system": platform.platform(terse=True),
+        "versions": ", ".join(sorted(versions)),
+        "picture": f"{width}x{height}, {conditions.steps} DDIM timesteps, no guidance",
+        "rounds": str(conditions.runs),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency",
+        description="Time and memory of a TiUE bundle beside what else makes pictures with the same UNet.",
+    )
+    parser.add_argument("--model", choices=LAYOUTS, default="sd21-base", help="tiny takes seconds")
+    parser.add_argument("--size", type=int, help="pixels, height and width (default: the model's)")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="KIND[:OPTION=VALUE,...]",
+        help=f"of the kinds {', '.join(KINDS)}; see above (default on the CPU: {_ON_CPU}; on cuda: {_ON_CUDA})",
+    )
+    add_places(parser)
+    parser.add_argument("--steps", type=int, default=4, help="timesteps (default: 4)")
+    parser.add_argument("--batches", type=int, nargs="+", help="pictures per request (default: 1; on cuda 1 and 4)")
+    parser.add_argument("--runs", type=int, default=3, help="rounds of timed requests, after the first (default: 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of contenders that name none")
+    parser.add_argument("--apart", action="store_true", help="never two contenders in memory at once")
+    parser.add_argument("--out", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.md and PREFIX.png")
+    return parser
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where things are and how many threads there are."""
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where things are made, once")
+    parser.add_argument(
+        "--bundle",
+        action="append",
+        type=_named,
+        default=[],
+        metavar="NAME=DIR",
+        help="a bundle exported from WORK/MODEL, for bundle=NAME (default of fp32: WORK/MODEL-bundle-fp32)",
+    )
+    parser.add_argument(
+        "--python",
+        action="append",
+        type=_named,
+        default=[],
+        metavar="NAME=PATH",
+        help="the interpreter of a contender, or of all of its kind (default: this one)",
+    )
+    parser.add_argument("--threads", type=int, default=thread_count(), help="CPU threads (default: all)")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.rpartition("=")  # a contender's name may have some, too
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    return name, path
+
+
+def workplace(arguments: argparse.Namespace, device: str = "cpu") -> Workplace:
+    """From the flags of `add_places`."""
+    bundles = {name: Path(path).absolute() for name, path in arguments.bundle}
+    return Workplace(arguments.model, arguments.work.absolute(), bundles, dict(arguments.python), device, progress)
+
+
+def progress(message: str) -> None:
+    """Say what is going on, on stderr."""
+    print(f"{message} ...", file=sys.stderr, flush=True)
+
+
+def _fail(reason: object, status: int) -> int:
+    print(f"benchmarks.latency: error: {' '.join(str(reason).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""`python -m benchmarks.scaling --model sd21-base --out docs/scaling`: what more pictures, timesteps and pixels cost.
+
+Three series through one point (batch 1, 4 timesteps, --size), each point in a process of its own, so that its peak
+memory is its own: batch, N and resolution. The time is the UNet's; beside it the time that its floating point
+operations predict from that point, counted by PyTorch before anything is hoisted (see `flops`).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .agreement import BenchmarkError
+from .comparing import CannotRun, Conditions, Measured, compare
+from .flops import unet_flops
+from .kinds import Spec
+from .latency import add_places, progress, surroundings, workplace
+from .pipelines import LAYOUTS
+from .report import check_matplotlib, png, stages, write
+
+SCHEMA = "tiue-scaling/1"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is asked for at once."""
+
+    batch: int
+    steps: int
+    size: int  # pixels
+
+
+# Each series varies one field of Point.
+_LABELS = {"batch": "pictures per request", "steps": "timesteps N", "size": "pixels, height and width"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a point took."""
+
+    measured: Measured
+    encoder_flops: int
+    decoder_flops: int
+
+    def unet_seconds(self, point: Point) -> float:
+        """Median."""
+        return stages(self.measured, point.batch)["unet"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns 0, or 2 after one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        check_matplotlib()
+        return _run(arguments)
+    except (BenchmarkError, CannotRun, ValueError, OSError, subprocess.CalledProcessError) as error:
+        return _fail(error)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    place, spec = workplace(arguments), Spec.parse(arguments.contender)
+    (_, side, _), pixels = place.geometry(arguments.size)
+    base = Point(1, 4, side * pixels)
+    series = {
+        "batch": sorted({base.batch, *arguments.batches}),
+        "steps": sorted({base.steps, *arguments.steps}),
+        "size": sorted({base.size, *arguments.sizes}),
+    }
+    points = dict.fromkeys(Point(**asdict(base) | {field: x}) for field, values in series.items() for x in values)
+    costs, skipped, about = dict[Point, Cost](), dict[str, str](), dict[str, str]()
+    for point in sorted(points, key=lambda p: p != base):  # the one that the others are compared with comes first
+        shape, _ = place.geometry(point.size)
+        conditions = Conditions(arguments.threads, shape, pixels, point.steps, (point.batch,), arguments.runs)
+        entry = place.entry(spec, conditions, tiny=spec.options.get("vae") == "tiny", steps=series["steps"])
+        progress(f"batch {point.batch}, {point.steps} timesteps, {point.size} pixels")
+        measured, failed = compare({spec.name: entry}, conditions, apart=False, progress=progress)
+        if failed:
+            skipped[str(point)] = failed[spec.name]
+            continue
+        costs[point] = Cost(measured[spec.name], *unet_flops(place.pipeline, shape, point.batch, point.steps))
+        about = about or {"contender": spec.name, "model": arguments.model, **surroundings(conditions, measured)}
+    if base not in costs:
+        raise BenchmarkError(f"{base}: {skipped[str(base)]}")
+    rows = [asdict(p) | {"unet_seconds": c.unet_seconds(p)} | asdict(c) for p, c in costs.items()]
+    content = {"schema": SCHEMA, "about": about, "base": asdict(base), "points": rows, "skipped": skipped}
+    write(arguments.out.with_name(f"{arguments.out.name}.json"), (json.dumps(content, indent=2) + "\n").encode())
+    write(arguments.out.with_name(f"{arguments.out.name}.png"), png(_panels(about, costs, base, series)))
+    print(_table(costs, base))
+    for what, why in skipped.items():
+        print(f"Left out: {what}: {why}")
+    return 0
+
+
+def _predicted(costs: Mapping[Point, Cost], base: Point, point: Point) -> float:
+    """The UNet's seconds if they were in proportion to its operations."""
+    flops = {p: costs[p].encoder_flops + costs[p].decoder_flops for p in (base, point)}
+    return costs[base].unet_seconds(base) * flops[point] / flops[base]
+
+
+def _table(costs: Mapping[Point, Cost], base: Point) -> str:
+    lines = [
+        "| batch | N | pixels | UNet, s | by operations, s | picture, s | peak, GiB (anonymous) |",
+        "|---" * 7 + "|",
+    ]
+    for point, cost in costs.items():
+        m = cost.measured
+        seconds = cost.unet_seconds(point), _predicted(costs, base, point), statistics.median(m.seconds[point.batch])
+        figures = " | ".join(f"{value:.3g}" for value in seconds)
+        memory = f"{m.peak_bytes / 2**30:.2f} ({m.anonymous_peak_bytes / 2**30:.2f})"
+        lines.append(f"| {point.batch} | {point.steps} | {point.size} | {figures} | {memory} |")
+    return "\n".join(lines)
+
+
+def _panels(
+    about: Mapping[str, str], costs: Mapping[Point, Cost], base: Point, series: Mapping[str, Sequence[int]]
+) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), dpi=120, layout="constrained")
+    for i, (axes, (name, values)) in enumerate(zip(figure.subplots(1, 3), series.items(), strict=True)):
+        points = [p for x in values if (p := Point(**asdict(base) | {name: x})) in costs]
+        xs = [getattr(p, name) for p in points]
+        axes.plot(xs, [costs[p].unet_seconds(p) for p in points], "o-", color="#4477aa", label="UNet, measured")
+        predicted = [_predicted(costs, base, p) for p in points]
+        axes.plot(xs, predicted, "--", color="#4477aa", label="UNet, by its operations")
+        axes.set(xlabel=_LABELS[name], xticks=xs, ylim=(0, None))
+        memory = axes.twinx()
+        memory.plot(xs, [costs[p].measured.peak_bytes / 2**30 for p in points], "s:", color="#ee9944", label="memory")
+        memory.set_ylim(0, None)
+        if i == 0:
+            axes.set_ylabel("seconds, median")
+            lines = [*axes.get_lines(), *memory.get_lines()]
+            axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False)
+        if i == len(series) - 1:
+            memory.set_ylabel("most memory resident, GiB")
+    rest = f"else batch {base.batch}, {base.steps} timesteps, {base.size} pixels"
+    figure.suptitle(f"{about['model']}, {about['contender']}: {about['cpu']}; {rest}", fontsize=10)
+    return figure
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description="Time and memory of TiUE by batch, timesteps and resolution, in one figure.",
+    )
+    parser.add_argument("--model", choices=LAYOUTS, default="sd21-base", help="tiny takes seconds")
+    parser.add_argument("--contender", default="tiue", help="as in benchmarks.latency (default: tiue)")
+    add_places(parser)
+    parser.add_argument("--size", type=int, help="pixels where another thing varies (default: the model's)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 640, 768], help="default: 256 ... 768")
+    parser.add_argument("--runs", type=int, default=2, help="timed requests at each point, after one (default: 2)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="write PREFIX.json and PREFIX.png")
+    return parser
+
+
+def _fail(reason: object) -> int:
+    print(f"benchmarks.scaling: error: {' '.join(str(reason).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
