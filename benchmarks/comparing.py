@@ -1,6 +1,7 @@
 """Running contenders side by side, each in a process of its own, taking turns."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,15 +78,24 @@ class Measured:
     timesteps: list[int] = field(default_factory=list)  # empty where they cannot be looked at
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What became of every entry."""
+
+    measured: dict[str, Measured]
+    skipped: dict[str, str]  # why it could not run
+    wrong: dict[str, str]  # how its output is not what it must be
+
+
 def compare(
     entries: Mapping[str, Entry], conditions: Conditions, *, apart: bool, progress: Callable[[str], None]
-) -> tuple[dict[str, Measured], dict[str, str]]:
+) -> Comparison:
     """Check and time every entry.
 
     apart: run one process at a time, started anew for each timed run, instead of all of them together.
-    Returns what was measured, and for those that could not run, why. Raises BenchmarkError where outputs disagree.
+    What does not compute the same as the first of its group is not timed.
     """
-    agreement, skipped = Agreement(), dict[str, str]()
+    agreement, skipped, wrong = Agreement(), dict[str, str](), dict[str, str]()
     measured = {
         name: Measured(e.device, e.installed, sum(f.stat().st_size for f in _files(e.directory)))
         for name, e in entries.items()
@@ -114,6 +124,9 @@ def compare(
             except CannotRun as reason:
                 skipped[name] = str(reason)
                 progress(f"{name} is left out: {reason}")
+            except BenchmarkError as error:
+                wrong[name] = str(error)
+                progress(f"wrong: {error}")
 
         with ExitStack() as stack:
             processes: dict[str, _Process] = {}
@@ -123,10 +136,11 @@ def compare(
             for i in range(conditions.runs):
                 progress(f"round {i + 1} of {conditions.runs}")
                 for name in entries:
-                    if name not in skipped:
+                    if name not in skipped and name not in wrong:
                         with skipping(name), ready(name) if apart else nullcontext(processes[name]) as process:
                             process.timed_pictures()
-    return {name: m for name, m in measured.items() if name not in skipped}, skipped
+    kept = {name: m for name, m in measured.items() if name not in skipped and name not in wrong}
+    return Comparison(kept, skipped, wrong)
 
 
 class _Process:
@@ -221,7 +235,7 @@ class _Process:
             status = self._process.wait()
             self._log.seek(0)
             said = self._log.read().strip().splitlines() or ["nothing"]
-            killed = f"killed by signal {-status}, for lack of memory perhaps; " if status < 0 else ""
+            killed = f"killed by {signal.Signals(-status).name}, " if status < 0 else ""
             raise CannotRun(f"{killed}it said: {said[-1]}")
         reply = json.loads(line)
         self._measured.peak_bytes = max(self._measured.peak_bytes, reply["peak_bytes"])

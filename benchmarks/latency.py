@@ -16,7 +16,7 @@ KIND:option=value,option=value, with device= of any of them (default: --device):
 Every contender runs in a process of its own, by its own interpreter if --python says so. They take turns run by run;
 with --apart, process by process, for when memory does not hold all. Before anything is timed, their first noise
 predictions are compared, which must be one network's, and the latents and pictures of those that share an algorithm.
-What cannot run is left out with its reason.
+What cannot run is left out with its reason. Whose output is wrong is not timed, and the command fails.
 
 Everything needed is made once in --work: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32. Random weights make
 noise, but cost what trained ones cost. Not run so far: anything on a GPU, which must have nothing else to do, or
@@ -58,36 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except BenchmarkError as error:
-        return _fail(error, 1)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (BenchmarkError, ValueError, OSError, subprocess.CalledProcessError) as error:
         return _fail(error, 2)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     on_gpu = arguments.device != "cpu"
     asked = " ".join(arguments.contenders or [_ON_CUDA if on_gpu else _ON_CPU]).split()
-    try:
-        specs = [Spec.parse(text) for text in dict.fromkeys(asked)]
-        if arguments.out:
-            check_matplotlib()
-        place = workplace(arguments, arguments.device)
-        shape, pixels = place.geometry(arguments.size)
-    except BenchmarkError as error:
-        return _fail(error, 2)
+    specs = [Spec.parse(text) for text in dict.fromkeys(asked)]
+    if arguments.out:
+        check_matplotlib()
+    place = workplace(arguments, arguments.device)
+    shape, pixels = place.geometry(arguments.size)
     batches = tuple(arguments.batches or ([1, 4] if on_gpu else [1]))
     conditions = Conditions(arguments.threads, shape, pixels, arguments.steps, batches, arguments.runs)
     entries, skipped = prepare(place, specs, conditions)
-    measured, failed = compare(entries, conditions, apart=arguments.apart, progress=progress)
-    skipped |= failed
-    if not measured:
-        return _fail("; ".join(f"{name}: {why}" for name, why in skipped.items()), 2)
+    done = compare(entries, conditions, apart=arguments.apart, progress=progress)
+    skipped |= done.skipped
+    if not done.measured:
+        reasons = [*done.wrong.values(), *(f"{name}: {why}" for name, why in skipped.items())]
+        return _fail("; ".join(reasons), 1 if done.wrong else 2)
+    measured, left_out = done.measured, skipped | {name: f"WRONG: {why}" for name, why in done.wrong.items()}
     about = {"model": f"{arguments.model}, random weights", **surroundings(conditions, measured)}
     print("\n".join(f"{key:<10}{value}" for key, value in about.items()))
-    print(table(measured, skipped))
+    print(table(measured, left_out))
     if arguments.out:
-        save(arguments.out, about, measured, skipped)
-    return 0
+        save(arguments.out, about, measured, left_out)
+    return _fail("; ".join(done.wrong.values()), 1) if done.wrong else 0
 
 
 def prepare(place: Workplace, specs: Sequence[Spec], conditions: Conditions) -> tuple[dict[str, Entry], dict[str, str]]:

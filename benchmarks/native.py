@@ -157,7 +157,7 @@ class StableDiffusionCpp:
         log = "\n".join(self._said)
         found = {stage: re.findall(rf"\b{what} completed, taking ([\d.]+)", log) for stage, what in said.items()}
         seconds = {stage: sum(map(float, numbers)) for stage, numbers in found.items() if numbers}
-        return np.stack([np.asarray(image, np.float32) / 255 for image in images]), seconds
+        return np.stack([np.asarray(image.convert("RGB"), np.float32) / 255 for image in images]), seconds
 
     def latents(self, latents: Float32, steps: int) -> None:
         """Not to be seen."""

@@ -78,12 +78,12 @@ def _run(arguments: argparse.Namespace) -> int:
         conditions = Conditions(arguments.threads, shape, pixels, point.steps, (point.batch,), arguments.runs)
         entry = place.entry(spec, conditions, tiny=spec.options.get("vae") == "tiny", steps=series["steps"])
         progress(f"batch {point.batch}, {point.steps} timesteps, {point.size} pixels")
-        measured, failed = compare({spec.name: entry}, conditions, apart=False, progress=progress)
-        if failed:
-            skipped[str(point)] = failed[spec.name]
+        done = compare({spec.name: entry}, conditions, apart=False, progress=progress)
+        if spec.name not in done.measured:
+            skipped[str(point)] = (done.skipped | done.wrong)[spec.name]
             continue
-        costs[point] = Cost(measured[spec.name], *unet_flops(place.pipeline, shape, point.batch, point.steps))
-        about = about or {"contender": spec.name, "model": arguments.model, **surroundings(conditions, measured)}
+        costs[point] = Cost(done.measured[spec.name], *unet_flops(place.pipeline, shape, point.batch, point.steps))
+        about = about or {"contender": spec.name, "model": arguments.model, **surroundings(conditions, done.measured)}
     if base not in costs:
         raise BenchmarkError(f"{base}: {skipped[str(base)]}")
     rows = [asdict(p) | {"unet_seconds": c.unet_seconds(p)} | asdict(c) for p, c in costs.items()]

@@ -157,14 +157,15 @@ def test_what_draws_something_else_fails(work, tmp_path, capsys, graph, said):
     flags = flags_for(work, "--contenders", "tiue tiue:bundle=other", "--bundle", f"other={tmp_path / 'broken'}")
     assert latency.main([*flags, "--out", str(tmp_path / "out")]) == 1
     assert re.search(rf"error: tiue:bundle=other: .*{said}", capsys.readouterr().err)
-    assert not list(tmp_path.glob("out*"))
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [*report["contenders"]] == ["tiue"] and re.search(f"WRONG: .*{said}", report["skipped"]["tiue:bundle=other"])
 
 
 def test_apart_starts_a_process_for_every_round(work):
     entries = {"ours": Entry("tiue", work / "mini21-bundle-fp32")}
     conditions = Conditions(1, (4, 16, 16), 8, steps=4, batches=(1,), runs=2)
-    measured, skipped = compare(entries, conditions, apart=True, progress=print)
-    assert len(measured["ours"].load_seconds) == len(measured["ours"].seconds[1]) == 2 and not skipped
+    ours = compare(entries, conditions, apart=True, progress=print).measured["ours"]
+    assert len(ours.load_seconds) == len(ours.cold_seconds) == len(ours.seconds[1]) == 2
 
 
 def test_installed_counts_what_is_required_and_extras_asked_for(tmp_path, monkeypatch):
