@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from tiue.components import Components, load_components
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there are as many workers as cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the programs that tests start: sums of another order are other numbers
 
 GOLDEN_DIRECTORY = Path(__file__).parent / "data" / "sd21-tiny"
 
