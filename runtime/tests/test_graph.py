@@ -308,7 +308,8 @@ def test_a_request_within_a_callback_leaves_the_buffers_alone(gpu, tiny, close, 
 
 def test_graphs_that_cannot_be_recorded(gpu, tiny):
     gpu.unrecordable = True
-    with pytest.raises(DeviceError, match=r"unet_encoder\.onnx cannot be loaded with cuda_graphs=True.*: This session"):
+    message = r"unet_encoder\.onnx cannot be loaded on cuda: This session .* feature\. cuda_graphs=True needs"
+    with pytest.raises(DeviceError, match=message):
         Pipeline.load(tiny, device="cuda", cuda_graphs=True)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline, memory
+from tiue_runtime import Pipeline, memory, sessions
 from tiue_runtime.bundle import Bundle, MemoryUse
 from tiue_runtime.errors import BundleError, InferenceError, OutOfMemoryError, RequestError, is_out_of_memory
 from tiue_runtime.memory import Budget, free_memory, lower_mode, timesteps_at_once
@@ -105,7 +105,7 @@ def test_running_out_of_memory_goes_one_mode_lower(pipe, monkeypatch, close, ask
 
 def test_the_lowest_mode_names_the_stage_and_the_remedy(heavy_pipe, monkeypatch):
     monkeypatch.setattr(heavy_pipe, "_unet_decoder", Scarce(heavy_pipe._unet_decoder, most=0))
-    message = r'unet_decoder ran out .*: make smaller pictures, fewer at once, load with vae="tiny"$'
+    message = r'unet_decoder ran out .*: make smaller pictures, fewer at once, with memory="low", load with vae="tiny"$'
     with pytest.raises(OutOfMemoryError, match=message):
         heavy_pipe(HEART, seed=7, memory="sequential", height=8, width=8)
 
@@ -273,7 +273,7 @@ def test_tiling_when_asked_for_and_when_refused(heavy_pipe, monkeypatch, free, c
     close(tiled.images, heavy_pipe(HEART, vae_tiling=False, **size).images)
     assert heavy_pipe(HEART, vae_tiling=True, **{**size, "height": 128}).tile is None
     monkeypatch.setattr(heavy_pipe._decode_image, "graph", Scarce(heavy_pipe._decode_image.graph, latents=0))
-    with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, load with vae="tiny", allow vae_tiling$'):
+    with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, allow vae_tiling, load with vae="tiny"$'):
         heavy_pipe(HEART, vae_tiling=False, **size)
 
 
@@ -533,6 +533,30 @@ def test_low_memory_finds_a_bad_graph_when_its_turn_comes(edit):
     pipe = Pipeline.load(edit(mistake), device="cpu", memory="low")
     with pytest.raises(BundleError, match="vae_decoder: expected contribution"):
         pipe(HEART)
+    assert loaded(pipe) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Exception during initialization: std::bad_alloc")])
+def test_running_out_of_memory_while_loading(heavy, monkeypatch, error):
+    start, missing = sessions._start, ["unet_decoder"]
+
+    def start_or_fail(model, device, settings):
+        if any(name in str(model) for name in missing):
+            raise error
+        return start(model, device, settings)
+
+    monkeypatch.setattr(sessions, "_start", start_or_fail)
+    message = "^{} ran out of memory while it was loaded on cpu: {}"
+    expected = message.format("unet_decoder", 'load with memory="low", load with vae="tiny"$')
+    with pytest.raises(OutOfMemoryError, match=expected):
+        Pipeline.load(heavy, device="cpu")
+    pipe = Pipeline.load(heavy, device="cpu", memory="low")
+    expected = message.format("unet_decoder", 'make smaller pictures, fewer at once, load with vae="tiny"$')
+    with pytest.raises(OutOfMemoryError, match=expected):
+        pipe(HEART, height=8, width=8)
+    missing[:] = ["vae_decoder"]
+    with pytest.raises(OutOfMemoryError, match=message.format("vae_decoder", "make")):
+        pipe(HEART, height=256, width=320)  # and no warning of tiles, which would not help
     assert loaded(pipe) == []
 
 

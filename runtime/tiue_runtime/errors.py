@@ -26,7 +26,11 @@ class InferenceError(TiueError):
 
 
 class OutOfMemoryError(InferenceError):
-    """There was not enough memory to run a graph, however little of the request it took at once."""
+    """There was not enough memory to load a graph, or to run it, however little of the request it took at once."""
+
+
+class LoadingError(OutOfMemoryError):
+    """There was not enough memory to load a graph, so smaller runs of it do not help."""
 
 
 # What an exhausted allocator says, in lower case: the C++ library and operating systems, ONNX Runtime's arena, OpenVINO

@@ -37,7 +37,8 @@ class Graph:
         cuda_graphs: what the graphs of a pipeline share whose `settings` have cuda_graphs.
         check: called whenever the graph has been loaded.
 
-        Loading raises BundleError for a bad graph, DeviceError for a refused device or setting, and what `check` does.
+        Loading raises BundleError for a bad graph, DeviceError for a refused device or setting, LoadingError, and what
+        `check` does.
         """
         self.name = path.stem
         self.device = device

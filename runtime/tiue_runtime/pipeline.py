@@ -24,7 +24,7 @@ from . import bundle as contract
 from .bundle import Bundle
 from .cache import with_cache
 from .capture import CudaGraphs
-from .errors import OutOfMemoryError, RequestError
+from .errors import LoadingError, OutOfMemoryError, RequestError
 from .find import find_bundle
 from .graph import Graph
 from .images import to_pil, to_unit
@@ -32,13 +32,15 @@ from .memory import Budget, Mode, lower_mode, timesteps_at_once
 from .providers import Device, Precision, Settings, check_settings, choose_variant
 from .request import Float32, Memory, OutputType, Request
 from .run import Cancel, Run
-from .sessions import choose_device, settle_precision
+from .sessions import choose_device, first_line, settle_precision
 from .text import PromptTokenizer
 from .vae import ImageDecoder
 
 Images = TypeVar("Images")
 Callback = Callable[[int, int, Float32], object]
 Vae = Literal["kl", "tiny"]  # bundle.VAE_KINDS
+
+_LOAD_TINY = 'load with vae="tiny"'
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,11 @@ class Pipeline:
             # recording.
             if name == contract.TEXT_ENCODER:
                 chosen, recording = replace(chosen, cuda_graphs=False), None
-            return Graph(path, device, chosen, recording, check=check, load=memory != "low")
+            try:
+                return Graph(path, device, chosen, recording, check=check, load=memory != "low")
+            except OutOfMemoryError as error:
+                without = " and without cuda_graphs" if self.cuda_graphs else ""
+                raise self._out_of_memory(error, f'load with memory="low"{without}') from error
 
         given = {contract.LATENTS, contract.TEXT}
         steps = {contract.STEP_INDEX, contract.STEP_WEIGHT}
@@ -172,7 +178,7 @@ class Pipeline:
             of a container. Graphs run one after the other. Idle threads do not spin.
         memory: for calls that do not say. With "low" nothing is loaded now, but each graph in each call, when its turn
             comes, and what is wrong with a graph shows only then.
-        Raises BundleError, DeviceError, RequestError if the bundle has no such vae.
+        Raises BundleError, DeviceError, OutOfMemoryError, RequestError if the bundle has no such vae.
         """
         found = Bundle.load(find_bundle(bundle))
         settings = Settings(provider_options or {}, cuda_graphs, precision, threads)
@@ -303,9 +309,10 @@ class Pipeline:
                     unit = to_unit(image)
                     images = to_pil(unit) if output_type == "pil" else unit
         except (OutOfMemoryError, MemoryError) as error:
-            tiny = ', load with vae="tiny"' if contract.TINY in self.bundle.manifest.vaes and self.vae != "tiny" else ""
-            tiles = ", allow vae_tiling" if vae_tiling is False else ""
-            raise OutOfMemoryError(f"{error}: make smaller pictures, fewer at once{tiny}{tiles}") from error
+            low = [] if memory == "low" or self.cuda_graphs else ['with memory="low"']
+            tiles = ["allow vae_tiling"] if vae_tiling is False else []
+            remedies = ["make smaller pictures", "fewer at once", *low, *tiles]
+            raise self._out_of_memory(error, *remedies) from error
         finally:
             if memory == "low":
                 self._unload(self._text_encoder, self._unet_encoder, self._unet_decoder, self._decode_image.graph)
@@ -364,6 +371,8 @@ class Pipeline:
             try:
                 with run.timed(contract.UNET_DECODER):
                     contribution = self._unet_decoder(feed, release=release)[contract.CONTRIBUTION]
+            except LoadingError:
+                raise  # in a lower mode, too
             except OutOfMemoryError as error:
                 self._budget.released(contract.UNET_DECODER)
                 lower = lower_mode(mode, steps)
@@ -418,8 +427,16 @@ class Pipeline:
             remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
         else:
             remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
-        tiny = vae and contract.TINY in manifest.vaes and self.vae != contract.TINY
-        return remedy + (', or load with vae="tiny"' if tiny else "")
+        return remedy + (f", or {_LOAD_TINY}" if vae and self._tiny_is_left() else "")
+
+    def _out_of_memory(self, error: Exception, *remedies: str) -> OutOfMemoryError:
+        """What to raise for an exhausted memory."""
+        helps = (*remedies, _LOAD_TINY) if self._tiny_is_left() else remedies
+        return OutOfMemoryError(f"{first_line(error)}: {', '.join(helps)}")
+
+    def _tiny_is_left(self) -> bool:
+        """Whether the bundle has a smaller image decoder than this one."""
+        return contract.TINY in self.bundle.manifest.vaes and self.vae != contract.TINY
 
     def _text_width(self) -> int | None:
         shape = self._unet_encoder.inputs.get(contract.TEXT) or self._unet_decoder.inputs.get(contract.TEXT)

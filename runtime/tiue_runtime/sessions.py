@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BundleError, DeviceError
+from .errors import BundleError, DeviceError, LoadingError, is_out_of_memory
 from .gpu import find_gpus
 from .machine import has_bf16
 from .providers import KINDS, Device, Settings, check_settings, parse_device, provider_options
@@ -166,7 +166,7 @@ def load_onnxruntime() -> Any:
 def create_session(path: Path, device: Device, settings: Settings | None = None) -> Any:
     """An ONNX Runtime session of the graph in `path` that really runs on `device`.
 
-    Raises BundleError for a bad graph, DeviceError for a refused device or setting.
+    Raises BundleError for a bad graph, DeviceError for a refused device or setting, LoadingError.
     """
     settings = settings or Settings()
     try:
@@ -174,10 +174,12 @@ def create_session(path: Path, device: Device, settings: Settings | None = None)
     except DeviceError:
         raise
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
+        if is_out_of_memory(error):
+            raise LoadingError(f"{path.stem} ran out of memory while it was loaded on {device}") from error
         if settings.cuda_graphs:
             raise DeviceError(
-                f"{path.name} cannot be loaded with cuda_graphs=True, which needs every node on the GPU: "
-                f"{first_line(error)}. Load without it"
+                f"{path.name} cannot be loaded on {device}: {first_line(error).rstrip('.')}. "
+                "cuda_graphs=True needs every node on the GPU: if that is why, load without it"
             ) from error
         raise BundleError(f"{path} cannot be loaded on {device}: {first_line(error)}") from error
     if session.get_providers()[0] != device.provider:

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 
 from .bundle import IMAGE, LATENTS, VAE_DECODER, Manifest
-from .errors import OutOfMemoryError
+from .errors import LoadingError, OutOfMemoryError
 from .graph import Graph
 from .memory import Budget
 from .run import Run
@@ -47,6 +47,8 @@ class ImageDecoder:
                 warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=3)
             try:
                 image = decode(decode_part, latents, plan, pixels)
+            except LoadingError:
+                raise  # for a tile, too
             except OutOfMemoryError as error:
                 self._budget.released(self._name)
                 why = str(error)
