@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from tiue_runtime import Pipeline
 from tiue_runtime.capture import CudaGraphs
-from tiue_runtime.errors import DeviceError, InferenceError
+from tiue_runtime.errors import DeviceError, InferenceError, RequestError
 from tiue_runtime.graph import Graph
 from tiue_runtime.noise import gaussian
 from tiue_runtime.providers import Device
@@ -304,6 +304,16 @@ def test_a_request_within_a_callback_leaves_the_buffers_alone(gpu, tiny, close, 
 
     close(pipe(HEART, seed=5, callback=callback, output_type="latent").images[0], z_0(HEART, 5))
     close(inner, [z_0(STAR, step) for step in (1, 2, 3, 4)])
+
+
+def test_a_request_cannot_let_go_of_recordings(gpu, tiny):
+    pipe = Pipeline.load(tiny, device="cuda", cuda_graphs=True)
+    loaded = len(gpu.sessions)
+    for call in (pipe.warmup, lambda **options: pipe(HEART, **options)):
+        with pytest.raises(RequestError, match='cuda_graphs: recordings hold what memory="low" lets go of'):
+            call(memory="low")
+    pipe(HEART)
+    assert len(gpu.sessions) == loaded
 
 
 def test_graphs_that_cannot_be_recorded(gpu, tiny):

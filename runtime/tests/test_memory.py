@@ -563,3 +563,8 @@ def test_running_out_of_memory_while_loading(heavy, monkeypatch, error):
 def test_recordings_and_low_memory_exclude_each_other(tiny):
     with pytest.raises(RequestError, match="cuda_graphs"):
         Pipeline(Bundle.load(tiny), Device("cuda"), settings=Settings(cuda_graphs=True), memory="low")
+
+
+def test_the_memory_mode_is_checked_at_load(tiny):
+    with pytest.raises(RequestError, match=r"memory: expected one of auto, low, .*, got 'Low'"):
+        Pipeline.load(tiny, device="cpu", memory="Low")

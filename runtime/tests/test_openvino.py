@@ -154,11 +154,33 @@ def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
         Graph(tiny / "vae_decoder.onnx", OPENVINO)
 
 
-def test_memory_is_given_back_by_loading_again(monkeypatch, tiny):
-    start, failing = sessions._start, [False]
+@pytest.fixture
+def imitated(monkeypatch):
+    """Sessions that say they run on OpenVINO, where no CUDA is, and run on the CPU; imitated(session) sees each."""
+    start, seen = sessions._start, []
 
     def on_the_cpu(model, device, settings, *, whole=False):
         session = start(model, Device("cpu"), settings)
+        monkeypatch.setattr(session, "get_providers", lambda: [device.provider])
+        for see in seen:
+            see(session)
+        return session
+
+    monkeypatch.setattr(sessions, "_start", on_the_cpu)
+    monkeypatch.setattr(sessions, "available_providers", lambda: [OPENVINO.provider, Device("cpu").provider])
+    monkeypatch.setattr(sessions, "has_bf16", lambda: False)
+    return seen.append
+
+
+def test_auto_records_nothing_where_it_chooses_openvino(imitated, tiny):
+    pipe = Pipeline.load(tiny, device="auto", cuda_graphs=True)
+    assert (pipe.device, pipe.cuda_graphs) == ("openvino", False)
+
+
+def test_memory_is_given_back_by_loading_again(monkeypatch, imitated, tiny):
+    failing = [False]
+
+    def fail(session):
         run = session.run_with_iobinding
 
         def run_or_fail(*args):
@@ -166,11 +188,9 @@ def test_memory_is_given_back_by_loading_again(monkeypatch, tiny):
                 raise RuntimeError("Failed to allocate 33554432 bytes of memory")
             run(*args)
 
-        monkeypatch.setattr(session, "get_providers", lambda: [OPENVINO.provider])
         monkeypatch.setattr(session, "run_with_iobinding", run_or_fail)
-        return session
 
-    monkeypatch.setattr(sessions, "_start", on_the_cpu)
+    imitated(fail)
     graph = Graph(tiny / "vae_decoder.onnx", OPENVINO)
     first, feed = graph.session(), {"latents": np.ones((1, 4, 2, 3), dtype=np.float32)}
     kept = graph(feed)

@@ -30,7 +30,7 @@ from .graph import Graph
 from .images import to_pil, to_unit
 from .memory import Budget, Mode, lower_mode, timesteps_at_once
 from .providers import Device, Precision, Settings, check_settings, choose_variant
-from .request import Float32, Memory, OutputType, Request
+from .request import Float32, Memory, OutputType, Request, check_memory
 from .run import Cancel, Run
 from .sessions import choose_device, first_line, settle_precision
 from .text import PromptTokenizer
@@ -83,6 +83,7 @@ class Pipeline:
     variant: str  # the bundle's graphs that were loaded
     cuda_graphs: bool  # whether `warmup` records kernels
     precision: Precision | None  # as in `Result`
+    memory: Memory  # for calls that do not say
 
     def __init__(
         self,
@@ -95,9 +96,8 @@ class Pipeline:
     ) -> None:
         """Load the graphs of `bundle` on `device`; `Pipeline.load` finds both."""
         settings = settings or Settings()
-        if memory == "low" and settings.cuda_graphs:
-            raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
-        self.memory: Memory = memory
+        check_memory(memory, cuda_graphs=settings.cuda_graphs)
+        self.memory = memory
         check_settings(device, settings)
         settings = settle_precision(device, settings)
         self.precision = settings.precision
@@ -169,7 +169,7 @@ class Pipeline:
         variant: the graphs to load, "portable" or "cuda", or None for the best that the bundle has for the device.
         cuda_graphs: on "cuda", let `warmup` record the kernels of a shape, which later calls of that shape launch all
             at once. Recorded shapes keep their working memory. Requests are then made one at a time. Where "auto"
-            chooses the CPU, this has no effect.
+            chooses another device, this has no effect.
         provider_options: options of ONNX Runtime's provider for the device, such as {"gpu_mem_limit": 4 * 2**30}, which
             win over those chosen here. They need a device by name.
         precision: what "openvino" computes in on the CPU: "bf16", "fp32", or None for bf16 where the CPU multiplies in
@@ -178,12 +178,12 @@ class Pipeline:
             of a container. Graphs run one after the other. Idle threads do not spin.
         memory: for calls that do not say. With "low" nothing is loaded now, but each graph in each call, when its turn
             comes, and what is wrong with a graph shows only then.
-        Raises BundleError, DeviceError, OutOfMemoryError, RequestError if the bundle has no such vae.
+        Raises BundleError, DeviceError, OutOfMemoryError, and RequestError for a wrong vae or memory.
         """
         found = Bundle.load(find_bundle(bundle))
         settings = Settings(provider_options or {}, cuda_graphs, precision, threads)
         chosen = choose_device(device, settings)
-        if device == "auto" and chosen.kind == "cpu":
+        if device == "auto" and chosen.kind != "cuda":
             settings = replace(settings, cuda_graphs=False)
         return cls(found, chosen, vae, variant, settings, memory)
 
@@ -281,6 +281,7 @@ class Pipeline:
         start = time.perf_counter()
         run = Run(cancel)
         memory = self.memory if memory is None else memory
+        check_memory(memory, cuda_graphs=self.cuda_graphs)
         try:
             request = Request.make(
                 self.bundle.manifest,

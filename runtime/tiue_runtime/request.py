@@ -50,9 +50,8 @@ class Request:
         vae_tiling: bool | None,
         previews: bool,
     ) -> "Request":
-        """Check the arguments of `Pipeline.__call__`; text_width is D, if known. Raises RequestError."""
+        """Check the arguments of `Pipeline.__call__` but memory; text_width is D, if known. Raises RequestError."""
         _one_of("output_type", output_type, get_args(OutputType))
-        _one_of("memory", memory, get_args(Memory))
         if not isinstance(vae_tiling, bool | None):  # pyright: ignore[reportUnnecessaryIsInstance] (untyped callers)
             raise RequestError(f"vae_tiling: expected True, False or None, got {vae_tiling!r}")
         if (prompt is None) == (prompt_embeds is None):
@@ -88,6 +87,13 @@ class Request:
         if memory == "auto" and previews:
             memory = "sequential"  # the other modes have no preview of every step
         return cls(prompts, embeds, num_images, seeds, steps, noise, memory, vae_tiling)
+
+
+def check_memory(memory: Memory, *, cuda_graphs: bool) -> None:
+    """Raise RequestError unless `memory` is one that a pipeline, with or without recordings, can take."""
+    _one_of("memory", memory, get_args(Memory))
+    if memory == "low" and cuda_graphs:
+        raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
 
 
 def _prompts(prompt: object) -> list[str]:
