@@ -198,6 +198,7 @@ def test_a_second_gpu_shrinks_its_own_arena(gpu, tiny):
     kept = graph({"latents": np.zeros((1, 4, 2, 2), np.float32)}, keep_on_device=True)
     assert kept["image"].place == ("cuda", 1)
     assert gpu.sessions[-1].runs[-1][SHRINK] == "gpu:1"
+    assert not graph.keeps
 
 
 def test_an_allocator_without_arena_is_not_shrunk(gpu, tiny):

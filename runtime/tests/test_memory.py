@@ -145,7 +145,7 @@ def test_a_variant_without_estimates_takes_those_of_portable(heavy, free):
     own = {"portable": manifest.memory["portable"], "cuda": {"unet_decoder": MemoryUse(1, 1)}}
     manifest = type(manifest)(**{**vars(manifest), "variants": {v: manifest.variants["portable"] for v in own},
                                  "memory": own})  # fmt: skip
-    budget = Budget(manifest, "cuda", CPU, keeps=True)
+    budget = Budget(manifest, "cuda", CPU)
     free(int((10 * 4 + 10 * 16) / memory.USABLE))
     assert budget.fits("unet_decoder", 10, 4) and not budget.fits("unet_decoder", 11, 4)
     assert not budget.fits("vae_decoder", 10, 4) and budget.fits("text_encoder", 10, 4)
@@ -154,11 +154,31 @@ def test_a_variant_without_estimates_takes_those_of_portable(heavy, free):
 def test_what_a_graph_keeps_is_not_asked_for_again(heavy, free):
     manifest = Bundle.load(heavy).manifest
     free(0)
-    for keeps in (True, False):
-        budget = Budget(manifest, "portable", CPU, keeps=keeps)
-        budget.succeeded("unet_decoder", 4, 100)
-        assert [budget.fits("unet_decoder", rows, 100) for rows in (3, 4, 5)] == [keeps, keeps, False]
-        assert not budget.fits("vae_decoder", 1, 1)
+    budget = Budget(manifest, "portable", CPU)
+    budget.succeeded("unet_decoder", 4, 100)
+    assert [budget.fits("unet_decoder", rows, 100) for rows in (3, 4, 5)] == [True, True, False]
+    assert not budget.fits("vae_decoder", 1, 1)
+
+
+@pytest.mark.parametrize("name", ["unet_decoder", "vae_decoder"])
+def test_after_a_shortage_the_cpu_keeps_nothing(heavy, monkeypatch, free, name):
+    pipe = Pipeline.load(heavy, device="cpu")
+    graph = {"unet_decoder": pipe._unet_decoder, "vae_decoder": pipe._decode_image.graph}[name]
+    session, first = graph.session(), iter([True])
+    run = session.run_with_iobinding
+
+    def fail_once(*args):
+        if next(first, False):
+            raise RuntimeError("std::bad_alloc")
+        run(*args)
+
+    monkeypatch.setattr(session, "run_with_iobinding", fail_once)
+    free(None)
+    with pytest.warns(UserWarning, match=f"{name} ran out of memory on cpu"):
+        pipe(HEART, seed=1, num_images=2, height=32, width=32, memory="parallel")
+    free(0)
+    held = {graph: pipe._budget.fits(graph, 1, 1) for graph in ("unet_decoder", "vae_decoder")}
+    assert held == {"unet_decoder": name != "unet_decoder", "vae_decoder": name != "vae_decoder"}
 
 
 def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatch, close, free):

@@ -49,7 +49,8 @@ class Graph:
         self._inputs: dict[str, Shape] | None = None
         self._outputs: tuple[str, ...] = ()
         self._recordings = None if cuda_graphs is None else Recordings(self.session(), device.place, cuda_graphs)
-        self.releases = not device.is_gpu  # whether a run can give back its memory
+        # Whether the memory of a run stays with the graph for its next one, and so does not count as free.
+        self.keeps = device.kind != "cuda" or cuda_graphs is not None
         self._options: Any = None
         if self._recordings is not None:
             self._options = run_options(WITHOUT)
@@ -76,6 +77,11 @@ class Graph:
         if self._session is not None:
             self._session = None
             give_back()
+
+    @property
+    def releases(self) -> bool:
+        """Whether a run can give back the memory that the graph would keep."""
+        return self.keeps and not self.device.is_gpu
 
     @property
     def inputs(self) -> Mapping[str, Shape]:
@@ -173,6 +179,7 @@ class Graph:
                     # Before it fails, the arena takes most of what is left. From now on it gives back after each run
                     # what the run no longer needs, as it does on a GPU from the first run.
                     self._options = shrinking_options(self.device)
+                    self.keeps = False
                 elif self.device.kind == "openvino":
                     self.unload()  # what the failed run took would stay, too
                 raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error

@@ -43,12 +43,10 @@ class Budget:
     Without an estimate, or where the free memory is not known, everything fits.
     """
 
-    def __init__(self, manifest: Manifest, variant: str, device: Device, *, keeps: bool) -> None:
-        """keeps: whether a graph keeps the memory of a run for its next one, so that it no longer counts as free."""
+    def __init__(self, manifest: Manifest, variant: str, device: Device) -> None:
         self._manifest = manifest
         self._variant = variant
         self._device = device
-        self._keeps = keeps
         self._held: dict[str, float] = {}
         self._lock = Lock()
         self._requests = 0
@@ -65,12 +63,12 @@ class Budget:
                 self._requests -= 1
 
     def fits(self, graph: str, rows: int, latents: int, before: tuple[str, int, int] | None = None) -> bool:
-        """Whether a run of `rows` rows of `latents` = h*w latent pixels fits, also after the run `before`."""
+        """Whether a run of `rows` rows of `latents` = h*w latent pixels fits, also beside what a run `before` keeps."""
         need = self._more(graph, rows, latents)
         if need <= 0:
             return True
         free = free_memory(self._device)
-        if free is not None and before is not None and self._keeps:
+        if free is not None and before is not None:
             free -= max(self._more(*before), 0)
         return free is None or need <= USABLE * free
 
@@ -80,9 +78,8 @@ class Budget:
         return (self._need(graph, rows, latents) or 0) - kept
 
     def succeeded(self, graph: str, rows: int, latents: int) -> None:
-        """Note a run that fitted."""
-        if self._keeps:
-            self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
+        """Note a run that fitted, of a graph that keeps its memory for the next one."""
+        self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
 
     def released(self, graph: str) -> None:
         """Note that a graph gave back what it kept."""

@@ -108,9 +108,7 @@ class Pipeline:
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
         self.variant = choose_variant(device, manifest.variants, variant)
-        # On a GPU, arenas are shrunk after each run, unless recordings need the memory.
-        keeps = device.kind != "cuda" or settings.cuda_graphs
-        self._budget = Budget(manifest, self.variant, device, keeps=keeps)
+        self._budget = Budget(manifest, self.variant, device)
         self.cuda_graphs = settings.cuda_graphs
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
@@ -387,7 +385,7 @@ class Pipeline:
             self._unet_decoder.check_output(contract.CONTRIBUTION, contribution, z.shape, self._overflow_remedy())
             if release:
                 self._budget.released(contract.UNET_DECODER)
-            else:
+            elif self._unet_decoder.keeps:
                 self._budget.succeeded(*this_run)
             if sequential:
                 if callback is not None:

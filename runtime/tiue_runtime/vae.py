@@ -53,12 +53,16 @@ class ImageDecoder:
                 self._budget.released(self._name)
                 why = str(error)
                 continue
-            self._budget.succeeded(self._name, plan.rows, plan.height * plan.width)
+            if self.graph.keeps:
+                self._budget.succeeded(self._name, plan.rows, plan.height * plan.width)
             return image, (plan.height * pixels, plan.width * pixels) if plan.tiled else None
         raise OutOfMemoryError(why)
 
     def fits_whole(self, shape: tuple[int, ...], before: tuple[str, int, int]) -> bool:
-        """Whether latents (B,C,h,w) can be decoded one at a time, untiled, after another run: (graph, rows, h*w)."""
+        """Whether latents (B,C,h,w) can be decoded one at a time, untiled, beside what the run `before` keeps.
+
+        before: (graph, rows, h*w).
+        """
         return self._budget.fits(self._name, 1, shape[2] * shape[3], before)
 
     def _fits(self, plan: Plan) -> bool:
