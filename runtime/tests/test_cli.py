@@ -102,6 +102,7 @@ MISTAKES = {
     "vae kind": (["bench", "--vae", "big"], "--vae: invalid choice: 'big'"),
     "bundle name": (["generate", "a", "--out", "TMP/a.png", "--bundle", "nothing"], "neither a directory"),
     "bundle path": (["info", "--bundle", "TMP/none"], "is not a directory"),
+    "bundle empty": (["info", "--bundle", ""], "bundle: expected a directory or the name of an installed bundle"),
     "verify": (["verify", "--bundle", "TMP"], "has no bundle.json"),
     "runs": (["bench", "--runs", "0"], "runs: expected at least 1, got 0"),
 }

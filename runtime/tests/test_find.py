@@ -41,6 +41,12 @@ def test_by_environment_variable(installed, tiny, monkeypatch):
     assert find_bundle() == tiny
 
 
+def test_an_empty_name_is_not_the_default(installed, tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    with pytest.raises(BundleError, match=r"bundle: expected a directory or the name .*, got an empty string"):
+        find_bundle("")
+
+
 def test_default_is_emoji(installed):
     (installed.parent / "tiny_bundle_package-1.0.dist-info" / "entry_points.txt").write_text(
         "[tiue_runtime.bundles]\nemoji = tiny_bundle_package\n"

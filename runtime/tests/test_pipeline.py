@@ -259,6 +259,27 @@ def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remed
         pipe(HEART, seed=1, height=8, width=8, output_type=output_type)
 
 
+@pytest.mark.parametrize(
+    "variant, remedy",
+    [
+        ("cuda", 'Its cuda graphs overflowed: load with variant="portable"'),
+        ("cpu", "Look for damaged weights"),
+        ("portable", "fp16 overflowed: export the bundle again"),
+    ],
+)
+def test_the_remedy_of_overflow_is_that_of_the_variant(edit, monkeypatch, variant, remedy):
+    def add(content):
+        content["variants"] = {name: content["variants"]["portable"] for name in ("portable", "cpu", "cuda")}
+        content["created_from"]["precision"] = "fp16"
+
+    pipe = Pipeline.load(edit(add), device="cpu")
+    assert pipe.variant == "cpu"
+    pipe.variant = variant  # no GPU is here
+    monkeypatch.setattr(pipe, "_unet_encoder", Overflowing(pipe._unet_encoder, "mid", np.nan))
+    with pytest.raises(InferenceError, match=rf"mid has NaN or infinity on cpu\. {remedy}"):
+        pipe(HEART, seed=1)
+
+
 @pytest.mark.parametrize("setting", ["padding", "truncation"])
 def test_tokenizer_must_agree_with_the_bundle(copy, setting):
     manifest = Bundle.load(copy).manifest

@@ -31,6 +31,8 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     bundle.json, so that a folder that happens to be called like a bundle does not hide it.
     Raises BundleError.
     """
+    if name_or_path == "":
+        raise BundleError("bundle: expected a directory or the name of an installed bundle, got an empty string")
     wanted = name_or_path or os.environ.get(DEFAULT_VARIABLE) or DEFAULT_NAME
     path = Path(wanted)
     if (path / MANIFEST).is_file():

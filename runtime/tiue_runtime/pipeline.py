@@ -420,9 +420,9 @@ class Pipeline:
         """What helps when a graph computes values that are not finite."""
         manifest = self.bundle.manifest
         precision = manifest.created_from.get("precision", "fp32")  # `manifest.precision` is that of the files
-        if self.variant != contract.PORTABLE and contract.PORTABLE in manifest.variants:
-            remedy = f'Its {self.variant} graphs overflowed: load with variant="portable"'
-        elif precision != "fp32":
+        if self.variant == contract.CUDA and contract.PORTABLE in manifest.variants:
+            remedy = 'Its cuda graphs overflowed: load with variant="portable"'
+        elif precision != "fp32" and self.variant != contract.CPU:  # which computes in fp32 whatever the others do
             remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
         else:
             remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
