@@ -531,12 +531,25 @@ def test_low_memory_holds_one_graph_at_a_time(low_pipe, pipe, monkeypatch):
     np.testing.assert_array_equal(result.images, expected)
 
 
-def test_low_memory_for_one_request(tiny):
+@pytest.mark.parametrize("request_of", [{"prompt": HEART}, {"prompt_embeds": np.zeros((1, 8, 3), np.float32)}])
+def test_low_memory_for_one_request(tiny, monkeypatch, request_of):
+    """What is loaded already goes before its turn, too."""
     pipe = Pipeline.load(tiny, device="cpu")
-    pipe(HEART, seed=1, memory="low")
+    held, graphs = [], graphs_of(pipe)
+    for graph in graphs:
+        run = graph._run
+        monkeypatch.setattr(graph, "_run", lambda *args, run=run: held.append(loaded(pipe)) or run(*args))
+    pipe(**request_of, seed=1, steps=2, memory="low")
+    order = [graph.name for graph in graphs if "prompt" in request_of or graph is not pipe._text_encoder]
+    assert held == [[name] for name in order for _ in range(2 if name == "unet_decoder" else 1)]
     assert loaded(pipe) == []
-    pipe(HEART, seed=1, memory="auto")
-    assert len(loaded(pipe)) == 4
+
+
+def test_free_memory_is_looked_up_with_all_graphs_loaded(heavy, monkeypatch):
+    pipe, seen = Pipeline.load(heavy, device="cpu", memory="low"), []
+    monkeypatch.setattr(memory, "free_memory", lambda device: seen.append(len(loaded(pipe))))
+    pipe(HEART, seed=1, height=8, width=8, memory="auto")
+    assert set(seen) == {4}
 
 
 def test_low_memory_with_embeddings_of_the_wrong_width(low_pipe):

@@ -2,13 +2,14 @@ import json
 import shutil
 import threading
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiue_runtime
-from tiue_runtime import Pipeline
+from tiue_runtime import Pipeline, pipeline
 from tiue_runtime.bundle import GRAPHS, Bundle, write_bundle
 from tiue_runtime.errors import BundleError, Cancelled, InferenceError
 from tiue_runtime.noise import gaussian
@@ -161,6 +162,39 @@ def test_generate_keeps_its_pipeline(tiny, pipe, monkeypatch):
         expected = pipe([HEART, STAR], seed=seed).images
         assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
     assert len(loads) <= 1
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What generate keeps, empty at first."""
+    monkeypatch.setattr(pipeline, "_kept", {})
+    return pipeline._kept
+
+
+def test_generate_has_one_pipeline_for_all_memory_modes(kept, tiny):
+    for memory, graphs in (("low", 0), (None, 4), ("low", 0), ("sequential", 4)):
+        tiue_runtime.generate(HEART, bundle=tiny, device="cpu", memory=memory)
+        [pipe] = kept.values()
+        assert sum(graph._session is not None for graph in pipe._graphs()) == graphs
+
+
+def test_generate_loads_a_bundle_again_that_was_written_again(kept, copy):
+    def shade():
+        return np.asarray(tiue_runtime.generate(HEART, seed=1, bundle=copy, device="cpu")[0])
+
+    first, old = shade(), weakref.ref(*kept.values())
+    bundle = Bundle.load(copy)
+    write_bundle(copy, replace(bundle.manifest, vae_shift_factor=0.75))  # as many bytes as before
+    assert not np.array_equal(shade(), first)
+    assert old() is None
+    assert len(kept) == 1
+
+
+def test_generate_keeps_the_two_used_last(kept, tiny, copy):
+    heavy = tiny.parent / "heavy"
+    for bundle in (tiny, copy, tiny, heavy):
+        tiue_runtime.generate(HEART, bundle=bundle, device="cpu", height=8, width=8)
+    assert [directory for directory, *_ in kept] == [tiny.resolve(), heavy.resolve()]
 
 
 def test_result_says_where_it_ran(pipe):

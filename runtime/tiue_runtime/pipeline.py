@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
@@ -131,10 +130,11 @@ class Pipeline:
         self._text_encoder = graph(
             contract.TEXT_ENCODER, lambda g: g.expect({contract.INPUT_IDS, contract.ATTENTION_MASK}, {contract.TEXT})
         )
-        self._unet_encoder = graph(contract.UNET_ENCODER, lambda g: g.expect(given, set()))
+        # A check that held the pipeline would make a cycle of it, which keeps its memory when nobody holds it any more.
+        encoder = self._unet_encoder = graph(contract.UNET_ENCODER, lambda g: g.expect(given, set()))
         self._unet_decoder = graph(
             contract.UNET_DECODER,
-            lambda g: g.expect({*self._unet_encoder.outputs, *given, *steps}, {contract.CONTRIBUTION}, needed=steps),
+            lambda g: g.expect({*encoder.outputs, *given, *steps}, {contract.CONTRIBUTION}, needed=steps),
         )
         vae_decoder = graph(manifest.vaes[self.vae], lambda g: g.expect({contract.LATENTS}, {contract.IMAGE}))
         remedy = self._overflow_remedy(vae=True)
@@ -264,8 +264,8 @@ class Pipeline:
         memory: "parallel" runs the decoder at all steps in one batch; "partial" at two at once; "sequential" step by
             step, in about 1/steps of the memory; "auto" is sequential if there is a callback to show previews to,
             else the first of the three that fits into the free memory by the bundle's estimate. A mode that runs out
-            of memory is followed by the next, with a warning; the pictures are the same. "low" is sequential and lets
-            go of each graph after its turn, to be loaded again for the next picture. None: as the pipeline was loaded.
+            of memory is followed by the next, with a warning; the pictures are the same. "low" is sequential and holds
+            each graph for its turn alone, to be loaded again for the next picture. None: as the pipeline was loaded.
         vae_tiling: whether pictures larger than the bundle's default are decoded in overlapping tiles, in less memory.
             They differ from those decoded whole, because group norms see one tile at a time. None does so,
             with a warning, where memory does not suffice otherwise.
@@ -297,6 +297,12 @@ class Pipeline:
                 vae_tiling=vae_tiling,
                 previews=callback is not None,
             )
+            if memory == "low":
+                first = self._text_encoder if request.prompts is not None else self._unet_encoder
+                self._unload(*(graph for graph in self._graphs() if graph is not first))
+            else:
+                for graph in self._graphs():
+                    graph.session()  # before free memory is looked up, if a call with "low" let go of it
             with self._budget.request(), self._cuda_graphs.turn() if self._cuda_graphs else nullcontext():
                 text = self._encode_text(request, run)
                 z_0, mode = self._denoise(request, text, run, callback, decoded=output_type != "latent")
@@ -314,7 +320,7 @@ class Pipeline:
             raise self._out_of_memory(error, *remedies) from error
         finally:
             if memory == "low":
-                self._unload(self._text_encoder, self._unet_encoder, self._unet_decoder, self._decode_image.graph)
+                self._unload(*self._graphs())
         run.timings["total"] = time.perf_counter() - start
         return Result(
             images, request.seeds, run.timings, self.device, self.precision, request.steps, mode, self.vae, tile
@@ -399,6 +405,10 @@ class Pipeline:
             callback(steps, steps, z.copy())
         return z, mode
 
+    def _graphs(self) -> tuple[Graph, ...]:
+        """All graphs, in the order they run."""
+        return self._text_encoder, self._unet_encoder, self._unet_decoder, self._decode_image.graph
+
     def _used(self, graph: Graph, request: Request) -> None:
         """Let go of a graph whose turn is over, if the request is to take little memory."""
         if request.memory == "low":
@@ -453,17 +463,31 @@ def generate(
 ) -> list[Image]:
     """Make pictures of a prompt with a pipeline that stays loaded; options are those of `Pipeline.__call__`.
 
-    With memory="low" little of it stays loaded. Raises BundleError, DeviceError, RequestError.
+    Two pipelines stay, the last used of different bundle, device or vae. A bundle that was written again in its place
+    is loaded again. After memory="low" none of the pipeline's graphs is loaded.
+
+    Raises BundleError, DeviceError, RequestError, Cancelled, InferenceError, and of its kind OutOfMemoryError.
     """
-    low = options.get("memory") == "low"
-    with _loading:
-        pipeline = _cached_pipeline(str(find_bundle(bundle).resolve()), device, vae, low)
+    given = options.get("memory")
+    options["memory"] = memory = "auto" if given is None else given
+    pipeline = _kept_pipeline(Bundle.load(find_bundle(bundle).resolve()), device, vae, memory)
     return pipeline(prompt, **options).images
 
 
+_KEPT = 2
+_kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # the last used is the last
 _loading = Lock()
 
 
-@lru_cache(maxsize=2)
-def _cached_pipeline(directory: str, device: str, vae: Vae | None, low: bool) -> Pipeline:
-    return Pipeline.load(Path(directory), device=device, vae=vae, memory="low" if low else "auto")
+def _kept_pipeline(bundle: Bundle, device: str, vae: Vae | None, memory: Memory) -> Pipeline:
+    """The pipeline of an earlier call if it is of the same files, else a new one, loaded for a call with `memory`."""
+    key = bundle.directory, device, vae
+    with _loading:
+        pipeline = _kept.pop(key, None)
+        if pipeline is None or pipeline.bundle != bundle:
+            pipeline = None  # let go of it, and of the one used longest ago, before there is another
+            if len(_kept) >= _KEPT:
+                del _kept[next(iter(_kept))]
+            pipeline = Pipeline.load(bundle.directory, device=device, vae=vae, memory=memory)
+        _kept[key] = pipeline
+        return pipeline
