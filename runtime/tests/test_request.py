@@ -9,6 +9,8 @@ TEXT = np.zeros((1, 8, 3), dtype=np.float32)
 
 WRONG = {
     "steps": ({"steps": 3}, "steps: this bundle was trained for 2, 4, got 3"),
+    "steps float": ({"steps": 4.0}, "steps: this bundle was trained for 2, 4, got 4.0"),
+    "steps list": ({"steps": [4]}, "steps: this bundle was trained for 2, 4, got [4]"),
     "steps true": ({"steps": True}, "steps: this bundle was trained for 2, 4, got True"),
     "height": ({"height": 10}, "height: expected a multiple of 4 in pixels, such as 8 or 12, got 10"),
     "width": ({"width": 3}, "width: expected a multiple of 4 in pixels, such as 4, got 3"),

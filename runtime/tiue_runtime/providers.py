@@ -5,10 +5,11 @@ A kind of device is a row of `KINDS` and, where it takes options, a function in 
 """
 
 import json
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 from .bundle import CPU, CUDA, PORTABLE
 from .errors import BundleError, DeviceError
@@ -167,14 +168,18 @@ def check_settings(device: Device, settings: Settings) -> None:
     """Raise DeviceError for settings that `device` cannot have."""
     if settings.cuda_graphs and device.kind != "cuda":
         raise DeviceError(f'cuda_graphs: expected device="cuda", got {device}')
-    if settings.threads is not None and settings.threads < 1:
-        raise DeviceError(f"threads: expected at least 1, or None for all CPUs, got {settings.threads}")
+    if settings.threads is not None and not _is_count(settings.threads):
+        raise DeviceError(f"threads: expected an integer of at least 1, or None for all CPUs, got {settings.threads!r}")
     _check_openvino(device, settings)
     if settings.provider_options and device.kind not in _OPTIONS:
         raise DeviceError(f"provider_options: {device} has none, got {', '.join(settings.provider_options)}")
     for name in settings.provider_options:
         if name in _OWNED:
             raise DeviceError(f"provider_options: {name} follows from {_OWNED[name]}=, pass that instead")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and operator.index(value) >= 1
 
 
 def _check_openvino(device: Device, settings: Settings) -> None:

@@ -59,7 +59,7 @@ class Request:
             raise RequestError(f"prompt: expected either prompt or prompt_embeds, got {given}")
         num_images = _positive("num_images", num_images)
         steps = manifest.default_steps if steps is None else steps
-        if isinstance(steps, bool) or steps not in manifest.schedules:
+        if not _is_int(steps) or steps not in manifest.schedules:
             known = ", ".join(map(str, sorted(manifest.schedules)))
             raise RequestError(f"steps: this bundle was trained for {known}, got {steps!r}")
         prompts = None if prompt is None else _prompts(prompt)
@@ -86,7 +86,7 @@ class Request:
                 _size(f"latents: {name} of the image", implied, implied, manifest.size_multiple)
         if memory == "auto" and previews:
             memory = "sequential"  # the other modes have no preview of every step
-        return cls(prompts, embeds, num_images, seeds, steps, noise, memory, vae_tiling)
+        return cls(prompts, embeds, num_images, seeds, int(steps), noise, memory, vae_tiling)
 
 
 def check_memory(memory: Memory, *, cuda_graphs: bool) -> None:
