@@ -161,6 +161,17 @@ def test_nodes_that_a_gpu_leaves_to_the_cpu():
     assert doctor._placement(older, Device("cuda")) == "not reported by this version of ONNX Runtime"
 
 
+def test_the_device_is_chosen_for_the_bundle(monkeypatch, edit):
+    def only_cpu(content):
+        content["variants"] = {"cpu": content["variants"]["portable"]}
+
+    monkeypatch.setattr(sessions, "available_providers", lambda: [Device("openvino").provider, Device("cpu").provider])
+    monkeypatch.setattr(sessions, "probe", lambda device: "")
+    rows, problems = doctor.examine(edit(only_cpu))
+    assert problems == [] and rows["device auto"] == Device("cpu")
+    assert rows["placement of"] == "tiny, cpu graphs, on cpu"
+
+
 def test_problems_of_a_placement(tiny, copy):
     (copy / "bundle.json").write_text("{}")
     _, problems = doctor.examine(copy)

@@ -140,6 +140,42 @@ def test_auto(monkeypatch):
     assert sessions.choose_device("auto") == Device("cuda")
 
 
+@pytest.mark.parametrize(
+    "variants, bf16, expected",
+    [
+        (("portable",), False, "cuda"),
+        (("cuda",), False, "cuda"),
+        (("cpu",), True, "cpu"),
+        (("portable", "cpu"), False, "cuda"),
+    ],
+)
+def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, variants, bf16, expected):
+    kinds = "cuda", "openvino", "cpu"
+    monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in kinds])
+    monkeypatch.setattr(sessions, "probe", lambda device: "")
+    monkeypatch.setattr(sessions, "has_bf16", lambda: bf16)
+    assert sessions.choose_device("auto", variants=variants) == Device(expected)
+
+
+@pytest.mark.parametrize(
+    "held, asked, bf16, expected",
+    [
+        (("cpu",), None, True, "cpu"),  # OpenVINO does not run it
+        (("portable", "cpu"), "cpu", True, "cpu"),
+        (("portable", "cpu"), None, True, "openvino"),
+        (("portable", "cpu"), None, False, "cpu"),  # the faster in float32
+        (("portable", "cpu"), "portable", False, "openvino"),
+        (("portable",), None, False, "openvino"),
+    ],
+)
+def test_auto_on_a_cpu(imitated, monkeypatch, edit, held, asked, bf16, expected):
+    monkeypatch.setattr(sessions, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(sessions, "_rounds", lambda *_: True)
+    bundle = edit(lambda content: content.update(variants=dict.fromkeys(held, content["variants"]["portable"])))
+    pipe = Pipeline.load(bundle, device="auto", variant=asked)
+    assert (pipe.device, pipe.variant) == (expected, asked or ("portable" if expected == "openvino" else "cpu"))
+
+
 def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
     """ONNX Runtime lists OpenVINO first for a graph of which it runs no node: tiny's vae_decoder, too small for it."""
     start = sessions._start

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .bundle import Bundle
+from .bundle import PORTABLE, Bundle
 from .cache import cache_root, with_cache
 from .errors import TiueError
 from .find import find_bundle, installed_bundles
@@ -54,7 +54,6 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
     problems: list[str] = []
     try:
         rows |= _provider_rows()
-        rows["device auto"] = choose_device("auto")
     except TiueError as error:
         problems.append(str(error))
     for name in installed_bundles():
@@ -63,17 +62,21 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
             rows[f"bundle {name}"] = f"{found.directory} ({found.manifest.licence})"
         except TiueError as error:
             problems.append(str(error))
+    chosen = None
+    try:
+        chosen = Bundle.load(find_bundle(bundle))
+    except TiueError as error:
+        problems.append(str(error))
     if bundle is None:
-        try:
-            rows["default bundle"] = Bundle.load(find_bundle()).directory
-        except TiueError as error:
-            rows["default bundle"] = "none, see below"
-            problems.append(str(error))
-    if bundle is not None or device is not None:
-        try:
-            rows |= _placement_rows(Bundle.load(find_bundle(bundle)), choose_device(device or "auto"))
-        except TiueError as error:
-            problems.append(str(error))
+        rows["default bundle"] = chosen.directory if chosen else "none, see below"
+    variants = chosen.manifest.variants if chosen else (PORTABLE,)
+    try:
+        auto = rows["device auto"] = choose_device("auto", variants=variants)
+        if chosen and (bundle is not None or device is not None):
+            where = auto if device is None else choose_device(device, variants=variants)
+            rows |= _placement_rows(chosen, where)
+    except TiueError as error:
+        problems.append(str(error))
     return rows, list(dict.fromkeys(problems))
 
 

@@ -158,13 +158,15 @@ class Pipeline:
 
         bundle: a directory, the name of an installed bundle, or None for the environment variable
             TIUE_BUNDLE, else the installed "emoji".
-        device: "auto" (CUDA if it really works, else OpenVINO likewise, else the CPU), "cpu", "openvino", "cuda",
-            "tensorrt", "tensorrt-rtx", or the second GPU as "cuda:1" and so on. A device asked for by name is never
-            replaced by another. What TensorRT compiles, in minutes, is kept in the user's cache directory, or in that
-            of the environment variable TIUE_CACHE.
+        device: "auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx", or the second GPU as "cuda:1" and so on.
+            "auto" is CUDA if it really works, else OpenVINO likewise, else the CPU: of those that run one of the
+            bundle's variants, or the one asked for, and OpenVINO only if the CPU multiplies in bf16 or no "cpu" variant
+            is among them. A device asked for by name is never replaced by another. What TensorRT compiles, in minutes,
+            is kept in the user's cache directory, or in that of the environment variable TIUE_CACHE.
         vae: the image decoder: "kl", the original AutoencoderKL; "tiny", a small autoencoder, faster and in less
             memory with coarser details; or None for the bundle's default. Only this one is loaded.
-        variant: the graphs to load, "portable" or "cuda", or None for the best that the bundle has for the device.
+        variant: the graphs to load, "portable", "cpu" or "cuda", or None for the best that the bundle has for the
+            device.
         cuda_graphs: on "cuda", let `warmup` record the kernels of a shape, which later calls of that shape launch all
             at once. Recorded shapes keep their working memory. Requests are then made one at a time. Where "auto"
             chooses another device, this has no effect.
@@ -180,7 +182,7 @@ class Pipeline:
         """
         found = Bundle.load(find_bundle(bundle))
         settings = Settings(provider_options or {}, cuda_graphs, precision, threads)
-        chosen = choose_device(device, settings)
+        chosen = choose_device(device, settings, found.manifest.variants if variant is None else (variant,))
         if device == "auto" and chosen.kind != "cuda":
             settings = replace(settings, cuda_graphs=False)
         return cls(found, chosen, vae, variant, settings, memory)
