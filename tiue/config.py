@@ -43,15 +43,15 @@ class DistillConfig:
     keep: int = 2  # checkpoints on disk
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str):
-                continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in _MAY_BE_ZERO):
-                raise ValueError(f"{field.name} must be positive, got {value}")
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            if type(value) is not kind and (kind, type(value)) != (float, int):  # nor is a bool an int here
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+            if kind is str:
+                if value not in CHOICES[name]:
+                    raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+            elif not 0 <= value < math.inf or (value == 0 and name not in _MAY_BE_ZERO):
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.t_min > self.t_max:
             raise ValueError(f"t_min must not exceed t_max, got {self.t_min} and {self.t_max}")
 
