@@ -162,6 +162,42 @@ def incomplete(path):
     rewrite(path, vae=json.dumps({}))
 
 
+def of_an_unknown_class(path):
+    rewrite(path, vae=json.dumps({"_class_name": "VQModel"}))
+
+
+def with_a_damaged_tokenizer(path):
+    rewrite(path, tokenizer=json.dumps({"version": "1.0"}))
+
+
+def without_a_named_schedule(path):
+    rewrite(path, schedules="[]")
+
+
+def without_a_schedule(path):
+    rewrite(path, schedules="{}")
+
+
+def with_an_empty_schedule(path):
+    rewrite(path, schedules='{"0": []}')
+
+
+def unordered(path):
+    rewrite(path, schedules='{"2": [1, 501]}')
+
+
+def with_another_count(path):
+    rewrite(path, schedules='{"4": [501, 1]}')
+
+
+def with_a_timestep_in_words(path):
+    rewrite(path, schedules='{"2": ["501", "1"]}')
+
+
+def with_too_many_shared_up_blocks(path):
+    rewrite(path, shared_up_blocks="9")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -176,6 +212,15 @@ def incomplete(path):
         (misshapen, r"a wrong shape for unet\.conv_in\.weight"),
         (malformed, "malformed metadata"),
         (incomplete, "incomplete or malformed metadata"),
+        (of_an_unknown_class, "VQModel is not supported: expected AutoencoderKL or AutoencoderTiny"),
+        (with_a_damaged_tokenizer, "a malformed tokenizer"),
+        (without_a_named_schedule, "incomplete or malformed metadata"),
+        (without_a_schedule, "names no schedule"),
+        (with_an_empty_schedule, r"timesteps must lie in 0\.\.999, got \[\]"),
+        (unordered, r"timesteps must be descending, got \[1, 501\]"),
+        (with_another_count, r"expected 4 timesteps, and one for the encoder, found \[501, 1\] and 751"),
+        (with_a_timestep_in_words, "expected 2 timesteps"),
+        (with_too_many_shared_up_blocks, "shared_up_blocks: expected 0 to 1"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(path, damage, message):

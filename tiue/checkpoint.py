@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tiue.components import Components, class_named
+from tiue.components import Components, ComponentsError, class_named
 from tiue.schedule import closed_form
 from tiue.unet import TiUE
 from tiue.weights import WeightsError, fill
@@ -103,8 +103,9 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
 def load_student(path: str | Path) -> Student:
     """Read a student: modules in float32 whatever the file stores, in evaluation mode, on the CPU.
 
-    Raises CheckpointError, in one line, if the file is missing, damaged, not a student, of a newer format, or
-    does not hold exactly the tensors that its configurations call for.
+    Raises CheckpointError, in one line, if the file is missing, damaged, not a student, of a newer format, has
+    metadata of which no model or schedule can be made, or does not hold exactly the tensors that its configurations
+    call for.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,7 +118,11 @@ def load_student(path: str | Path) -> Student:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     try:
         return _build(path, metadata, names)
-    except (KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except ComponentsError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has incomplete or malformed metadata: {error!r}") from error
 
 
@@ -153,14 +158,14 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
     components = Components(
         **modules,
         tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(json.dumps(metadata["tokenizer"])),
+            tokenizer_object=_tokenizer(path, metadata["tokenizer"]),
             **metadata["tokenizer_settings"],
         ),
         scheduler_config=metadata["scheduler"],
         name=metadata["name"],
         licence=metadata["licence"],
     )
-    return Student(
+    student = Student(
         components=components,
         encoder_timestep=metadata["encoder_timestep"],
         schedules={int(steps): timesteps for steps, timesteps in metadata["schedules"].items()},
@@ -168,6 +173,29 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
         base_model=metadata["base_model"],
         provenance=metadata["provenance"],
     )
+    _check_schedules(path, student)
+    return student
+
+
+def _tokenizer(path: Path, content: Any) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # which is what the tokenizers library raises
+        raise CheckpointError(f"{path} has a malformed tokenizer: {error}") from error
+
+
+def _check_schedules(path: Path, student: Student) -> None:
+    """Raise CheckpointError unless the student can draw with every schedule it names, and names one."""
+    if not student.schedules:
+        raise CheckpointError(f"{path} names no schedule that it was trained for")
+    for steps, timesteps in student.schedules.items():
+        if any(type(t) is not int for t in [student.encoder_timestep, *timesteps]) or len(timesteps) != steps:
+            found = f"{timesteps} and {student.encoder_timestep!r} for the encoder"
+            raise CheckpointError(f"{path}: expected {steps} timesteps, and one for the encoder, found {found}")
+        try:
+            student.tiue(steps)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
