@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tolerances import REORDERED
 
@@ -165,18 +167,126 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path):
         distil(tmp_path, learning_rate=0.1)
 
 
-def test_a_run_begins_from_an_initial_student(tmp_path):
-    components = dataclasses.replace(tiny.emoji(), name="started")
+def changed(components):
+    """Other weights of the UNet, in one layer."""
     with torch.no_grad():
         components.unet.conv_out.bias += 1.0
+    return components
+
+
+@pytest.mark.parametrize("name", ["teacher", "prompts", "init"])
+def test_a_run_is_not_resumed_with_another(tmp_path, name):
+    distil(tmp_path, iterations=1)
+    given = {
+        "teacher": changed(tiny.emoji()) if name == "teacher" else tiny.emoji(),
+        "prompts": PROMPTS[::-1] if name == "prompts" else PROMPTS,
+        "initial": Student(tiny.emoji(), 751, {4: [751, 501, 251, 1]}) if name == "init" else None,
+    }
+    with pytest.raises(ValueError, match=rf"another configuration: {name} \S+ -> '[0-9a-f]{{16}}'$"):
+        Distillation(**given, out=tmp_path, config=CONFIG)
+
+
+def test_a_mistake_leaves_no_run_behind(tmp_path):
+    initial = Student(tiny.emoji(), 501, {2: [501, 1]})
+    with pytest.raises(ValueError, match="this run needs"):
+        Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_writes_the_configuration_and_all_compare(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 1}))
+    with pytest.raises(ValueError, match="seed 1 -> 0"):
+        Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG)
+
+
+def test_two_processes_make_one_run(tmp_path, teacher_directory, prompts_file, capsys):
+    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path)]
+    flags += ["--iterations", "2", "--batch-size", "1", "--lora-rank", "2", "--accumulate", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    # As `accelerate launch --cpu` starts them.
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tiue", *flags],
+            env=os.environ | address | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert load_student(tmp_path / "student.safetensors").provenance["history"]
+    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 3
+    assert main(flags) == 2
+    assert "another configuration: processes 2 -> 1" in capsys.readouterr().err
+
+
+class LossScaled(Accelerator):
+    """What fp16 is on a GPU: losses are scaled, here by far too much, and steps that overflow are skipped."""
+
+    mixed_precision = "fp16"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.native_amp = True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-30)
+
+
+def test_an_overflow_skips_the_update_and_its_average(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiue.distill.Accelerator", LossScaled)
+    config = dataclasses.replace(CONFIG, iterations=2, kl_weight=1e3)
+    run = Distillation(tiny.emoji(), PROMPTS, tmp_path, config)
+    run.run(progress=False)
+    rows = list(csv.DictReader((tmp_path / "losses.csv").read_text().splitlines()))
+    assert [row["student_grad"] in ("inf", "nan") for row in rows] == [True, False]
+    assert run.ema.optimization_step == 1
+    assert run.accelerator.scaler.get_scale() == pytest.approx(1e8)
+
+    resumed = Distillation(tiny.emoji(), PROMPTS, tmp_path, config)
+    resumed.run(progress=False)
+    assert resumed.accelerator.scaler.get_scale() == pytest.approx(1e8)
+
+
+def test_a_run_from_before_its_loss_scale_was_kept_goes_on(tmp_path, monkeypatch):
+    distil(tmp_path, iterations=2)
+    monkeypatch.setattr("tiue.distill.Accelerator", LossScaled)
+    distil(tmp_path, iterations=3)
+
+
+def test_divergence_is_one_line_and_exit_1(tmp_path, teacher_directory, prompts_file, capsys):
+    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path)]
+    assert main([*flags, "--batch-size", "1", "--lora-rank", "2", "--learning-rate", "1e30"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("python -m tiue: error: step 2: a loss or a gradient is not finite: vsd nan, kl nan")
+    assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments, config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tiue.cli._distill", interrupted)
+    assert main(["--teacher", "t", "--prompts", "p.txt", "--out", "o"]) == 2
+    assert capsys.readouterr().err == "python -m tiue: error: interrupted\n"
+
+
+def test_a_run_begins_from_an_initial_student(tmp_path):
+    components = dataclasses.replace(changed(tiny.emoji()), name="started")
     initial = Student(components, 751, {4: [751, 501, 251, 1]}, provenance={"history": ["warm"]})
     run = Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
     assert torch.equal(run.tiue.unet.conv_out.bias, components.unet.conv_out.bias)
     assert run._finished().provenance["history"][0] == "warm"
     assert run._finished().components.name == "started"
-    other = dataclasses.replace(initial, schedules={2: [501, 1]}, encoder_timestep=501)
-    with pytest.raises(ValueError, match="this run needs"):
-        Distillation(tiny.emoji(), PROMPTS, tmp_path / "other", CONFIG, initial=other)
 
 
 def test_a_student_with_a_shared_up_block(tmp_path):
@@ -187,7 +297,8 @@ def test_a_student_with_a_shared_up_block(tmp_path):
 def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
     distil(tmp_path, iterations=2)
     settings = json.loads((tmp_path / "config.json").read_text())
-    del settings["shared_up_blocks"]
+    for name in ("shared_up_blocks", "teacher", "prompts", "init", "processes"):
+        del settings[name]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="another configuration: shared_up_blocks 0 -> 1"):
         distil(tmp_path, iterations=4, shared_up_blocks=1)
@@ -204,6 +315,7 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
         (["--learning-rate", "nan"], "learning_rate must be positive"),
         (["--init", "{tmp}/none.safetensors"], "no such checkpoint"),
         (["--preset", "{tmp}/none.json"], "none.json: No such file"),
+        (["--out", f"{__file__}/out"], "Not a directory"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(tmp_path, teacher_directory, prompts_file, capsys, flags, message):

@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it went well, 2 (and one line on stderr) for a user's mistake."""
+    """Run the command. Returns 0; 1 if the training diverged; 2 if it cannot run. All but 0 say why in one line."""
     arguments = parser().parse_args(argv)
     try:
         settings = read_preset(arguments.preset) if arguments.preset else {}
@@ -100,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name:20} {value}")
             return 0
         return _distill(arguments, config)
-    except ValueError as error:
-        print(f"python -m tiue: error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 2)
 
 
 def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
@@ -115,10 +116,18 @@ def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     from tiue.checkpoint import load_student
     from tiue.components import load_components
-    from tiue.distill import Distillation
+    from tiue.distill import Distillation, DivergedError
 
     teacher = load_components(arguments.teacher)
     initial = load_student(arguments.init) if arguments.init else None
     run = Distillation(teacher, prompts, arguments.out, config, initial=initial, sample_prompts=samples)
-    print(f"student written to {run.run()}")
+    try:
+        print(f"student written to {run.run()}")
+    except DivergedError as error:
+        return _fail(str(error), 1)
     return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"python -m tiue: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

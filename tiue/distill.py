@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,10 @@ from tiue.prompts import PromptOrder
 from tiue.schedule import ddim_timesteps
 from tiue.scores import Scores
 from tiue.unet import TiUE, check_shared_up_blocks
+
+
+class DivergedError(RuntimeError):
+    """Losses or gradients are no longer finite; the message gives the iteration and the values, in one line."""
 
 
 class _Predict(nn.Module):
@@ -53,7 +57,8 @@ class Distillation:
         sample_prompts: drawn in a grid every `sample_every` iterations (by default the first eight prompts).
 
     Raises:
-        ValueError: the run in `out` was begun with another configuration, or `initial` has another schedule.
+        ValueError: the run in `out` was begun with another configuration, teacher, initial student, number of
+            processes or other prompts; or `initial` has another schedule.
     """
 
     def __init__(
@@ -67,7 +72,6 @@ class Distillation:
         sample_prompts: Sequence[str] | None = None,
     ):
         check_shared_up_blocks(teacher.unet, config.shared_up_blocks)
-        runs.claim(out, config)
         self.config, self.out, self._teacher = config, out, teacher
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out)
         device = self.accelerator.device
@@ -76,6 +80,13 @@ class Distillation:
         self.student = _student(teacher, timesteps, initial, config.shared_up_blocks)
         tiue = self.student.tiue()
         tiue.unet.requires_grad_(True)
+        identity = {
+            "teacher": runs.fingerprint(teacher.unet, teacher.text_encoder),
+            "prompts": runs.digest(prompts),
+            "init": None if initial is None else runs.fingerprint(initial.components.unet),
+            "processes": self.accelerator.num_processes,
+        }
+        runs.claim(out, config, identity, write=self.accelerator.is_main_process)
         # DDIM clips unless told otherwise, which the method never does.
         self.scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
         self.scheduler.set_timesteps(config.steps)
@@ -96,11 +107,13 @@ class Distillation:
         self._samples = samples, self._encode(samples)
 
     def run(self, progress: bool = True) -> Path:
-        """Distil to the end, and return the path of the averaged student, `<out>/student.safetensors`."""
+        """Distil to the end, and return the path of the averaged student, `<out>/student.safetensors`.
+
+        Raises DivergedError, before anything of it is saved.
+        """
         config, main = self.config, self.accelerator.is_main_process
         first = runs.restore(self.out, self._state(), self.accelerator.device)
         self.accelerator.init_trackers("tensorboard")
-        log = runs.Log(self.out / "losses.csv", first) if main else None
         bar = tqdm(
             range(first, config.iterations),
             initial=first,
@@ -108,29 +121,30 @@ class Distillation:
             disable=not (progress and main),
             desc="distil",
         )
-        for step in bar:
-            begun = time.perf_counter()
-            values = self._update(step)
-            if not all(map(math.isfinite, values.values())):
-                raise RuntimeError(f"step {step}: a loss is not finite: {values}")
-            self.ema.step(self.tiue.parameters())
-            values["seconds"] = time.perf_counter() - begun
-            self.accelerator.log(values, step=step + 1)
-            bar.set_postfix({name: f"{values[name]:.4g}" for name in ("vsd", "kl", "fake")})
-            if log is not None:
-                log.write(step + 1, values)
-                if (step + 1) % config.sample_every == 0:
-                    self._draw_samples(step + 1)
-                if (step + 1) % config.checkpoint_every == 0:
-                    runs.save(self.out, self._state(), step + 1, config.keep)
-        if log is not None:
-            log.close()
-        self.accelerator.end_training()
+        with ExitStack() as stack:
+            stack.enter_context(bar)
+            log = stack.enter_context(closing(runs.Log(self.out / "losses.csv", first))) if main else None
+            for step in bar:
+                begun = time.perf_counter()
+                values = self._update(step)
+                self._check(step, values)
+                if not self.student_optimizer.step_was_skipped:
+                    self.ema.step(self.tiue.parameters())
+                values["seconds"] = time.perf_counter() - begun
+                self.accelerator.log(values, step=step + 1)
+                bar.set_postfix({name: f"{values[name]:.4g}" for name in ("vsd", "kl", "fake")})
+                if log is not None:
+                    log.write(step + 1, values)
+                    if (step + 1) % config.sample_every == 0:
+                        self._draw_samples(step + 1)
+                    if (step + 1) % config.checkpoint_every == 0:
+                        runs.save(self.out, self._state(), step + 1, config.keep)
         path = self.out / "student.safetensors"
         if main:
             with self._averaged():
                 save_student(path, self._finished())
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # the processes part
         return path
 
     def _update(self, step: int) -> dict[str, float]:
@@ -155,6 +169,14 @@ class Distillation:
                 _add(totals, config.accumulate * config.fake_steps, fake=loss)
             totals["fake_grad"] = self._optimize(self.fake_optimizer, self.scores.parameters())
         return totals
+
+    def _check(self, step: int, values: dict[str, float]) -> None:
+        """Raise DivergedError for what is not finite: with fp16 of the losses, else of the gradients, too."""
+        # With fp16 the gradients are scaled; those that overflow are not applied, and the scale is lowered.
+        names = ["vsd", "kl", "fake"] if self.accelerator.scaler is not None else list(values)
+        if not all(math.isfinite(values[name]) for name in names):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise DivergedError(f"step {step + 1}: a loss or a gradient is not finite: {shown}")
 
     def _student_losses(self, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
@@ -216,12 +238,14 @@ class Distillation:
         return float(norm)
 
     def _state(self) -> dict[str, runs.Stateful]:
+        scaler = self.accelerator.scaler
         return {
             "student": runs.Tensors(self.tiue.parameters()),
             "fake_score": runs.Tensors(self.scores.parameters()),
             "student_optimizer": self.student_optimizer,
             "fake_optimizer": self.fake_optimizer,
             "ema": self.ema,
+            **({} if scaler is None else {"grad_scaler": scaler}),
         }
 
     @contextmanager

@@ -1,16 +1,17 @@
-"""The files of a run: its configuration, its checkpoints and its log. All are written whole or not at all."""
+"""The files of a run. Its configuration and its checkpoints are written whole or not at all; its log grows by rows."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiue.config import DistillConfig
 
@@ -43,20 +44,43 @@ class Tensors:
             tensor.copy_(state[str(index)])
 
 
-def claim(out: Path, config: DistillConfig) -> None:
+def fingerprint(*modules: nn.Module) -> str:
+    """16 hex digits by which weights are known again: of all tensors the name, the shape and some 100 values."""
+    hashed = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            values = tensor.detach().flatten()
+            values = values[:: values.numel() // 64 | 1]  # odd, so that it does not stay within a column
+            hashed.update(f"{name} {list(tensor.shape)}".encode())
+            hashed.update(values.double().cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def digest(texts: Sequence[str]) -> str:
+    """16 hex digits by which texts, in their order, are known again."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
+
+
+def claim(out: Path, config: DistillConfig, identity: Mapping[str, str | int | None], write: bool = True) -> None:
     """Make `out` the directory of a run with `config`.
+
+    Args:
+        identity: what else must be the same when the run is resumed, by name.
+        write: False in all processes of a run but one, which only compare.
 
     Raises:
         ValueError: it holds a run with another configuration; the message lists the differences.
     """
-    path, settings = out / "config.json", dataclasses.asdict(config)
+    path, settings = out / "config.json", dataclasses.asdict(config) | identity
     if path.exists():
-        # A setting younger than the run had its default.
-        begun = dataclasses.asdict(DistillConfig()) | json.loads(path.read_text(encoding="utf-8"))
+        # A setting younger than the run had its default; what it was begun with is not known, if it does not say.
+        begun = dataclasses.asdict(DistillConfig()) | identity | json.loads(path.read_text(encoding="utf-8"))
         names = [n for n in settings if n not in _FREE and begun[n] != settings[n]]
         if names:
             differences = ", ".join(f"{n} {begun[n]!r} -> {settings[n]!r}" for n in names)
             raise ValueError(f"{out} holds a run with another configuration: {differences}")
+    if not write:
+        return
     out.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +105,8 @@ def restore(out: Path, state: Mapping[str, Stateful], device: torch.device) -> i
         return 0
     saved = torch.load(found[-1], map_location=device, weights_only=True)
     for name, part in state.items():
-        part.load_state_dict(saved[name])
+        if name in saved or name != "grad_scaler":  # which runs did not always keep: it finds its scale again
+            part.load_state_dict(saved[name])
     return saved["step"]
 
 
@@ -92,10 +117,14 @@ class Log:
         kept: list[list[str]] = []
         if path.exists():
             with path.open(newline="") as file:
-                kept = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) <= first]
-        self._file = path.open("w", newline="")
+                whole = [line for line in file if line.endswith("\n")]  # a run may have stopped within a row
+            kept = [row for row in csv.reader(whole) if row and (row[0] == "step" or int(row[0]) <= first)]
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("w", newline="") as file:
+                csv.writer(file).writerows(kept)
+            temporary.replace(path)
+        self._file = path.open("a", newline="")
         self._rows = csv.writer(self._file)
-        self._rows.writerows(kept)
         self._empty = not kept
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
