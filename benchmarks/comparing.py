@@ -150,6 +150,7 @@ class _Process:
         self._name, self._entry, self._conditions, self._measured = name, entry, conditions, measured
         self._scratch = scratch
         self._memory = Memory()
+        self._gpu_bytes = 0
         given = {"kind": entry.kind, "directory": str(entry.directory), "options": dict(entry.options)}
         given |= {"device": entry.device, "threads": conditions.threads}
         self._command = [entry.python, "-m", "benchmarks.contender", json.dumps(given)]
@@ -247,7 +248,9 @@ class _Process:
         watched = self._entry.device.startswith(GPUS)
         before = gpu_used_bytes() if watched else 0
         yield
-        self._measured.gpu_bytes += gpu_used_bytes() - before if watched else 0
+        if watched:
+            self._gpu_bytes += gpu_used_bytes() - before
+            self._measured.gpu_bytes = max(self._measured.gpu_bytes, self._gpu_bytes)
 
 
 def _said(measured: Measured) -> str:

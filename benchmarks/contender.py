@@ -43,11 +43,13 @@ class Contender(Protocol):
 class Tiue:
     """A bundle through tiue_runtime."""
 
-    def __init__(self, directory: Path, device: str, *, memory: Any = "parallel", vae: Any = "kl", **options: Any):
+    def __init__(
+        self, directory: Path, device: str, threads: int, *, memory: Any = "parallel", vae: Any = "kl", **options: Any
+    ):
         """memory: of each request; vae: by default the kind that the peers have; options: others of `Pipeline.load`."""
         from tiue_runtime import Pipeline
 
-        self._pipe = Pipeline.load(directory, device=device, vae=vae, memory=memory, **options)
+        self._pipe = Pipeline.load(directory, device=device, vae=vae, memory=memory, threads=threads, **options)
         self._memory: Any = memory
         self._to_record = options.get("cuda_graphs", False)
         self._recorded: set[tuple[int, ...]] = set()
@@ -101,7 +103,7 @@ class Tiue:
 def make(kind: str, directory: Path, device: str, threads: int, options: dict[str, Any]) -> Contender:
     """Load a contender; kind is one of `kinds.KINDS`."""
     if kind == "tiue":
-        return Tiue(directory, device, **options)
+        return Tiue(directory, device, threads, **options)
     if kind == "torch":
         return Student(directory, device, threads, **options)
     if kind == "diffusers":
@@ -138,7 +140,7 @@ def _about(array: Float32) -> dict[str, Any]:
 def main(argument: str, requests: TextIO, replies: TextIO) -> int:
     """Serve requests until there are no more. argument: JSON with kind, directory, device, threads, options."""
     given = json.loads(argument)
-    # The cores are the limit that both keep to: tiue_runtime starts as many threads as it may use cores.
+    # Some libraries start threads of their own; cores are the limit that all keep to.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given["threads"]])
     given["directory"] = Path(given["directory"])

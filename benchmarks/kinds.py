@@ -132,6 +132,7 @@ class Workplace:
             self._make_or_skip(taesd, "benchmarks.pipelines", "taesd", taesd)
             flags += ["--vae", "kl,tiny", "--vae-path", taesd]
         suffix = "" if list(steps) == [_STEPS] else f"-steps{'-'.join(map(str, steps))}"
+        suffix += "-tiny" if tiny else ""
         directory = self.work / f"{self.model}-bundle-{name}{suffix}"
         self._make_or_skip(directory, "export.onnx", "--ckpt", self.pipeline, "--out", directory, *flags)
         return directory

@@ -18,9 +18,9 @@ with --apart, process by process, for when memory does not hold all. Before anyt
 predictions are compared, which must be one network's, and the latents and pictures of those that share an algorithm.
 What cannot run is left out with its reason. Whose output is wrong is not timed, and the command fails.
 
-Everything needed is made once in --work: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32. Random weights make
-noise, but cost what trained ones cost. Not run so far: anything on a GPU, which must have nothing else to do, or
-"GPU, GiB" is wrong.
+Everything needed is made once in --work, and used as it is from then on: MODEL (the pipeline), MODEL-optimum,
+MODEL-bundle-fp32 (-tiny with a tiny VAE). Random weights make noise, but cost what trained ones cost. Not run so far:
+anything on a GPU, which must have nothing else to do, or "GPU, GiB" is wrong.
 """
 
 import argparse

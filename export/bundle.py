@@ -23,17 +23,16 @@ from tiue.checkpoint import Student
 from tiue.components import Components
 from tiue.schedule import closed_form
 
+from .calibrate import PROMPTS, Calibration
 from .card import model_card
 from .errors import ExportError
 from .files import EXTERNAL_ABOVE, GraphWriter
 from .graphs import Form, forget_graphs, unet_graphs, vae_decoder_graph
 from .memory import give_back
 from .optimum_parts import text_encoder_graph
-from .parity import Checker, Row, judge
+from .parity import INT8_FLOOR_DB, PSNR_FLOOR_DB, Checker, Row, judge
 from .precision import store_float16, store_int8
 from .source import check_tiny_vae
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,22 @@ class Options:
 
     name: str | None = None  # the model's by default
     targets: tuple[str, ...] = ()  # of bundle.VARIANTS; by default portable, and cpu where weights have their own file
-    precision: str = "fp32"  # what the graphs compute in: fp32, or fp16 with the parts that overflow in fp32
+    # What the graphs compute in: fp32; fp16 with the parts that overflow in fp32; int8 with what loses most in fp32.
+    precision: str = "fp32"
     weights: str | None = None  # how the files store them, fp32 or fp16; as the graphs compute by default
     text_encoder: str = "fp32"  # or int8, which is storage, too
     tiny_vae: AutoencoderTiny | None = None  # a decoder that comes with the model's own, or takes its place
     vaes: tuple[str, ...] = ()  # of bundle.VAE_KINDS, the default first; the model's own by default
+    calibration_prompts: tuple[str, ...] = PROMPTS  # what int8 measures the ranges of activations on
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.precision == "fp16" and self.weights == "fp32":
             raise ExportError("--weights fp32: what computes in fp16 has fp16 weights; leave it out")
+        if self.precision == "fp16" and self.targets == (bundle.CPU,):
+            raise ExportError("--precision fp16: the cpu target computes in fp32; --weights fp16 halves its files")
+        if self.precision == "int8" and bundle.CUDA in self.targets:
+            raise ExportError("--precision int8: CUDA has no such kernels; export the cuda target in fp16")
         if ("tiny" in self.vaes) != (self.tiny_vae is not None):
             raise ExportError(
                 "--vae tiny and --vae-path, the directory of a diffusers AutoencoderTiny, need each other"
@@ -60,12 +65,14 @@ class Options:
     @property
     def stored(self) -> str:
         """How the files store weights."""
-        return self.weights or self.precision
+        return self.weights or ("fp32" if self.precision == "int8" else self.precision)
 
     @property
-    def exact(self) -> bool:
-        """Whether the bundle must match PyTorch to float32 rounding."""
-        return (self.precision, self.stored, self.text_encoder) == ("fp32", "fp32", "fp32")
+    def floor_db(self) -> float | None:
+        """The PSNR that latents and pictures must reach; None where they must match PyTorch to float32 rounding."""
+        if self.precision == "int8":
+            return INT8_FLOOR_DB
+        return None if (self.precision, self.stored, self.text_encoder) == ("fp32",) * 3 else PSNR_FLOOR_DB
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -98,7 +105,7 @@ def export_bundle(
     options = replace(options, targets=options.targets or _default_targets(student))
     if options.tiny_vae is not None:
         check_tiny_vae(options.tiny_vae, student.components)
-    out = out.absolute()
+    out = out.resolve()  # what a link points to is replaced, not the link
     building = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # the same file system, so that moving is renaming
     missing = [parent for parent in out.parents if not parent.exists()]
     try:
@@ -107,10 +114,11 @@ def export_bundle(
         _write_graphs(building, student, manifest, options, progress)
         _write_tokenizer(building / bundle.TOKENIZER, student.components)
         progress("checking the graphs against PyTorch")
-        checker = Checker(building, manifest, student, dict(_image_decoders(student, options)), options.exact)
+        vaes = dict(_image_decoders(student, options))
+        checker = Checker(building, manifest, student, vaes, exact=options.floor_db is None)
         rows = checker.check()
         report(rows)
-        judge(rows, options.exact)
+        judge(rows, options.floor_db)
         manifest = replace(manifest, memory=checker.memory)
         (building / "README.md").write_text(model_card(manifest), encoding="utf-8")
         bundle.write_bundle(building, manifest)
@@ -132,7 +140,7 @@ def _write_graphs(
     progress: Callable[[str], None],
 ) -> None:
     writer = GraphWriter(directory, share=len(options.targets) > 1)
-    dtype = _DTYPES[options.precision]
+    dtype = torch.float16 if options.precision == "fp16" else torch.float32
 
     def write(variant: str, name: str, graph: ir.Model) -> None:
         if options.stored == "fp16":
@@ -151,11 +159,18 @@ def _write_graphs(
         form = Form(target, torch.float32 if target == bundle.CPU else dtype)
         progress(f"exporting the UNet's encoder and decoder, {target}")
         graphs = list(unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length, form))
+        calibration = None
+        if options.precision == "int8":
+            calibration = Calibration(student, manifest, options.calibration_prompts, progress)
+            calibration.unet(*graphs)
         write(target, bundle.UNET_DECODER, graphs.pop())
         write(target, bundle.UNET_ENCODER, graphs.pop())
         for name, vae in _image_decoders(student, options):
             progress(f"exporting {name}, {target}")
-            write(target, name, vae_decoder_graph(vae, form))
+            graph = vae_decoder_graph(vae, form)
+            if calibration:
+                calibration.vae(graph)
+            write(target, name, graph)
         forget_graphs()
         give_back()
 
@@ -226,7 +241,7 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
         schedules=schedules,
         default_steps=max(schedules),
-        precision=options.stored,
+        precision="int8" if options.precision == "int8" else options.stored,
         variants=_variants(options, vaes),
         vaes=vaes,
     )
@@ -246,14 +261,14 @@ def _write_tokenizer(path: Path, components: Components) -> None:
 
 def _move_into_place(building: Path, out: Path) -> None:
     """Rename; a bundle that is there steps aside first, and comes back if that fails."""
-    if not out.exists():
-        building.rename(out)
-        return
     aside = out.with_name(f".{out.name}.{os.getpid()}.old")
-    out.rename(aside)
     try:
+        if out.exists():
+            out.rename(aside)
         building.rename(out)
-    except BaseException:
-        aside.rename(out)
-        raise
-    shutil.rmtree(aside)
+    finally:
+        if aside.exists():
+            if out.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(out)

@@ -12,7 +12,7 @@ tags: [text-to-image, onnx, tiue]
 A text-to-image model in four ONNX graphs, for tiue-runtime: one pass of the UNet's encoder, then its decoder
 at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 
-- Distilled from: {base_model}
+- Made from: {base_model}
 - Licence: {licence}
 - Default size: {width} x {height} pixels; sides are multiples of {multiple}
 - Steps: {all_steps}

@@ -1,6 +1,5 @@
 """How much memory a run of a graph takes, so that the runtime can choose what fits."""
 
-import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from tiue_runtime import memory
 from tiue_runtime.bundle import MemoryUse
 
 T = TypeVar("T")
@@ -53,11 +53,9 @@ def _furthest(terms: Array, candidate: Array) -> float:
 
 
 def give_back() -> None:
-    """Return what is no longer used to the system, where the C library can (glibc)."""
+    """Return what is no longer used to the system, cycles included, where the C library can (glibc)."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    memory.give_back()
 
 
 def _status(field: str) -> int:

@@ -28,7 +28,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from .bundle import Options, check_target, export_bundle
     from .errors import ParityError
     from .parity import table
-    from .source import load_source
+    from .source import is_declared, load_source
 
     source = arguments.ckpt  # not yet a Path, which would make the Hub id owner/name of ./owner/name
     out = Path(arguments.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
@@ -42,10 +42,16 @@ def _export(arguments: argparse.Namespace) -> int:
             tiny_vae=load_tiny_vae(arguments.vae_path) if arguments.vae_path else None,
             vaes=arguments.vae,
             overwrite=arguments.overwrite,
+            **_calibration(arguments.calibration_prompts),
         )
         check_target(out, arguments.overwrite)
         _progress(f"loading {source}")
         student = load_source(source, arguments.steps, arguments.base, arguments.shared_up_blocks)
+        if not is_declared(source):
+            _show_warning(
+                f"{source} does not say what it was trained for, and is taken for a TiUE student of "
+                f"{max(student.schedules)} steps; a UNet that was not distilled so makes poor pictures"
+            )
         export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     except ParityError as error:
         return _fail(str(error), 1)
@@ -94,9 +100,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16"),
+        choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="what graphs compute in; fp16 is for GPUs, and keeps in fp32 what overflows (default: fp32)",
+        help="what graphs compute in; fp16 is for GPUs, and keeps in fp32 what overflows; int8 is for CPUs, and keeps "
+        "in fp32 what loses most (default: fp32)",
+    )
+    parser.add_argument(
+        "--calibration-prompts",
+        metavar="FILE",
+        help="for --precision int8: prompts, one a line, that the ranges of activations are measured on (default: 16 "
+        "of all kinds)",
     )
     parser.add_argument(
         "--weights",
@@ -117,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         "--text-encoder", choices=("fp32", "int8"), default="fp32", help="int8 quarters the text encoder"
     )
     return parser
+
+
+def _calibration(path: str | None) -> dict[str, tuple[str, ...]]:
+    from tiue.prompts import load_prompts
+
+    return {"calibration_prompts": tuple(load_prompts(Path(path)))} if path else {}
 
 
 def _list_of(*allowed: str) -> Callable[[str], tuple[str, ...]]:

@@ -62,6 +62,11 @@ def load_source(
     return student
 
 
+def is_declared(path_or_id: str | Path) -> bool:
+    """Whether a source says itself what it was trained for. Raises ExportError for a damaged file."""
+    return Path(path_or_id).is_file() and _is_student(Path(path_or_id))
+
+
 def _is_student(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as file:

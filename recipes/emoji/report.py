@@ -93,7 +93,7 @@ def draw_student(student: Student, captions: list[str]) -> np.ndarray:
     for start, part in _batches(captions):
         text = encode_text(components, part)
         noise = _noise(range(start, start + len(part)), components.unet.config)
-        with torch.autocast(text.device.type, torch.bfloat16):
+        with loop.autocast(text.device.type):
             images.append(decode(components.vae, model(noise.to(text.device), text)))
     return torch.cat(images).numpy()
 

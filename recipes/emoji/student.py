@@ -62,7 +62,7 @@ def sample_teacher(
     """
     device = pipeline.unet.device
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    with torch.autocast(device.type, torch.bfloat16):
+    with loop.autocast(device.type):
         return pipeline(
             prompt_embeds=text.to(device),
             negative_prompt_embeds=null.expand_as(text).to(device),
@@ -132,7 +132,9 @@ def distil(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out
             load_components(teacher),
             all_captions(drawings),
             out,
-            preset.distil,
+            preset.distil
+            if loop.computes_in_bf16(loop.device().type)
+            else replace(preset.distil, mixed_precision="no"),
             initial=load_student(initial),
             sample_prompts=draw_captions(drawings, 32, preset.seed + 1),
         )

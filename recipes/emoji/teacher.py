@@ -53,7 +53,7 @@ def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256
         tokens = tokenizer(texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt").to(
             text_encoder.device
         )
-        with torch.autocast(text_encoder.device.type, torch.bfloat16):
+        with loop.autocast(text_encoder.device.type):
             hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         parts.append(hidden.half().cpu())
     return torch.cat(parts)
