@@ -128,7 +128,9 @@ def _run(
         options.intra_op_num_threads = torch.get_num_threads()
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
-        results = [dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in runs]
+        results: list[dict[str, Any]] = [
+            dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in runs
+        ]
     count = (len(names) - len(outputs)) // 3
     figures = [[[result[f"range.{i}.{j}"] for j in range(3)] for i in range(count)] for result in results]
     return np.array(figures, np.float64), [{name: result[name] for name in outputs} for result in results]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiue_runtime
 from tiue_runtime import Pipeline, pipeline
+from tiue_runtime import graph as graph_module
 from tiue_runtime.bundle import GRAPHS, Bundle, write_bundle
 from tiue_runtime.errors import BundleError, Cancelled, InferenceError
 from tiue_runtime.noise import gaussian
@@ -206,6 +207,18 @@ def rewrite(copy, graph, source):
     manifest = Bundle.load(copy).manifest
     (copy / f"{graph}.onnx").write_bytes((copy / f"{source}.onnx").read_bytes())
     write_bundle(copy, manifest)
+
+
+def test_the_cpu_loads_all_graphs_at_once(tiny, monkeypatch):
+    together, create = threading.Barrier(4), graph_module.create_session
+
+    def create_session(*arguments):
+        together.wait(timeout=30)  # BrokenBarrierError if one does not come
+        return create(*arguments)
+
+    monkeypatch.setattr(graph_module, "create_session", create_session)
+    pipe = Pipeline.load(tiny, device="cpu")
+    assert all(loaded.loaded for loaded in pipe._graphs())
 
 
 @pytest.mark.parametrize(

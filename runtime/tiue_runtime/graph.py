@@ -72,6 +72,11 @@ class Graph:
             self._check(self)
         return session
 
+    @property
+    def loaded(self) -> bool:
+        """Whether a session is there."""
+        return self._session is not None
+
     def unload(self) -> None:
         """Let go of the session and its memory, once nobody uses it any more; the next call loads it again."""
         if self._session is not None:

@@ -9,8 +9,9 @@ z_0 / scaling + shift -> vae_decoder -> image
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -112,6 +113,8 @@ class Pipeline:
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
 
+        now = memory != "low" and device.kind != "cpu"  # there, all at once
+
         def graph(name: str, check: Callable[[Graph], object]) -> Graph:
             path = bundle.graph_path(name, self.variant)
             chosen, recording = with_cache(settings, device, bundle.directory, path), self._cuda_graphs
@@ -119,11 +122,8 @@ class Pipeline:
             # recording.
             if name == contract.TEXT_ENCODER:
                 chosen, recording = replace(chosen, cuda_graphs=False), None
-            try:
-                return Graph(path, device, chosen, recording, check=check, load=memory != "low")
-            except OutOfMemoryError as error:
-                without = " and without cuda_graphs" if self.cuda_graphs else ""
-                raise self._out_of_memory(error, f'load with memory="low"{without}') from error
+            with self._loading():
+                return Graph(path, device, chosen, recording, check=check, load=now)
 
         given = {contract.LATENTS, contract.TEXT}
         steps = {contract.STEP_INDEX, contract.STEP_WEIGHT}
@@ -139,6 +139,9 @@ class Pipeline:
         vae_decoder = graph(manifest.vaes[self.vae], lambda g: g.expect({contract.LATENTS}, {contract.IMAGE}))
         remedy = self._overflow_remedy(vae=True)
         self._decode_image = ImageDecoder(vae_decoder, manifest.vaes[self.vae], manifest, self._budget, remedy)
+        if memory != "low":
+            with self._loading():
+                self._load_graphs()
 
     @classmethod
     def load(
@@ -303,8 +306,7 @@ class Pipeline:
                 first = self._text_encoder if request.prompts is not None else self._unet_encoder
                 self._unload(*(graph for graph in self._graphs() if graph is not first))
             else:
-                for graph in self._graphs():
-                    graph.session()  # before free memory is looked up, if a call with "low" let go of it
+                self._load_graphs()  # before free memory is looked up, if a call with "low" let go of them
             with self._budget.request(), self._cuda_graphs.turn() if self._cuda_graphs else nullcontext():
                 text = self._encode_text(request, run)
                 z_0, mode = self._denoise(request, text, run, callback, decoded=output_type != "latent")
@@ -410,6 +412,23 @@ class Pipeline:
     def _graphs(self) -> tuple[Graph, ...]:
         """All graphs, in the order they run."""
         return self._text_encoder, self._unet_encoder, self._unet_decoder, self._decode_image.graph
+
+    def _load_graphs(self) -> None:
+        """Load those that are not loaded: on the CPU side by side, since to load one is the work of one thread."""
+        missing = [graph for graph in self._graphs() if not graph.loaded]
+        at_once = len(missing) if self._unet_decoder.device.kind == "cpu" else 1
+        if missing:
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(Graph.session, missing))
+
+    @contextmanager
+    def _loading(self) -> Generator[None]:
+        """Say what helps if memory does not suffice for all graphs."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            without = " and without cuda_graphs" if self.cuda_graphs else ""
+            raise self._out_of_memory(error, f'load with memory="low"{without}') from error
 
     def _used(self, graph: Graph, request: Request) -> None:
         """Let go of a graph whose turn is over, if the request is to take little memory."""
