@@ -113,7 +113,7 @@ class Pipeline:
         self._cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
 
-        now = memory != "low" and device.kind != "cpu"  # there, all at once
+        now = memory != "low" and device.kind != "cpu"  # there, two at a time
 
         def graph(name: str, check: Callable[[Graph], object]) -> Graph:
             path = bundle.graph_path(name, self.variant)
@@ -414,9 +414,12 @@ class Pipeline:
         return self._text_encoder, self._unet_encoder, self._unet_decoder, self._decode_image.graph
 
     def _load_graphs(self) -> None:
-        """Load those that are not loaded: on the CPU side by side, since to load one is the work of one thread."""
+        """Load those that are not loaded: on the CPU two at a time, since to load one is the work of one thread.
+
+        SD 2.1 on 2 cores: 6.4 s, one by one 15.3 s, all four at once 7.6 s, and each graph takes memory meanwhile.
+        """
         missing = [graph for graph in self._graphs() if not graph.loaded]
-        at_once = len(missing) if self._unet_decoder.device.kind == "cpu" else 1
+        at_once = 2 if self._unet_decoder.device.kind == "cpu" else 1
         if missing:
             with ThreadPoolExecutor(at_once) as pool:
                 list(pool.map(Graph.session, missing))
