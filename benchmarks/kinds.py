@@ -19,7 +19,11 @@ from .peers import ddim_steps, noise_levels
 _TORCH = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Of these, one is installed; CUDA's libraries come by extras.
 _ORT = ("onnxruntime", "onnxruntime-gpu[cuda,cudnn]", "onnxruntime-openvino")
-_EXPORTS = {"fp32": ["--target", "portable,cpu"], "fp16": ["--target", "portable,cuda", "--precision", "fp16"]}
+_EXPORTS = {
+    "fp32": ["--target", "portable,cpu"],
+    "fp16": ["--target", "portable,cuda", "--precision", "fp16"],
+    "int8": ["--target", "portable,cpu", "--precision", "int8"],
+}
 _STEPS = 4  # what a bundle is exported for where nothing else is asked
 
 
@@ -66,7 +70,7 @@ class Spec:
 class Workplace:
     """Where things are, and are made if they are not there."""
 
-    model: str  # a key of pipelines.LAYOUTS
+    model: str  # one of pipelines.PIPELINES
     work: Path
     bundles: Mapping[str, Path]  # by the name that option bundle= has; others are work/MODEL-bundle-NAME
     pythons: Mapping[str, str]  # interpreters, by contender or by kind
@@ -125,7 +129,7 @@ class Workplace:
         if name in self.bundles:
             return self.bundles[name]
         if name not in _EXPORTS:
-            raise CannotRun(f"bundle={name}: expected {' or '.join(_EXPORTS)}, or --bundle {name}=DIRECTORY")
+            raise CannotRun(f"bundle={name}: expected {', '.join(_EXPORTS)}, or --bundle {name}=DIRECTORY")
         flags: list[object] = [*_EXPORTS[name], "--steps", ",".join(map(str, steps))]
         if tiny:
             taesd = self.work / "taesd"

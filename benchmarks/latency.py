@@ -3,7 +3,7 @@
 Same UNet (random weights), same noise, same timesteps, no guidance, same threads. Contenders, each KIND or
 KIND:option=value,option=value, with device= of any of them (default: --device):
 
-- tiue: a bundle through tiue_runtime. bundle=fp32|fp16 or a --bundle's name; vae=kl|tiny;
+- tiue: a bundle through tiue_runtime. bundle=fp32|fp16|int8 or a --bundle's name; vae=kl|tiny;
   memory=parallel|sequential|low; variant=, precision=, cuda_graphs=true as in `Pipeline.load`.
 - torch: the same algorithm in PyTorch, `tiue.unet.TiUE`, eager; compile=true: through torch.compile, minutes at the
   first picture.
@@ -19,8 +19,9 @@ predictions are compared, which must be one network's, and the latents and pictu
 What cannot run is left out with its reason. Whose output is wrong is not timed, and the command fails.
 
 Everything needed is made once in --work, and used as it is from then on: MODEL (the pipeline), MODEL-optimum,
-MODEL-bundle-fp32 (-tiny with a tiny VAE). Random weights make noise, but cost what trained ones cost. Not run so far:
-anything on a GPU, which must have nothing else to do, or "GPU, GiB" is wrong.
+MODEL-bundle-fp32 (-tiny with a tiny VAE). Random weights make noise, but cost what trained ones cost; emoji is the
+default model, with its trained ones. Not run so far: anything on a GPU, which must have nothing else to do, or "GPU,
+GiB" is wrong.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from .agreement import BenchmarkError
 from .comparing import CannotRun, Conditions, Entry, Measured, compare
 from .kinds import KINDS, Spec, Workplace
 from .machine import GPUS, cpu_name, gpu_query
-from .pipelines import LAYOUTS
+from .pipelines import LAYOUTS, PIPELINES
 from .report import check_matplotlib, save, table
 
 _ON_CPU = (
@@ -79,7 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
         reasons = [*done.wrong.values(), *(f"{name}: {why}" for name, why in skipped.items())]
         return _fail("; ".join(reasons), 1 if done.wrong else 2)
     measured, left_out = done.measured, skipped | {name: f"WRONG: {why}" for name, why in done.wrong.items()}
-    about = {"model": f"{arguments.model}, random weights", **surroundings(conditions, measured)}
+    weights = "random" if arguments.model in LAYOUTS else "trained"
+    about = {"model": f"{arguments.model}, {weights} weights", **surroundings(conditions, measured)}
     print("\n".join(f"{key:<10}{value}" for key, value in about.items()))
     print(table(measured, left_out))
     if arguments.out:
@@ -126,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.latency",
         description="Time and memory of a TiUE bundle beside what else makes pictures with the same UNet.",
     )
-    parser.add_argument("--model", choices=LAYOUTS, default="sd21-base", help="tiny takes seconds")
+    parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
     parser.add_argument("--size", type=int, help="pixels, height and width (default: the model's)")
     parser.add_argument(
         "--contenders",

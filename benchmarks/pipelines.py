@@ -6,6 +6,8 @@ loading can be measured and tested without the weights. Pictures from them are n
 The tokenizer has CLIP's size (49408), length (77), special tokens, padding and order (bytes, bytes that end a word,
 48894 merges), but the merges are made up, of letters: CLIP's own vocabulary is a download. Words take about twice as
 many tokens as in CLIP; as every prompt is padded to 77, no timing changes.
+
+`emoji` is the default model with its trained weights, as a diffusers pipeline.
 """
 
 import argparse
@@ -152,7 +154,9 @@ LAYOUTS = {
         },
     ),
 }
-MODELS = (*LAYOUTS, "taesd")
+EMOJI = Path(__file__).parents[1] / "models/emoji/student.safetensors"
+PIPELINES = (*LAYOUTS, "emoji")
+MODELS = (*PIPELINES, "taesd")
 _CARD = """---
 license: apache-2.0
 ---
@@ -174,6 +178,8 @@ def write_pipeline(
 ) -> Path:
     """Write a diffusers pipeline directory; for "taesd", the directory of an AutoencoderTiny alone.
 
+    "emoji" takes no options: it is what the shipped student holds.
+
     Args:
         model: one of MODELS.
         directory: must not exist. It appears when complete.
@@ -187,14 +193,19 @@ def write_pipeline(
     _one_of("model", model, MODELS)
     _one_of("dtype", dtype, ("fp32", "fp16"))
     _one_of("scheduler", scheduler, (None, *_SCHEDULERS))
+    if model == "emoji" and (dtype, max_shard_size, scheduler, seed) != ("fp32", None, None, 0):
+        raise ValueError("emoji: expected no options, its weights are not random")
     target = Path(directory).absolute()
     if target.exists():
         raise FileExistsError(f"{directory} exists; choose another")
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         building.mkdir(parents=True)
-        (building / "README.md").write_text(_CARD.format(model=model, seed=seed), encoding="utf-8")
-        _write_parts(model, building, dtype, {"max_shard_size": max_shard_size or "100GB"}, scheduler, seed)
+        if model == "emoji":
+            _write_emoji(building)
+        else:
+            (building / "README.md").write_text(_CARD.format(model=model, seed=seed), encoding="utf-8")
+            _write_parts(model, building, dtype, {"max_shard_size": max_shard_size or "100GB"}, scheduler, seed)
         building.rename(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -248,6 +259,25 @@ def _write_parts(
     )
 
 
+def _write_emoji(directory: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from tiue.checkpoint import load_student
+
+    parts = load_student(EMOJI).components
+    (directory / "README.md").write_text(f"---\nlicense: {parts.licence}\n---\n# {parts.name}\n", encoding="utf-8")
+    StableDiffusionPipeline(
+        parts.vae,
+        parts.text_encoder,
+        parts.tokenizer,
+        parts.unet,
+        DDIMScheduler.from_config(parts.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)
+
+
 def _write_tokenizer(directory: Path, pad_token: str) -> None:
     """vocab.json, merges.txt, tokenizer.json and their configurations."""
     from transformers import CLIPTokenizerFast
@@ -298,7 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write a Stable Diffusion pipeline of the true configuration with random weights.",
     )
     parser.add_argument(
-        "model", choices=MODELS, help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: of two levels"
+        "model",
+        choices=MODELS,
+        help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: of two levels; emoji: the default model",
     )
     parser.add_argument("directory", help="where to write; must not exist")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored weights")

@@ -107,7 +107,7 @@ def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
     axes.set_xlabel("seconds per request: median, with least and most")
     axes.set_title(f"{about['model']}: {about['picture']}, batch {batch}\n{about['cpu']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=9)
     return png(figure)
 
 

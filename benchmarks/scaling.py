@@ -20,7 +20,7 @@ from .comparing import CannotRun, Conditions, Measured, compare
 from .flops import unet_flops
 from .kinds import Spec
 from .latency import add_places, progress, surroundings, workplace
-from .pipelines import LAYOUTS
+from .pipelines import PIPELINES
 from .report import check_matplotlib, png, stages, write
 
 SCHEMA = "tiue-scaling/1"
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.scaling",
         description="Time and memory of TiUE by batch, timesteps and resolution, in one figure.",
     )
-    parser.add_argument("--model", choices=LAYOUTS, default="sd21-base", help="tiny takes seconds")
+    parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
     parser.add_argument("--contender", default="tiue", help="as in benchmarks.latency (default: tiue)")
     add_places(parser)
     parser.add_argument("--size", type=int, help="pixels where another thing varies (default: the model's)")

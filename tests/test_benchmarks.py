@@ -21,6 +21,7 @@ from benchmarks.contender import Tiue
 from benchmarks.flops import unet_flops
 from benchmarks.installed import measure
 from export.onnx import main as export_main
+from tiue.checkpoint import load_student
 from tiue.components import encode_text, load_components, tokenize
 
 # Parameters of the published models.
@@ -65,6 +66,18 @@ def test_pipeline_is_written_sharded_and_loads(tmp_path, model, pad):
 def test_taesd_is_an_autoencoder_alone(tmp_path):
     vae = AutoencoderTiny.from_pretrained(pipelines.write_pipeline("taesd", tmp_path / "taesd"))
     assert sum(p.numel() for p in vae.parameters()) == TAESD_PARAMETERS
+
+
+def test_the_default_model_as_a_pipeline_has_its_weights(tmp_path, capsys):
+    written = load_components(pipelines.write_pipeline("emoji", tmp_path / "emoji"))
+    shipped = load_student(pipelines.EMOJI).components
+    assert written.licence == shipped.licence
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = [c.unet(noise, 751, encode_text(c, ["a red heart"])).sample for c in (written, shipped)]
+        assert torch.equal(*latents) and torch.equal(*(c.vae.decode(latents[0]).sample for c in (written, shipped)))
+    assert pipelines.main(["emoji", str(tmp_path / "fp16"), "--dtype", "fp16"]) == 2
+    assert "emoji: expected no options" in capsys.readouterr().err
 
 
 def test_same_seed_same_weights_and_no_directory_is_overwritten(tmp_path, capsys):
@@ -243,7 +256,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(work, capsys, monkeypatch):
         (["--size", "100"], "expected a multiple of 16, got 100"),
         (["--contenders", "ours"], "expected KIND or KIND:option=value,... with a kind of tiue, torch"),
         (["--contenders", "optimum:device=cuda"], "it is measured on cpu, not on cuda"),
-        (["--contenders", "tiue:bundle=int9"], "expected fp32 or fp16, or --bundle int9=DIRECTORY"),
+        (["--contenders", "tiue:bundle=int9"], "expected fp32, fp16, int8, or --bundle int9=DIRECTORY"),
     ):
         assert latency.main([*flags, *more]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]

@@ -19,9 +19,11 @@ def directory(tmp_path):
 @torch.no_grad()
 def test_a_pipeline_directory_is_read_back(make, tmp_path):
     original = make()
-    (tiny.save_pipeline(original, tmp_path) / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    (tiny.save_pipeline(original, tmp_path) / "README.md").write_text(
+        "---\nlicense: Apache-2.0 AND MIT \n---\n# Tiny\n"
+    )
     loaded = load_components(tmp_path)
-    assert (loaded.name, loaded.licence) == (tmp_path.name, "mit")
+    assert (loaded.name, loaded.licence) == (tmp_path.name, "Apache-2.0 AND MIT")
     prompts = ["a cat", ""]
     assert torch.equal(encode_text(loaded, prompts), encode_text(original, prompts))
     for part in ("unet", "vae"):

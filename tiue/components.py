@@ -284,5 +284,5 @@ def _one_line(error: Exception, length: int = 300) -> str:
 def _licence(root: Path) -> str:
     """The licence that a model card's front matter declares, or "unknown"."""
     card = root / "README.md"
-    found = card.is_file() and re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)
+    found = card.is_file() and re.search(r"^license:[ \t]*(\S.*?)\s*$", card.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else "unknown"
