@@ -107,6 +107,7 @@ def test_latency_end_to_end(work, tmp_path, capsys):
     out = tmp_path / "figures"
     contenders = "tiue tiue:memory=low torch diffusers openvino tiue:vae=tiny"
     flags = flags_for(work, "--contenders", contenders, "--python", "openvino=/absent", "--out", out)
+    flags += ["--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]  # which has no tiny VAE
     assert latency.main(flags) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "128x128, 4 DDIM timesteps" in printed
@@ -242,7 +243,7 @@ def test_cuda_graphs_record_each_shape_once(monkeypatch):
             calls.append(options)
 
     monkeypatch.setattr("tiue_runtime.Pipeline", SimpleNamespace(load=lambda *_, **options: Fake()))
-    contender = Tiue("bundle", "cuda", cuda_graphs=True)
+    contender = Tiue("bundle", "cuda", 2, cuda_graphs=True)
     for batch in (1, 4, 1, 4):
         latents = np.zeros((batch, 4, 16, 24), np.float32)
         assert contender.picture(latents, 4)[1] == {"unet_encoder": 0.5}

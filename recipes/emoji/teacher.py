@@ -141,7 +141,7 @@ def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
         text = captions.draw(concept[rows], style[rows], generator, preset.null_text_probability)
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = scheduler.add_noise(latents[rows], noise, t)
-        eps = unet(noisy.to(device), t.to(device), text.to(device, torch.bfloat16)).sample
+        eps = unet(noisy.to(device), t.to(device), text.to(device).float()).sample
         error = (eps.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
         return (error * weight(compute_snr(scheduler, t)).to(device)).mean()
 
