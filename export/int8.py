@@ -80,13 +80,28 @@ def calibrate(graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> tuple[dic
             graph.graph.outputs.append(figure)
     graph.graph.extend(tape.nodes)
     try:
-        figures, made = _run(graph, runs, outputs)
+        made = evaluate(graph, runs)
     finally:
         del graph.graph.outputs[len(outputs) :]
         graph.graph.remove(tape.nodes, safe=True)
+    count = range(len(watched))
+    figures = np.array([[[run.pop(f"range.{i}.{j}") for j in range(3)] for i in count] for run in made], np.float64)
     low, high, squares = figures[:, :, 0].min(0), figures[:, :, 1].max(0), figures[:, :, 2].mean(0)
     ranges = {str(v.name): Range(*map(float, (low[i], high[i], squares[i]))) for i, v in enumerate(watched)}
     return ranges, made
+
+
+def evaluate(graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Run a float32 graph on each of `runs`, its inputs by name. Returns the outputs of each, by name."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "graph.onnx")
+        ir.save(graph, path, external_data="graph.data")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        made: list[dict[str, Any]] = [dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in runs]
+        return made
 
 
 def quantise(graph: ir.Model, ranges: Mapping[str, Range], floor_db: float) -> tuple[int, int]:
@@ -115,25 +130,6 @@ def _activations(node: ir.Node) -> list[ir.Value]:
     """What a layer rounds besides its weights. ONNX Runtime's matrix products sum in int32 and return float."""
     values = [node.inputs[0], *(node.outputs if node.op_type == "Conv" else ())]
     return [value for value in values if value is not None]
-
-
-def _run(
-    graph: ir.Model, runs: Iterable[Mapping[str, Array]], outputs: list[str]
-) -> tuple[Array, list[dict[str, Array]]]:
-    """The figures of every run (runs, tensors, 3), and its outputs."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "graph.onnx")
-        ir.save(graph, path, external_data="graph.data")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        results: list[dict[str, Any]] = [
-            dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in runs
-        ]
-    count = (len(names) - len(outputs)) // 3
-    figures = [[[result[f"range.{i}.{j}"] for j in range(3)] for i in range(count)] for result in results]
-    return np.array(figures, np.float64), [{name: result[name] for name in outputs} for result in results]
 
 
 def _quantise(
