@@ -88,11 +88,17 @@ class Comparison:
 
 
 def compare(
-    entries: Mapping[str, Entry], conditions: Conditions, *, apart: bool, progress: Callable[[str], None]
+    entries: Mapping[str, Entry],
+    conditions: Conditions,
+    *,
+    apart: bool,
+    progress: Callable[[str], None],
+    after_round: Callable[[Comparison], None] = lambda _: None,
 ) -> Comparison:
     """Check and time every entry.
 
     apart: run one process at a time, started anew for each timed run, instead of all of them together.
+    after_round: is given what there is so far, after each round.
     What does not compute the same as the first of its group is not timed.
     """
     agreement, skipped, wrong = Agreement(), dict[str, str](), dict[str, str]()
@@ -128,6 +134,10 @@ def compare(
                 wrong[name] = str(error)
                 progress(f"wrong: {error}")
 
+        def so_far() -> Comparison:
+            timed = {name: m for name, m in measured.items() if name not in skipped and name not in wrong}
+            return Comparison(timed, skipped, wrong)
+
         with ExitStack() as stack:
             processes: dict[str, _Process] = {}
             for name in () if apart else entries:
@@ -139,8 +149,8 @@ def compare(
                     if name not in skipped and name not in wrong:
                         with skipping(name), ready(name) if apart else nullcontext(processes[name]) as process:
                             process.timed_pictures()
-    kept = {name: m for name, m in measured.items() if name not in skipped and name not in wrong}
-    return Comparison(kept, skipped, wrong)
+                after_round(so_far())
+        return so_far()
 
 
 class _Process:

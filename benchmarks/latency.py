@@ -35,7 +35,7 @@ from pathlib import Path
 from tiue_runtime.machine import thread_count
 
 from .agreement import BenchmarkError
-from .comparing import CannotRun, Conditions, Entry, Measured, compare
+from .comparing import CannotRun, Comparison, Conditions, Entry, Measured, compare
 from .kinds import KINDS, Spec, Workplace
 from .machine import GPUS, cpu_name, gpu_query
 from .pipelines import LAYOUTS, PIPELINES
@@ -74,18 +74,24 @@ def _run(arguments: argparse.Namespace) -> int:
     batches = tuple(arguments.batches or ([1, 4] if on_gpu else [1]))
     conditions = Conditions(arguments.threads, shape, pixels, arguments.steps, batches, arguments.runs)
     entries, skipped = prepare(place, specs, conditions)
-    done = compare(entries, conditions, apart=arguments.apart, progress=progress)
-    skipped |= done.skipped
-    if not done.measured:
-        reasons = [*done.wrong.values(), *(f"{name}: {why}" for name, why in skipped.items())]
-        return _fail("; ".join(reasons), 1 if done.wrong else 2)
-    measured, left_out = done.measured, skipped | {name: f"WRONG: {why}" for name, why in done.wrong.items()}
     weights = "random" if arguments.model in LAYOUTS else "trained"
-    about = {"model": f"{arguments.model}, {weights} weights", **surroundings(conditions, measured)}
-    print("\n".join(f"{key:<10}{value}" for key, value in about.items()))
-    print(table(measured, left_out))
-    if arguments.out:
-        save(arguments.out, about, measured, left_out)
+
+    def about(done: Comparison) -> dict[str, str]:
+        return {"model": f"{arguments.model}, {weights} weights", **surroundings(conditions, done.measured)}
+
+    def left_out(done: Comparison) -> dict[str, str]:
+        return skipped | done.skipped | {name: f"WRONG: {why}" for name, why in done.wrong.items()}
+
+    def save_so_far(done: Comparison) -> None:
+        if arguments.out and done.measured:
+            save(arguments.out, about(done), done.measured, left_out(done))
+
+    done = compare(entries, conditions, apart=arguments.apart, progress=progress, after_round=save_so_far)
+    if not done.measured:
+        reasons = [*done.wrong.values(), *(f"{name}: {why}" for name, why in (skipped | done.skipped).items())]
+        return _fail("; ".join(reasons), 1 if done.wrong else 2)
+    print("\n".join(f"{key:<10}{value}" for key, value in about(done).items()))
+    print(table(done.measured, left_out(done)))
     return _fail("; ".join(done.wrong.values()), 1) if done.wrong else 0
 
 
@@ -119,7 +125,7 @@ def surroundings(conditions: Conditions, measured: Mapping[str, Measured]) -> di
         "system": platform.platform(terse=True),
         "versions": ", ".join(sorted(versions)),
         "picture": f"{width}x{height}, {conditions.steps} DDIM timesteps, no guidance",
-        "rounds": str(conditions.runs),
+        "rounds": str(max(len(seconds) for m in measured.values() for seconds in m.seconds.values())),
     }
 
 
@@ -142,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=int, default=3, help="rounds of timed requests, after the first (default: 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of contenders that name none")
     parser.add_argument("--apart", action="store_true", help="never two contenders in memory at once")
-    parser.add_argument("--out", type=Path, metavar="PREFIX", help="also write PREFIX.json, PREFIX.md and PREFIX.png")
+    parser.add_argument(
+        "--out", type=Path, metavar="PREFIX", help="also write PREFIX.json, .md and .png, after each round"
+    )
     return parser
 
 
