@@ -39,7 +39,7 @@ from .comparing import CannotRun, Comparison, Conditions, Entry, Measured, compa
 from .kinds import KINDS, Spec, Workplace
 from .machine import GPUS, cpu_name, gpu_query
 from .pipelines import LAYOUTS, PIPELINES
-from .report import check_matplotlib, save, table
+from .report import save, table
 
 _ON_CPU = (
     "tiue tiue:variant=portable tiue:memory=sequential tiue:memory=low tiue:vae=tiny tiue:device=openvino "
@@ -67,8 +67,6 @@ def _run(arguments: argparse.Namespace) -> int:
     on_gpu = arguments.device != "cpu"
     asked = " ".join(arguments.contenders or [_ON_CUDA if on_gpu else _ON_CPU]).split()
     specs = [Spec.parse(text) for text in dict.fromkeys(asked)]
-    if arguments.out:
-        check_matplotlib()
     place = workplace(arguments, arguments.device)
     shape, pixels = place.geometry(arguments.size)
     batches = tuple(arguments.batches or ([1, 4] if on_gpu else [1]))

@@ -1,6 +1,5 @@
 """What was measured, as a table, as JSON and as pictures."""
 
-import importlib.util
 import io
 import json
 import statistics
@@ -9,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .agreement import BenchmarkError
 from .comparing import Measured
 
 SCHEMA = "tiue-latency/1"  # what to read the JSON as; its fields are those of comparing.Measured
@@ -116,12 +114,6 @@ def png(figure: Any) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
-
-
-def check_matplotlib() -> None:
-    """Raise BenchmarkError before anything is measured if no chart could be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BenchmarkError('--out: its chart needs matplotlib: pip install -e ".[bench]"')
 
 
 def write(path: Path, content: bytes) -> None:

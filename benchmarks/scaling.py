@@ -21,7 +21,7 @@ from .flops import unet_flops
 from .kinds import Spec
 from .latency import add_places, progress, surroundings, workplace
 from .pipelines import PIPELINES
-from .report import check_matplotlib, png, stages, write
+from .report import png, stages, write
 
 SCHEMA = "tiue-scaling/1"
 
@@ -56,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark. Returns 0, or 2 after one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        check_matplotlib()
         return _run(arguments)
     except (BenchmarkError, CannotRun, ValueError, OSError, subprocess.CalledProcessError) as error:
         return _fail(error)

@@ -14,7 +14,7 @@ from tolerances import REORDERED
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks import latency, pipelines, scaling
+from benchmarks import latency, pipelines, scaling, training
 from benchmarks import report as report_
 from benchmarks.comparing import Conditions, Entry, compare
 from benchmarks.contender import Tiue
@@ -267,3 +267,14 @@ def test_what_cannot_be_measured_is_said_in_one_line(work, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert latency.main([*flags, "--device", "cuda"]) == 2
     assert "no GPU: nvidia-smi" in capsys.readouterr().err
+
+
+def test_a_distillation_computes_what_the_plain_loop_computes(tmp_path, capsys):
+    flags = ["--model", "tiny", "--work", str(tmp_path), "--updates", "2", "--rounds", "1", "--latents", "8"]
+    assert training.main([*flags, "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    plain, ours = (json.loads(line)["losses"] for line in lines[:2])
+    assert [update.keys() for update in plain] == [{"vsd", "kl", "fake"}] * 3
+    assert plain[0]["kl"] != plain[1]["kl"]
+    assert all(one == pytest.approx({n: two[n] for n in one}, rel=1e-3) for one, two in zip(plain, ours, strict=True))
+    assert re.fullmatch(r"[\d.]+ times as fast; losses differ by [\d.]+e-\d+ at most", lines[-1])

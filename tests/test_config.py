@@ -21,14 +21,14 @@ def test_a_preset_is_valid_and_names_differences_only(path):
     ("setting", "message"),
     [
         ('"learning_rate": "1e-6"', "learning_rate must be of type float, got '1e-6'"),
-        ('"steps": "4"', "steps must be of type int, got '4'"),
-        ('"steps": 4.5', "steps must be of type int, got 4.5"),
+        ('"steps": "4"', "steps must be positive whole numbers, got '4'"),
+        ('"steps": 4.5', "steps must be positive whole numbers, got 4.5"),
         ('"batch_size": true', "batch_size must be of type int, got True"),
         ('"grad_clip": null', "grad_clip must be of type float, got None"),
         ('"fake_score": 1', "fake_score must be of type str, got 1"),
         ('"fake_score": "half"', "fake_score must be one of lora, full, got 'half'"),
         ('"guidance": Infinity', "guidance must be positive, got inf"),
-        ('"steps": 0', "steps must be positive, got 0"),
+        ('"steps": 0', "steps must be positive whole numbers, got 0"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path, setting, message):

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -14,13 +15,18 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from tolerances import REORDERED
+from transformers import CLIPConfig, CLIPModel
 
+from tiue import runs
 from tiue.checkpoint import Student, load_student
 from tiue.cli import main
+from tiue.clip import ClipScore
 from tiue.config import DistillConfig
-from tiue.distill import Distillation, Draw
+from tiue.distill import Distillation, StoppedError
+from tiue.draws import Draws, SharedDraws
 from tiue.losses import kl_loss
 from tiue.schedule import closed_form
 
@@ -83,7 +89,7 @@ def test_the_fake_score_learns_and_the_teacher_does_not(tmp_path, fake_score):
     trained = [p.detach().clone() for p in run.scores.parameters()]
     run._update(0)
     assert any((new != old).any() for new, old in zip(run.scores.parameters(), trained, strict=True))
-    z, t, text = torch.randn(1, 16, 8, 8), torch.tensor([500]), run._encode(["a cat"])
+    z, t, text = torch.randn(1, 16, 8, 8), torch.tensor([500]), run._embed(["a cat"])
     reference = tiny.emoji().unet(z, t, text).sample
     torch.testing.assert_close(run.scores.teacher(z, t, text, text, 1.0), reference, atol=REORDERED, rtol=0)
     now = {name.replace("base_layer.", ""): p for name, p in components.unet.state_dict().items() if "lora" not in name}
@@ -95,8 +101,8 @@ def test_guidance_extrapolates_from_the_null_text(tmp_path):
     z, t, text, null = (
         torch.randn(2, 16, 8, 8),
         torch.tensor([3, 700]),
-        run._encode(["a", "b"]),
-        run._encode([""]),
+        run._embed(["a", "b"]),
+        run._embed([""]),
     )
     unet = tiny.emoji().unet
     conditional, unconditional = unet(z, t, text).sample, unet(z, t, null.expand_as(text)).sample
@@ -108,29 +114,37 @@ def test_v_prediction_is_judged_as_noise(tmp_path):
     """The maps that KL sees are eps along the DDIM path: z_0 is rebuilt from them with the weights for epsilon."""
     components = tiny.v_prediction()
     run = Distillation(components, PROMPTS, tmp_path, CONFIG)
-    noise, text = torch.randn(2, 4, 8, 8), run._encode(["a", "b"])
+    noise, text = torch.randn(2, 4, 8, 8), run._embed(["a", "b"])
     z0, v = run.tiue.predict(noise, text)
-    maps = run._eps_maps(noise, v)
+    maps = run._eps_maps(noise, v, run.schedules[4])
     epsilon = closed_form(components.scheduler_config | {"prediction_type": "epsilon"}, 4)
     rebuilt = epsilon.noise_weight * noise + sum(w * e for w, e in zip(epsilon.step_weights, maps, strict=True))
     torch.testing.assert_close(rebuilt, z0, atol=1e-4, rtol=1e-4)
     assert not torch.equal(maps, v) and kl_loss(maps).isfinite()
 
 
-def test_accumulated_micro_batches_count_as_one_batch(tmp_path):
-    run = Distillation(tiny.emoji(), PROMPTS, tmp_path, dataclasses.replace(CONFIG, accumulate=3, kl_weight=1.0))
-    kl = []
-    for micro in range(3):
-        draw = Draw(CONFIG.seed, 0, micro, 0, torch.device("cpu"))
-        kl.append(run._student_losses(run._encode(run._batch(0, micro)), draw)[2].item())
-    assert run._update(0)["kl"] == pytest.approx(sum(kl) / 3, rel=1e-5)
-    assert [run._batch(0, m) for m in range(3)] == [[run.prompts[2 * m + i] for i in range(2)] for m in range(3)]
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (1, 3)])
+def test_micro_batches_are_one_batch(tmp_path, batch_size, accumulate):
+    """Samples, their numbers and the text of each, whatever they are cut into; so are the losses."""
+    changes = {"learning_rate": 1e-9, "fake_learning_rate": 1e-9, "iterations": 3}
+    config = dataclasses.replace(CONFIG, batch_size=batch_size, accumulate=accumulate, **changes)
+    values = [Distillation(tiny.emoji(), PROMPTS, tmp_path / "cut", config)._update(step) for step in range(2)]
+    whole = dataclasses.replace(CONFIG, batch_size=3, **changes)
+    expected = [Distillation(tiny.emoji(), PROMPTS, tmp_path / "whole", whole)._update(step) for step in range(2)]
+    for cut, one in zip(values, expected, strict=True):
+        assert cut == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-def test_draws_differ_between_steps_micro_batches_and_processes():
-    keys = list(itertools.product((0, 1), repeat=4))
-    first = {key: tuple(Draw(*key, torch.device("cpu")).normal((4,)).tolist()) for key in keys}
+def test_draws_depend_on_seed_step_and_sample_alone():
+    device = torch.device("cpu")
+    keys = list(itertools.product((0, 1), repeat=3))
+    first = {key: tuple(Draws(*key, 1, device).normal((4,))[0].tolist()) for key in keys}
     assert len(set(first.values())) == len(keys)
+    both, second = Draws(0, 0, 0, 2, device), Draws(0, 0, 1, 1, device)
+    assert torch.equal(both.normal((4,))[1:], second.normal((4,)))
+    assert torch.equal(both.integers(0, 1000)[1:], second.integers(0, 1000))
+    assert SharedDraws(0, 0).uniform() == SharedDraws(0, 0).uniform() != SharedDraws(0, 1).uniform()
+    assert {SharedDraws(0, step).choice((4, 2, 1)) for step in range(20)} == {4, 2, 1}
 
 
 def test_resumed_after_sigkill_equals_uninterrupted(tmp_path, teacher_directory, prompts_file):
@@ -156,7 +170,7 @@ def test_resumed_after_sigkill_equals_uninterrupted(tmp_path, teacher_directory,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     def without_time(name):
-        return [row.rsplit(",", 1)[0] for row in (tmp_path / name / "losses.csv").read_text().splitlines()]
+        return [row.rsplit(",", 2)[0] for row in (tmp_path / name / "losses.csv").read_text().splitlines()]
 
     assert without_time("whole") == without_time("killed")
 
@@ -194,39 +208,80 @@ def test_a_mistake_leaves_no_run_behind(tmp_path):
 
 
 def test_one_process_writes_the_configuration_and_all_compare(tmp_path, monkeypatch):
+    Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG)
+    (tmp_path / "config.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG)
-    assert not list(tmp_path.iterdir())
+    assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "config.json").write_text(json.dumps({"seed": 1}))
     with pytest.raises(ValueError, match="seed 1 -> 0"):
         Distillation(tiny.emoji(), PROMPTS, tmp_path, CONFIG)
 
 
-def test_two_processes_make_one_run(tmp_path, teacher_directory, prompts_file, capsys):
-    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path)]
-    flags += ["--iterations", "2", "--batch-size", "1", "--lora-rank", "2", "--accumulate", "2"]
+def launched(program: list[str], flags: list[str], processes: int) -> list[str]:
+    """What each process of a run printed, started as `accelerate launch --cpu` starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    # As `accelerate launch --cpu` starts them.
-    processes = [
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    address |= {"WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tiue", *flags],
-            env=os.environ | address | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+            [sys.executable, *program, *flags],
+            env=os.environ | address | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in "01"
+        for rank in map(str, range(processes))
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    assert load_student(tmp_path / "student.safetensors").provenance["history"]
-    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 3
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
+    return outputs
+
+
+def logged(out: Path) -> list[dict[str, float]]:
+    with (out / "losses.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{n: float(v) for n, v in row.items() if v and n not in ("seconds", "samples_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def by_one_process(tmp_path_factory, teacher_directory, prompts_file) -> tuple[list[str], Path]:
+    """Flags, and what one process makes with them and a batch of 2."""
+    out = tmp_path_factory.mktemp("one")
+    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--learning-rate", "1e-5"]
+    flags += ["--iterations", "4", "--lora-rank", "2", "--accumulate", "2", "--sample-every", "4"]
+    flags += ["--checkpoint-every", "2"]
+    assert main([*flags, "--batch-size", "2", "--out", str(out)]) == 0
+    return flags, out
+
+
+@pytest.mark.parametrize("program", [["-m", "tiue"], [str(Path(__file__).parent / "sharded.py")]], ids=["DDP", "FSDP"])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, by_one_process, program):
+    """Stopped at the checkpoint of step 2 and begun again."""
+    flags, one = by_one_process
+    flags = [*flags, "--batch-size", "1", "--out", str(tmp_path)]
+    launched(program, [*flags, "--iterations", "2"], 2)
+    launched(program, flags, 2)
+    rows = logged(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for apart, together in zip(rows, logged(one), strict=True):
+        assert apart == pytest.approx(together, rel=1e-3, abs=1e-6)
+    students = [load_file(out / "student.safetensors") for out in (tmp_path, one)]
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(tensor, students[1][name], atol=1e-5, rtol=0)
+    grids = [Image.open(out / "samples/step-000004.png") for out in (tmp_path, one)]
+    assert ImageChops.difference(*grids).getextrema() == ((0, 1),) * 3 or grids[0].tobytes() == grids[1].tobytes()
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path, teacher_directory, prompts_file, capsys):
+    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path)]
+    tmp_path.joinpath("config.json").write_text(json.dumps({"processes": 2}))
     assert main(flags) == 2
     assert "another configuration: processes 2 -> 1" in capsys.readouterr().err
 
@@ -265,10 +320,149 @@ def test_a_run_from_before_its_loss_scale_was_kept_goes_on(tmp_path, monkeypatch
 
 def test_divergence_is_one_line_and_exit_1(tmp_path, teacher_directory, prompts_file, capsys):
     flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path)]
-    assert main([*flags, "--batch-size", "1", "--lora-rank", "2", "--learning-rate", "1e30"]) == 1
+    flags += ["--batch-size", "1", "--lora-rank", "2", "--learning-rate", "1e30", "--checkpoint-every", "1"]
+    assert main(flags) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m tiue: error: step 2: a loss or a gradient is not finite: vsd nan, kl nan")
+    assert f"the last checkpoint is {tmp_path / 'checkpoints/step-00000001.pt'}; prompts: " in error
+    assert any(error.endswith(f"prompts: {prompt!r}") for prompt in PROMPTS)
     assert not (tmp_path / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_answered_by_a_checkpoint(tmp_path, monkeypatch, number):
+    """At the third of eight steps; begun again, the run ends as if it had not been stopped."""
+    check = Distillation._check
+    with monkeypatch.context() as patch:
+        patch.setattr(Distillation, "_check", lambda self, step, values: os.kill(os.getpid(), number) if step == 1
+                      else check(self, step, values))  # fmt: skip
+        with pytest.raises(StoppedError, match=rf"stopped by {number.name} after step 3, saved at step 3") as stopped:
+            distil(tmp_path / "stopped", iterations=5, checkpoint_every=100)
+    assert stopped.value.signal == number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = load_file(distil(tmp_path / "stopped", iterations=5, checkpoint_every=100))
+    whole = load_file(distil(tmp_path / "whole", iterations=5, checkpoint_every=100))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_the_command_ends_with_the_number_of_the_signal(tmp_path, teacher_directory, prompts_file, capsys, monkeypatch):
+    def stopped(self, progress=True):
+        raise StoppedError("stopped by SIGTERM after step 3", signal.SIGTERM)
+
+    monkeypatch.setattr(Distillation, "run", stopped)
+    flags = ["--teacher", str(teacher_directory), "--prompts", str(prompts_file), "--out", str(tmp_path)]
+    assert main([*flags, "--lora-rank", "2"]) == 143
+    assert capsys.readouterr().err.endswith("python -m tiue: error: stopped by SIGTERM after step 3\n")
+
+
+def test_a_run_outlives_a_full_disk(tmp_path, monkeypatch, caplog):
+    save = runs.save
+
+    def full(out, state, step, keep):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(out, state, step, keep)
+
+    monkeypatch.setattr(runs, "save", full)
+    assert load_student(distil(tmp_path, iterations=4))
+    assert "step 4: no checkpoint could be written: [Errno 28] No space left on device" in caplog.text
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-00000002.pt"]
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    first, second = (load_file(distil(tmp_path / name, iterations=2)) for name in "ab")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 0.0),
+        ({"ema_on_cpu": True}, 0.0),
+        ({"text_cache": False}, 1e-6),
+        ({"channels_last": True}, 1e-5),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_what_saves_time_or_memory_changes_nothing(tmp_path, changes, tolerance):
+    plain, other = (load_file(distil(tmp_path / str(len(c)), iterations=2, **c)) for c in ({}, changes))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, atol=tolerance, rtol=0)
+
+
+def test_the_average_follows_every_k_steps(tmp_path):
+    run = Distillation(tiny.emoji(), PROMPTS, tmp_path, dataclasses.replace(CONFIG, iterations=5, ema_every=2))
+    run.run(progress=False)
+    assert run.ema.optimization_step == 2 and run.ema.decay == pytest.approx(0.999**2)
+
+
+def test_one_student_for_several_step_counts(tmp_path):
+    out = distil(tmp_path, iterations=8, steps=(4, 2, 1))
+    student = load_student(out)
+    assert student.schedules == {4: [751, 501, 251, 1], 2: [501, 1], 1: [1]} and student.encoder_timestep == 751
+    drawn = [len([name for name in row if name.startswith("mu_")]) for row in logged(tmp_path)]
+    assert set(drawn) == {4, 2, 1}
+
+
+def test_the_control_does_not_share_its_encoder(tmp_path):
+    config = dataclasses.replace(CONFIG, share_encoder=False, iterations=1, sample_every=1)
+    run = Distillation(tiny.emoji(), PROMPTS, tmp_path, config)
+    noise, text = torch.randn(2, 16, 8, 8), run._embed(["a", "b"])
+    _, eps = run._draw(noise, text, run.schedules[4])
+    unet = tiny.emoji().unet
+    for i, t in enumerate(run.schedules[4].timesteps):
+        torch.testing.assert_close(eps[i], unet(noise, t, text).sample, atol=1e-5, rtol=0)
+    student = load_student(run.run(progress=False))
+    assert not student.share_encoder
+    with pytest.raises(ValueError, match="a control without a shared encoder: it cannot be split"):
+        student.tiue()
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipScore:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = vision | {"vocab_size": 400, "max_position_embeddings": 16, "eos_token_id": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    return ClipScore(model, tiny.emoji().tokenizer, tiny.taesd(latent_channels=16))
+
+
+def test_the_clip_loss_reaches_the_student_and_falls_to_nothing(tmp_path, clip):
+    config = dataclasses.replace(CONFIG, clip_weight=0.1, iterations=4, kl_weight=0.0)
+    run = Distillation(tiny.emoji(), PROMPTS, tmp_path, config, clip=clip)
+    assert [run._clip_weight(step) for step in (0, 2, 4)] == pytest.approx([0.1, 0.05, 0.0])
+    values = run._update(0)  # of VSD there is no gradient yet
+    assert values["clip"] > 0.0 and values["student_grad"] > 0.0
+    run.run(progress=False)
+    assert {"clip"} < logged(tmp_path)[-1].keys()
+
+
+def test_the_clip_loss_needs_clip(tmp_path):
+    with pytest.raises(ValueError, match=r"clip_weight needs a CLIP model \(--clip\) and a tiny autoencoder"):
+        Distillation(tiny.emoji(), PROMPTS, tmp_path, dataclasses.replace(CONFIG, clip_weight=0.1))
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):
+    components = tiny.with_unet(tiny.unet(cross_attention_dim=24))
+    with pytest.raises(ValueError, match="the text encoder gives 16 channels, the UNet takes 24"):
+        Distillation(components, PROMPTS, tmp_path, CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_and_repeated_prompts_are_reported(tmp_path, caplog):
+    caplog.set_level("INFO", "tiue")
+    Distillation(tiny.emoji(), [*PROMPTS, "x", "x " * 99], tmp_path, CONFIG)
+    assert "6 prompts, without 1 repetitions" in caplog.text
+    assert "1 of 6 prompts are longer than" in caplog.text
+
+
+def test_a_report_ends_the_run(tmp_path):
+    distil(tmp_path, iterations=4)
+    text = (tmp_path / "report.md").read_text()
+    assert "4 iterations" in text and "| mu_751 |" in text and "samples/step-000004.png" in text
+    with Image.open(tmp_path / "losses.png") as plot:
+        assert plot.size == (1300, 700)
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):
@@ -342,6 +536,10 @@ def test_dry_run_prints_settings_of_preset_and_flags(tmp_path, teacher_directory
         str(tmp_path / "out"),
     ]
     assert main([*flags, "--preset", str(tmp_path / "p.json"), "--guidance", "1.5", "--dry-run"]) == 0
-    settings = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    printed, cost = capsys.readouterr().out.split("\n\n")
+    settings = dict(line.split() for line in printed.splitlines())
     assert settings["batch_size"] == "3" and settings["guidance"] == "1.5" and settings["steps"] == "4"
+    count = sum(p.numel() for p in tiny.emoji().unet.parameters())
+    assert f"student {count / 1e6:,.1f} M" in cost and "memory per process" in cost
+    assert "66,500 of 3 samples (1 processes): 39900.00 epochs of 5 prompts" in cost
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,19 @@
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from tiue.prompts import PromptOrder, load_prompts
+from tiue.prompts import PromptOrder, Prompts, load_prompts, read_prompts, store_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_table(path: Path, **columns: list) -> Path:
+    parquet.write_table(pyarrow.table(columns), path)
     return path
 
 
@@ -20,6 +27,39 @@ def test_jsonl_takes_prompt_then_caption_then_text(tmp_path):
     assert load_prompts(path) == ["one", "three"]
 
 
+def test_journeydb_has_prompts_and_captions(tmp_path):
+    record = '{"img_path": "./000/a.jpg", "prompt": "castle --ar 2:3", "Task2": {"Caption": "A castle."}}\n'
+    path = write(tmp_path / "train_anno.jsonl", record + '{"prompt": " ", "Task2": {"Caption": "A cat."}}\n')
+    assert load_prompts(path) == ["castle --ar 2:3", "A cat."]
+    assert load_prompts(path, "Task2.Caption") == ["A castle.", "A cat."]
+
+
+def test_records_with_a_blank_caption_are_skipped(tmp_path):
+    assert load_prompts(write(tmp_path / "p.jsonl", '{"prompt": ""}\n{"prompt": "x"}\n')) == ["x"]
+
+
+def test_parquet(tmp_path):
+    path = write_table(tmp_path / "p.parquet", id=[1, 2, 3], caption=["a", None, " b "])
+    assert load_prompts(path) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"p\.parquet: expected a column prompt, found id, caption"):
+        load_prompts(path, "prompt")
+    with pytest.raises(ValueError, match="column id holds int at row 0"):
+        load_prompts(path, "id")
+
+
+def test_a_directory_of_shards_in_the_order_of_their_names(tmp_path):
+    write(tmp_path / "b.txt", "two\n")
+    write(tmp_path / "a.jsonl", '{"text": "one"}\n')
+    write_table(tmp_path / "c.parquet", text=["three"])
+    write(tmp_path / "README.md", "not this\n")
+    assert load_prompts(tmp_path) == ["one", "two", "three"]
+
+
+def test_reading_goes_no_further_than_asked(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"text": "one"}\n{broken\n')
+    assert next(read_prompts(path)) == "one"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -27,7 +67,9 @@ def test_jsonl_takes_prompt_then_caption_then_text(tmp_path):
         ("p.txt", b"caf\xe9\n", "not UTF-8 at byte 3"),
         ("p.jsonl", '{"prompt": "x"}\n{"prompt": 1}\n', "line 2: expected an object"),
         ("p.jsonl", "{\n", "line 1"),
-        ("p.csv", "x", "a .txt or a .jsonl"),
+        ("p.jsonl", "[1]\n", "line 1: expected an object with prompt or caption"),
+        ("p.csv", "x", r"p\.csv: prompts come from \.txt, \.jsonl, \.parquet or a directory"),
+        ("p.parquet", "x", r"p\.parquet: "),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -35,15 +77,42 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         load_prompts(write(tmp_path / name, content))
 
 
-def test_missing_file_is_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.txt: No such file"):
         load_prompts(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match=r"holds no \.txt, \.jsonl, \.parquet"):
+        load_prompts(tmp_path)
+
+
+def test_stored_prompts_are_unique_and_read_one_by_one(tmp_path):
+    given = ["a red heart", "çedilla", "a red heart", "", "x"]
+    assert store_prompts(iter(given), tmp_path / "s") == 1
+    stored = Prompts(tmp_path / "s")
+    assert list(stored) == ["a red heart", "çedilla", "", "x"] and stored[1:3] == ["çedilla", ""]
+    assert len(stored) == 4 and stored[-1] == "x"
+    with pytest.raises(IndexError):
+        stored[4]
+    store_prompts(given[::-1], tmp_path / "other")
+    assert Prompts(tmp_path / "other").digest != stored.digest
+    store_prompts([*given, "x"], tmp_path / "same")
+    assert Prompts(tmp_path / "same").digest == stored.digest
+
+
+def test_prompts_that_are_half_written_cannot_be_opened(tmp_path):
+    def broken():
+        yield "a"
+        raise OSError("gone")
+
+    store_prompts(["b"], tmp_path)
+    with pytest.raises(OSError, match="gone"):
+        store_prompts(broken(), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Prompts(tmp_path)
 
 
 def test_order_is_a_new_permutation_each_epoch_and_needs_no_history():
-    prompts = [str(i) for i in range(10)]
-    order = PromptOrder(prompts, seed=3)
+    order = PromptOrder(10, seed=3)
     epochs = [[order[10 * e + i] for i in range(10)] for e in range(3)]
-    assert all(sorted(epoch) == prompts for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
-    assert PromptOrder(prompts, seed=3)[25] == epochs[2][5]
-    assert [PromptOrder(prompts, seed=4)[i] for i in range(10)] != epochs[0]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
+    assert PromptOrder(10, seed=3)[25] == epochs[2][5]
+    assert [PromptOrder(10, seed=4)[i] for i in range(10)] != epochs[0]

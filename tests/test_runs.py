@@ -1,3 +1,5 @@
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiue import runs
 def test_a_log_goes_on_after_its_last_whole_row(tmp_path):
     path = tmp_path / "losses.csv"
     path.write_bytes(b"step,vsd\r\n1,0.5\r\n\r\n2,0.25\r\n3,0.1\r\n4")
-    log = runs.Log(path, 2)
+    log = runs.Log(path, 2, ["other"])
     log.write(3, {"vsd": 0.125})
     log.close()
     assert path.read_bytes() == b"step,vsd\r\n1,0.5\r\n2,0.25\r\n3,0.125\r\n"
@@ -19,10 +21,10 @@ def test_a_log_goes_on_after_its_last_whole_row(tmp_path):
 @pytest.mark.parametrize("cut", [b"", b"st", b"step,vsd\r"])
 def test_a_log_without_a_whole_row_begins_anew(tmp_path, cut):
     (tmp_path / "losses.csv").write_bytes(cut)
-    log = runs.Log(tmp_path / "losses.csv", 7)
+    log = runs.Log(tmp_path / "losses.csv", 7, ["vsd", "kl"])
     log.write(8, {"vsd": 1.0})
     log.close()
-    assert (tmp_path / "losses.csv").read_bytes() == b"step,vsd\r\n8,1\r\n"
+    assert (tmp_path / "losses.csv").read_bytes() == b"step,vsd,kl\r\n8,1,\r\n"
 
 
 def test_a_log_that_cannot_be_shortened_stays_whole(tmp_path, monkeypatch):
@@ -33,7 +35,7 @@ def test_a_log_that_cannot_be_shortened_stays_whole(tmp_path, monkeypatch):
     path.write_bytes(before := b"step,vsd\r\n1,0.5\r\n2,0.25\r\n")
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        runs.Log(path, 1)
+        runs.Log(path, 1, [])
     assert path.read_bytes() == before
 
 
@@ -50,3 +52,75 @@ def test_a_fingerprint_sees_names_shapes_and_values():
     assert runs.fingerprint(linear(512, 512)) == same and len(same) == 16
     others = [linear(512, 512, change=1e-3), linear(256, 1024), nn.Sequential(linear(512, 512))]
     assert same not in map(runs.fingerprint, others)
+
+
+class Counted:
+    """A state of one number."""
+
+    def __init__(self, value=0):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": torch.tensor(2**40 + self.value)}
+
+    def load_state_dict(self, state):
+        self.value = int(state["value"]) - 2**40
+
+
+def saved(out: Path, *steps: int, keep=9) -> Path:
+    for step in steps:
+        path = runs.save(out, {"part": Counted(step).state_dict()}, step, keep)
+    return path
+
+
+def restored(out: Path) -> tuple[int, int]:
+    part = Counted()
+    return runs.restore(out, {"part": part}), part.value
+
+
+def test_checkpoints_rotate(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4, keep=2)
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-00000003.pt", "step-00000004.pt"]
+    assert restored(tmp_path) == (4, 4)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def flipped(path):
+    """One bit of a stored number, which torch.load does not notice."""
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.tensor(2**40 + 2).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, flipped])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+    damage(saved(tmp_path, 1, 2))
+    assert restored(tmp_path) == (1, 1)
+    assert "step-00000002.pt is damaged, so the run goes on from the one before" in caplog.text
+
+
+def test_without_a_whole_checkpoint_a_run_begins_anew(tmp_path, caplog):
+    emptied(saved(tmp_path, 1))
+    assert restored(tmp_path) == (0, 0)
+    assert "is damaged" in caplog.text
+
+
+def test_a_checkpoint_that_finds_no_space_leaves_those_that_there_are(tmp_path):
+    saved(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            runs.save(tmp_path, {"part": {"value": torch.zeros(10_000)}}, 2, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]

@@ -221,10 +221,11 @@ def _vae(latent_channels: int) -> AutoencoderKL:
     )
 
 
-def taesd() -> AutoencoderTiny:
-    """Small, and made for the latents of `sd15`."""
+def taesd(latent_channels: int = 4) -> AutoencoderTiny:
+    """Small, and made for the latents of `sd15` unless told otherwise."""
     torch.manual_seed(2)
     return AutoencoderTiny(
+        latent_channels=latent_channels,
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1),

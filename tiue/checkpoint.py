@@ -7,7 +7,7 @@ tokenizer, licence and provenance as JSON.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,15 @@ class Student:
     base_model: str = "unknown"
     provenance: dict[str, Any] = field(default_factory=dict)  # JSON: how it was trained
     shared_up_blocks: int = 0  # up blocks that belong to the encoder
+    share_encoder: bool = True  # False: a control, whose encoder was trained to run at every timestep
 
     def tiue(self, steps: int | None = None) -> TiUE:
-        """The network for one of the schedules; the longest by default."""
+        """The network for one of the schedules; the longest by default.
+
+        Raises ValueError for steps that it was not trained for, and for a student whose encoder is not shared.
+        """
+        if not self.share_encoder:
+            raise ValueError(f"{self.components.name} is a control without a shared encoder: it cannot be split")
         steps = max(self.schedules) if steps is None else steps
         if steps not in self.schedules:
             raise ValueError(f"the student was trained for {sorted(self.schedules)} steps, not {steps}")
@@ -89,6 +95,7 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
         "encoder_timestep": student.encoder_timestep,
         "schedules": student.schedules,
         "shared_up_blocks": student.shared_up_blocks,
+        "share_encoder": student.share_encoder,
         "provenance": student.provenance,
     }
     strings = {"tiue_student": str(FORMAT)} | {key: json.dumps(value) for key, value in metadata.items()}
@@ -169,7 +176,8 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
         components=components,
         encoder_timestep=metadata["encoder_timestep"],
         schedules={int(steps): timesteps for steps, timesteps in metadata["schedules"].items()},
-        shared_up_blocks=metadata.get("shared_up_blocks", 0),  # files older than the setting have none
+        shared_up_blocks=metadata.get("shared_up_blocks", 0),  # files older than the settings have none
+        share_encoder=metadata.get("share_encoder", True),
         base_model=metadata["base_model"],
         provenance=metadata["provenance"],
     )
@@ -193,7 +201,7 @@ def _check_schedules(path: Path, student: Student) -> None:
             found = f"{timesteps} and {student.encoder_timestep!r} for the encoder"
             raise CheckpointError(f"{path}: expected {steps} timesteps, and one for the encoder, found {found}")
         try:
-            student.tiue(steps)
+            replace(student, share_encoder=True).tiue(steps)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
 

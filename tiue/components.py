@@ -92,6 +92,15 @@ def load_components(
     )
 
 
+def read_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The UNet's and the scheduler's configuration of a pipeline directory, no weights. Raises ComponentsError."""
+    root = Path(directory)
+    if not root.is_dir():
+        raise ComponentsError(f"no such pipeline directory: {directory}")
+    _classes(root)
+    return _read_json(root, "unet/config.json"), _read_scheduler(root)
+
+
 def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
     """Load an AutoencoderTiny (TAESD's layout) from its own directory. Raises ComponentsError."""
     root = Path(directory)

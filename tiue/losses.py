@@ -32,8 +32,14 @@ def kl_loss(eps: Tensor) -> Tensor:
     Returns:
         sum over N, mean over B, of 0.5 (mu^2 + v - 1 - ln v), a scalar.
     """
-    v, mu = torch.var_mean(eps.flatten(2).float(), dim=2)
+    mu, v = noise_statistics(eps)
     return 0.5 * (mu.square() + v - 1 - v.log()).sum(0).mean()
+
+
+def noise_statistics(eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted noise [N,B,C,h,w] => its mean and its unbiased variance over C,h,w, both [N,B]."""
+    v, mu = torch.var_mean(eps.flatten(2).float(), dim=2)
+    return mu, v
 
 
 def fake_score_loss(eps: Tensor, noise: Tensor, sqrt_alpha: Tensor) -> Tensor:

@@ -6,17 +6,24 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
+import os
+import pickle
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from tiue.config import DistillConfig
+from tiue.sharding import shard_like, whole
 
 # Settings that a resumed run may change, because they do not change the weights on the way.
-_FREE = {"iterations", "checkpoint_every", "sample_every", "keep"}
+_FREE = {"checkpoint_every", "sample_every", "keep", "gradient_checkpointing", "ema_on_cpu"}
+_log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -35,13 +42,30 @@ class Tensors:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by position."""
-        return {str(index): tensor.detach() for index, tensor in enumerate(self._tensors)}
+        return {str(index): whole(tensor.detach()) for index, tensor in enumerate(self._tensors)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the values in."""
         for index, tensor in enumerate(self._tensors):
-            tensor.copy_(state[str(index)])
+            tensor.copy_(shard_like(state[str(index)], tensor))
+
+
+class Average:
+    """An averaged network as a state of whole tensors."""
+
+    def __init__(self, ema: EMAModel):
+        self._ema = ema
+
+    def state_dict(self) -> dict[str, Any]:
+        """As diffusers', but for shards."""
+        return whole(self._ema.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state of whole tensors."""
+        now = self._ema.shadow_params
+        values = [shard_like(v, old).to(old.device) for v, old in zip(state["shadow_params"], now, strict=True)]
+        self._ema.load_state_dict(state | {"shadow_params": values})
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -71,49 +95,89 @@ def claim(out: Path, config: DistillConfig, identity: Mapping[str, str | int | N
     Raises:
         ValueError: it holds a run with another configuration; the message lists the differences.
     """
-    path, settings = out / "config.json", dataclasses.asdict(config) | identity
+    path, settings = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config) | identity))
     if path.exists():
         # A setting younger than the run had its default; what it was begun with is not known, if it does not say.
-        begun = dataclasses.asdict(DistillConfig()) | identity | json.loads(path.read_text(encoding="utf-8"))
-        names = [n for n in settings if n not in _FREE and begun[n] != settings[n]]
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = (
+            settings
+            | json.loads(json.dumps(dataclasses.asdict(DistillConfig.of(begun))))
+            | {name: value for name, value in begun.items() if name in identity}
+        )
+        # The weight of the CLIP loss falls over all iterations.
+        free = _FREE if config.clip_weight else _FREE | {"iterations"}
+        names = [n for n in settings if n not in free and begun[n] != settings[n]]
         if names:
             differences = ", ".join(f"{n} {begun[n]!r} -> {settings[n]!r}" for n in names)
             raise ValueError(f"{out} holds a run with another configuration: {differences}")
-    if not write:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if write:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
-def save(out: Path, state: Mapping[str, Stateful], step: int, keep: int) -> None:
-    """Write the checkpoint of `step` finished iterations, then delete all but the newest `keep`."""
+def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
+    """Write the checkpoint of `step` finished iterations, then delete all but the newest `keep`.
+
+    state: the state dictionary of every part, by name. Raises OSError, with the older checkpoints as they were.
+    """
     directory = out / "checkpoints"
     directory.mkdir(exist_ok=True)
-    temporary = directory / "writing.tmp"
-    torch.save({"step": step, **{name: part.state_dict() for name, part in state.items()}}, temporary)
-    temporary.replace(directory / f"step-{step:08}.pt")
-    for old in _checkpoints(out)[:-keep]:
+    temporary, path = directory / "writing.tmp", directory / f"step-{step:08}.pt"
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except RuntimeError as error:  # torch.save's, when it closes what the disk had no space for
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in checkpoints(out)[:-keep]:
         old.unlink()
+    return path
 
 
-def restore(out: Path, state: Mapping[str, Stateful], device: torch.device) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of finished iterations."""
-    found = _checkpoints(out)
-    if not found:
-        return 0
-    saved = torch.load(found[-1], map_location=device, weights_only=True)
-    for name, part in state.items():
-        if name in saved or name != "grad_scaler":  # which runs did not always keep: it finds its scale again
-            part.load_state_dict(saved[name])
-    return saved["step"]
+def restore(out: Path, state: Mapping[str, Stateful]) -> int:
+    """Load the newest checkpoint that is whole, if there is one, and return the number of finished iterations."""
+    for path in reversed(checkpoints(out)):
+        try:
+            saved = _load(path)
+        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            _log.warning("%s is damaged, so the run goes on from the one before: %s", path, one_line(error))
+            continue
+        for name, part in state.items():
+            if name in saved or name != "grad_scaler":  # which runs did not always keep: it finds its scale again
+                part.load_state_dict(saved[name])
+        return saved["step"]
+    return 0
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Log:
     """losses.csv: a row per iteration. A resumed run drops the rows after its checkpoint."""
 
-    def __init__(self, path: Path, first: int):
+    def __init__(self, path: Path, first: int, columns: Sequence[str]):
         kept: list[list[str]] = []
         if path.exists():
             with path.open(newline="") as file:
@@ -125,14 +189,13 @@ class Log:
             temporary.replace(path)
         self._file = path.open("a", newline="")
         self._rows = csv.writer(self._file)
-        self._empty = not kept
+        self._columns = kept[0][1:] if kept else list(columns)
+        if not kept:
+            self._rows.writerow(["step", *self._columns])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row, and let others see it."""
-        if self._empty:
-            self._rows.writerow(["step", *values])
-            self._empty = False
-        self._rows.writerow([step, *(f"{value:.6g}" for value in values.values())])
+        """Append a row, with nothing in the columns that `values` does not name, and let others see it."""
+        self._rows.writerow([step, *(f"{values[name]:.6g}" if name in values else "" for name in self._columns)])
         self._file.flush()
 
     def close(self) -> None:
@@ -140,6 +203,6 @@ class Log:
         self._file.close()
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def checkpoints(out: Path) -> list[Path]:
     """Oldest first."""
     return sorted((out / "checkpoints").glob("step-*.pt"))

@@ -63,7 +63,11 @@ class TiUE(nn.Module):
         schedule = schedule or self.schedule
         timesteps = torch.tensor(schedule.timesteps, device=latents.device)
         features = self.encode(latents, text)
-        eps = self.decode(features, timesteps, text).unflatten(0, (len(schedule.timesteps), -1))
+        return self.sum(latents, self.decode(features, timesteps, text), schedule)
+
+    def sum(self, latents: torch.Tensor, eps: torch.Tensor, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise z_T [B,C,h,w] and predictions [N*B,C,h,w], step-major => (z_0 [B,C,h,w], eps [N,B,C,h,w])."""
+        eps = eps.unflatten(0, (len(schedule.timesteps), -1))
         eps = eps.to(latents.dtype)  # under autocast the UNet answers in half precision; the sum must not be
         weights = torch.tensor(schedule.step_weights, device=latents.device, dtype=latents.dtype)
         # z_0 = w_0 z_T + sum_i w_i eps_i

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tiue.config import DistillConfig
+from tiue.config import DistillConfig, read_preset
 
-DISTIL = DistillConfig(
-    iterations=240,
-    batch_size=16,
-    learning_rate=1e-5,
-    guidance=3.0,
-    fake_guidance=1.0,
-    fake_score="full",
-    fake_learning_rate=1e-4,
-    fake_steps=3,
-    ema_decay=0.99,
-    mixed_precision="bf16",
-    checkpoint_every=100,
-    sample_every=100,
-)
+DISTIL = DistillConfig(**read_preset("emoji"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,202 @@
+"""`python -m benchmarks.training`: a distillation's updates beside the loop as the paper's authors run it.
+
+The plain loop encodes the text of every batch, the null text included, takes four separate passes for the scores that
+VSD compares, and uses torch's and diffusers' optimiser and average as they come. Networks, numbers and losses are the
+same, and compared. Both take turns, each in memory by itself. A UNet of Stable Diffusion 2.1's widths, with --layers
+per block in place of 2; random weights.
+"""
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from tiue_runtime.machine import thread_count
+from torch import Tensor
+
+from tiue import losses
+from tiue.components import Components, encode_text, load_components
+from tiue.config import DistillConfig
+from tiue.distill import Distillation
+from tiue.draws import Draws, SharedDraws
+from tiue.prompts import PromptOrder
+from tiue.schedule import closed_form
+from tiue.unet import TiUE
+
+from .machine import cpu_name
+from .pipelines import write_pipeline
+
+_CAPTIONS = [f"a photograph of {number} lighthouses, oil on canvas" for number in range(32)]
+_AGREE = 1e-3  # relative; the sums are taken in another order
+_Update = Callable[[int], dict[str, float]]  # of a step => losses
+
+
+class Plain:
+    """The method of DistillConfig's losses, one thing after the other."""
+
+    def __init__(self, teacher: Components, config: DistillConfig, captions: Sequence[str]):
+        self._components, self._config, self._captions = teacher, config, captions
+        self._order = PromptOrder(len(captions), config.seed)
+        self._tiue = TiUE(copy.deepcopy(teacher.unet), closed_form(teacher.scheduler_config, 4), 751)
+        torch.manual_seed(config.seed)  # the adapters' initial weights, as in Distillation
+        self._scores = teacher.unet.requires_grad_(False)
+        adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["to_q", "to_v"])
+        self._scores.add_adapter(adapters)
+        self._adapters = [p for p in self._scores.parameters() if p.requires_grad]
+        self._student_optimizer = torch.optim.Adam(self._tiue.parameters(), config.learning_rate)
+        self._fake_optimizer = torch.optim.Adam(self._adapters, config.fake_learning_rate)
+        self._ema = EMAModel(self._tiue.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        self._scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
+
+    def update(self, step: int) -> dict[str, float]:
+        """One update of each network. Returns the losses."""
+        config = self._config
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            return self._update(step)
+
+    def _update(self, step: int) -> dict[str, float]:
+        config, scheduler, size = self._config, self._scheduler, self._config.batch_size
+        draws, shared = Draws(config.seed, step, 0, size, torch.device("cpu")), SharedDraws(config.seed, step)
+        shared.choice(config.steps)
+        with torch.no_grad():
+            text = encode_text(self._components, [self._captions[self._order[step * size + i]] for i in range(size)])
+            null = encode_text(self._components, [""] * size)
+        shape = (self._tiue.unet.config.in_channels, *[self._tiue.unet.config.sample_size] * 2)
+        z0, eps = self._tiue.predict(draws.normal(shape), text)
+        t = draws.integers(config.t_min, config.t_max + 1)
+        with torch.no_grad():
+            z_t = scheduler.add_noise(z0, draws.normal(shape), t)
+            self._scores.disable_adapters()
+            teacher = self._guided(z_t, t, text, null, config.guidance)
+            self._scores.enable_adapters()
+            fake = self._guided(z_t, t, text, null, config.fake_guidance)
+        vsd = losses.vsd_loss(z0, teacher, fake, 1 - scheduler.alphas_cumprod[t])
+        kl = losses.kl_loss(eps)
+        self._step(self._student_optimizer, list(self._tiue.parameters()), vsd + config.kl_weight * kl)
+        self._ema.step(self._tiue.parameters())
+
+        t = draws.integers(0, len(scheduler.alphas_cumprod))
+        noise = draws.normal(shape)
+        chosen = null if shared.uniform() < config.null_probability else text
+        answer = self._scores(scheduler.add_noise(z0.detach(), noise, t), t, chosen).sample.float()
+        loss = losses.fake_score_loss(answer, noise, scheduler.alphas_cumprod[t].sqrt())
+        self._step(self._fake_optimizer, self._adapters, loss)
+        return {"vsd": vsd.item(), "kl": kl.item(), "fake": loss.item()}
+
+    def _guided(self, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
+        unconditional = self._scores(z, t, null).sample.float()
+        conditional = self._scores(z, t, text).sample.float()
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _step(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor], loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, self._config.grad_clip)
+        optimizer.step()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns 0, or 1 if the losses differ."""
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    config = DistillConfig(
+        batch_size=arguments.batch, mixed_precision=arguments.mixed_precision, channels_last=arguments.channels_last
+    )
+    components = _components(arguments)
+    makers: dict[str, Callable[[Path], _Update]] = {
+        "plain": lambda _: Plain(components(), config, _CAPTIONS).update,
+        "tiue": lambda out: _ours(Distillation(components(), _CAPTIONS, out, config)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    found: dict[str, list[dict[str, float]]] = {}
+    for number in range(arguments.rounds):
+        for name, make in makers.items():
+            with tempfile.TemporaryDirectory() as directory:
+                found[name], taken = _timed(make(Path(directory)), arguments.updates)
+            seconds[name] += taken
+            print(json.dumps({"round": number + 1, "loop": name, "seconds": taken, "losses": found[name]}), flush=True)
+            gc.collect()  # memory does not hold both
+    worst = max(
+        abs(ours[name] - value) / max(abs(value), 1e-6)
+        for ours, plain in zip(found["tiue"], found["plain"], strict=True)
+        for name, value in plain.items()
+    )
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in components().unet.parameters())
+    precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
+    print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, {precision}")
+    print(f"UNet {parameters / 1e6:.0f} M, latents {arguments.latents}, batch {arguments.batch}; text encoder as is")
+    speed = {name: arguments.batch / statistics.median(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        spread = f"{min(values):.2f} .. {max(values):.2f}"
+        print(f"{name:6} {speed[name]:.3f} samples/s, {statistics.median(values):.2f} s an update ({spread})")
+    print(f"{speed['tiue'] / speed['plain']:.2f} times as fast; losses differ by {worst:.1e} at most")
+    return int(worst > _AGREE)
+
+
+def _timed(update: _Update, count: int) -> tuple[list[dict[str, float]], list[float]]:
+    """The losses of one update and `count` more, and the seconds of these."""
+    found, seconds = [], []
+    for step in range(count + 1):
+        begun = time.perf_counter()
+        found.append(update(step))
+        seconds.append(round(time.perf_counter() - begun, 3))
+    return found, seconds[1:]
+
+
+def _ours(run: Distillation) -> _Update:
+    def update(step: int) -> dict[str, float]:
+        values = run._update(step)
+        run._average()
+        return values
+
+    return update
+
+
+def _components(arguments: argparse.Namespace) -> Any:
+    """Makes the teacher, the same each time."""
+    directory = arguments.work / arguments.model
+    if not directory.exists():
+        write_pipeline(arguments.model, directory)
+    loaded = load_components(directory)
+    changes = {"layers_per_block": arguments.layers, "sample_size": arguments.latents}
+
+    def make() -> Components:
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(dict(loaded.unet.config) | changes).eval()
+        return dataclasses.replace(loaded, unet=unet)
+
+    return make
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description="A distillation's updates beside the plain loop."
+    )
+    parser.add_argument("--model", default="sd21-base", help="of benchmarks.pipelines (default: sd21-base)")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where the pipeline is made, once")
+    parser.add_argument("--layers", type=int, default=1, help="per block (default: 1)")
+    parser.add_argument("--latents", type=int, default=16, help="height and width (default: 16)")
+    parser.add_argument("--batch", type=int, default=2, help="samples of an update (default: 2)")
+    parser.add_argument("--updates", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of both (default: 2)")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--threads", type=int, default=thread_count(), help="default: all")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The optional CLIP loss: pictures, decoded by a tiny autoencoder, should show what their captions say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizerFast
+
+from tiue.components import load_tiny_vae
+from tiue.losses import clip_loss
+
+# How CLIP's training pictures were normalised: mean and standard deviation of red, green and blue.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipScore:
+    """CLIP and what makes pictures for it, both frozen.
+
+    Args:
+        model: whose projected embeddings are compared.
+        tokenizer: its own.
+        vae: decodes latents to RGB in [-1, 1]; gradients go through it.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizerFast, vae: AutoencoderTiny):
+        self._model, self._vae = model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        size = model.config.vision_config.image_size
+        self._size = (size, size)
+
+    def to(self, device: torch.device) -> ClipScore:
+        """Move both networks."""
+        self._model.to(device)
+        self._vae.to(device)
+        return self
+
+    def loss(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """`losses.clip_loss` of latents [B,C,h,w] and their captions, a scalar."""
+        pixels = self._vae.decode(latents / self._vae.config.scaling_factor).sample.float() / 2 + 0.5
+        pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, deviation = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (_MEAN, _DEVIATION))
+        images = self._model.get_image_features((pixels - mean) / deviation)
+        limit = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        ).to(latents.device)
+        with torch.no_grad():
+            text = self._model.get_text_features(tokens.input_ids, tokens.attention_mask)
+        return clip_loss(text.float(), images.float())
+
+
+def load_clip(directory: Path, tiny_vae: Path) -> ClipScore:
+    """Read CLIP from a directory as transformers saves it, safetensors only, and an AutoencoderTiny from another.
+
+    Raises ValueError, naming the directory, for anything missing or of another kind.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"no such directory: {directory}")
+    try:
+        model = CLIPModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+        tokenizer = CLIPTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} holds no CLIP model: {' '.join(str(error).split())}") from error
+    return ClipScore(model, tokenizer, load_tiny_vae(tiny_vae))
