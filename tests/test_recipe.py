@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiue_runtime import Pipeline
 
-from recipes.emoji import data, measure, report
+from recipes.emoji import data, drift, measure, report
 from recipes.emoji.__main__ import main
 from recipes.emoji.presets import PRESETS
 from tiue.checkpoint import load_student
@@ -51,18 +52,23 @@ def test_frechet_distance_of_gaussians():
     assert measure.frechet(a, 2 * a) == pytest.approx(3.0, rel=0.1)  # (2 - 1)^2 in each of 3 dimensions
 
 
-def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, monkeypatch):
-    monkeypatch.setattr(report, "MEASURED", 130)
-    monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
-    (tmp_path / "data").mkdir()
+def prepared(drawings: data.Drawings, directory: Path):
+    """As the stage of the data leaves them."""
+    directory.mkdir()
     np.savez(
-        tmp_path / "data/drawings.npz",
+        directory / "drawings.npz",
         images=drawings.images,
         concept=drawings.concept,
         style=drawings.style,
         held_out=drawings.held_out,
     )
-    (tmp_path / "data/captions.json").write_text(json.dumps(drawings.captions))
+    (directory / "captions.json").write_text(json.dumps(drawings.captions))
+
+
+def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, monkeypatch):
+    monkeypatch.setattr(report, "MEASURED", 130)
+    monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
+    prepared(drawings, tmp_path / "data")
     command = ["--preset", "smoke", "--out", str(tmp_path)]
     assert main([*command, "--until", "student"]) == 0
     warm = (tmp_path / "warm.safetensors").stat().st_mtime_ns
@@ -77,3 +83,16 @@ def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, m
     assert all(0 <= f["top1"] <= f["top5"] <= 1 and f["frechet"] >= 0 for f in figures.values())
     assert (tmp_path / "grid.png").exists() and (tmp_path / "losses.png").exists()
     assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
+
+
+def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings):
+    prepared(drawings, tmp_path / "data")
+    command = ["--preset", "smoke", "--steps", "1", "--iterations", "2", "--out", str(tmp_path)]
+    assert drift.main(command) == 0
+    teacher = (tmp_path / "teacher/model_index.json").stat().st_mtime_ns
+    assert drift.main(command) == 0
+    assert (tmp_path / "teacher/model_index.json").stat().st_mtime_ns == teacher
+    figures = json.loads((tmp_path / "drift.json").read_text())
+    assert figures.keys() == {"with KL", "without KL"} and (tmp_path / "drift.png").exists()
+    assert all({"mu_751", "v_751", "mu_1", "v_1", "kl"} < figures[name].keys() for name in figures)
+    assert figures["with KL"]["v_1"] != figures["without KL"]["v_1"] > 0

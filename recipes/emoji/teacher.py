@@ -125,10 +125,11 @@ def colour_weight(snr: Tensor) -> Tensor:
     return min_snr(snr) * ((1 + snr) / snr).sqrt()
 
 
-def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
-    torch.manual_seed(preset.seed)
-    device = loop.device()
-    unet = build_unet(preset).to(device)
+def denoising(
+    unet: UNet2DConditionModel, preset: Preset, drawings: Drawings, vae
+) -> Callable[[torch.Generator, Callable[[Tensor], Tensor]], Tensor]:
+    """The loss of `unet`, on its device, as a function of the generator of a batch and of weights by SNR."""
+    device = unet.device
     scheduler = DDIMScheduler(**SCHEDULER)
     captions = Captions(drawings)
     seen = torch.from_numpy(~drawings.held_out)
@@ -145,6 +146,28 @@ def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
         error = (eps.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
         return (error * weight(compute_snr(scheduler, t)).to(device)).mean()
 
+    return loss
+
+
+def save_teacher(unet: UNet2DConditionModel, vae, directory: Path) -> None:
+    """Write the pipeline."""
+    text_encoder, tokenizer = text_parts()
+    StableDiffusionPipeline(
+        vae=vae.cpu(),
+        text_encoder=text_encoder.cpu(),
+        tokenizer=tokenizer,
+        unet=unet.cpu(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)
+
+
+def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
+    torch.manual_seed(preset.seed)
+    unet = build_unet(preset).to(loop.device())
+    loss = denoising(unet, preset, drawings, vae)
     common = {"seed": preset.seed, "ema_decay": preset.teacher_ema_decay, "weight_decay": 0.01}
     first, second = directory.with_name("teacher-shapes"), directory.with_name("teacher-colours")
     loop.train(
@@ -153,14 +176,4 @@ def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
     loop.train(
         unet, partial(loss, weight=colour_weight), steps=preset.colour_steps, lr=preset.colour_lr, out=second, **common
     )
-    text_encoder, tokenizer = text_parts()
-    StableDiffusionPipeline(
-        vae=vae.cpu(),
-        text_encoder=text_encoder.cpu(),
-        tokenizer=tokenizer,
-        unet=unet.cpu(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(directory)
+    save_teacher(unet, vae, directory)
