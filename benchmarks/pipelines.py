@@ -17,7 +17,7 @@ import os
 import shutil
 import string
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
@@ -210,6 +210,26 @@ def write_pipeline(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def random_teacher(model: str, work: Path, changes: Mapping[str, Any]) -> Any:
+    """`tiue.components.Components` of a model of MODELS, with a UNet of changed configuration; the same each time.
+
+    Args:
+        work: where the pipeline is written, once.
+        changes: to the UNet's configuration.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from tiue.components import load_components
+
+    if not (work / model).exists():
+        write_pipeline(model, work / model)
+    loaded = load_components(work / model)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(dict(loaded.unet.config) | changes).eval()
+    return replace(loaded, unet=unet)
 
 
 def _write_parts(

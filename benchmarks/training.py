@@ -8,7 +8,6 @@ per block in place of 2; random weights.
 
 import argparse
 import copy
-import dataclasses
 import gc
 import json
 import statistics
@@ -16,18 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from tiue_runtime.machine import thread_count
 from torch import Tensor
 
 from tiue import losses
-from tiue.components import Components, encode_text, load_components
+from tiue.components import Components, encode_text
 from tiue.config import DistillConfig
 from tiue.distill import Distillation
 from tiue.draws import Draws, SharedDraws
@@ -36,7 +35,7 @@ from tiue.schedule import closed_form
 from tiue.unet import TiUE
 
 from .machine import cpu_name
-from .pipelines import write_pipeline
+from .pipelines import random_teacher
 
 _CAPTIONS = [f"a photograph of {number} lighthouses, oil on canvas" for number in range(32)]
 _AGREE = 1e-3  # relative; the sums are taken in another order
@@ -114,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DistillConfig(
         batch_size=arguments.batch, mixed_precision=arguments.mixed_precision, channels_last=arguments.channels_last
     )
-    components = _components(arguments)
+    changes = {"layers_per_block": arguments.layers, "sample_size": arguments.latents}
+    components = partial(random_teacher, arguments.model, arguments.work, changes)
     makers: dict[str, Callable[[Path], _Update]] = {
         "plain": lambda _: Plain(components(), config, _CAPTIONS).update,
         "tiue": lambda out: _ours(Distillation(components(), _CAPTIONS, out, config)),
@@ -133,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for ours, plain in zip(found["tiue"], found["plain"], strict=True)
         for name, value in plain.items()
     )
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in components().unet.parameters())
+    parameters = sum(p.numel() for p in components().unet.parameters())
     precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
     print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, {precision}")
     print(f"UNet {parameters / 1e6:.0f} M, latents {arguments.latents}, batch {arguments.batch}; text encoder as is")
@@ -163,22 +162,6 @@ def _ours(run: Distillation) -> _Update:
         return values
 
     return update
-
-
-def _components(arguments: argparse.Namespace) -> Any:
-    """Makes the teacher, the same each time."""
-    directory = arguments.work / arguments.model
-    if not directory.exists():
-        write_pipeline(arguments.model, directory)
-    loaded = load_components(directory)
-    changes = {"layers_per_block": arguments.layers, "sample_size": arguments.latents}
-
-    def make() -> Components:
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(dict(loaded.unet.config) | changes).eval()
-        return dataclasses.replace(loaded, unet=unet)
-
-    return make
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from tolerances import REORDERED
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks import latency, pipelines, scaling, training
+from benchmarks import latency, memory, pipelines, scaling, training
 from benchmarks import report as report_
 from benchmarks.comparing import Conditions, Entry, compare
 from benchmarks.contender import Tiue
@@ -278,3 +278,13 @@ def test_a_distillation_computes_what_the_plain_loop_computes(tmp_path, capsys):
     assert plain[0]["kl"] != plain[1]["kl"]
     assert all(one == pytest.approx({n: two[n] for n in one}, rel=1e-3) for one, two in zip(plain, ours, strict=True))
     assert re.fullmatch(r"[\d.]+ times as fast; losses differ by [\d.]+e-\d+ at most", lines[-1])
+
+
+def test_memory_by_option_is_measured_beside_the_estimate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "_OPTIONS", {"(defaults)": {}, "--fake-score full": {"fake_score": "full"}})
+    flags = ["--model", "mini21", "--work", str(tmp_path), "--widths", "96,192", "--latents", "8", "--batch", "1"]
+    assert memory.main([*flags, "--threads", "1"]) == 0
+    rows = re.findall(r"^\| `(.+)` \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", capsys.readouterr().out, re.M)
+    assert [name for name, *_ in rows] == ["(defaults)", "--fake-score full"]
+    (plain, estimated), (full, estimated_full) = ((float(a), float(b)) for _, a, b in rows)
+    assert full - plain == pytest.approx(estimated_full - estimated, rel=0.5)

@@ -8,6 +8,8 @@ import torch
 from tiue.config import DistillConfig
 from tiue.distill import Distillation
 from tiue.estimate import Estimate, estimate
+from tiue.schedule import closed_form
+from tiue.unet import Predictor, TiUE
 
 CONFIG = DistillConfig(batch_size=3, lora_rank=2)
 
@@ -33,10 +35,12 @@ def test_the_estimate_is_what_a_run_holds(tmp_path: Path, fake_score):
     assert found.ema_bytes == sum(p.nbytes for p in run.ema.shadow_params)
 
 
-def test_activations_are_those_that_a_backward_pass_keeps():
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_activations_are_those_that_a_backward_pass_keeps(precision):
     """Within a tenth, without maps of attention, which a fused kernel does not keep."""
-    found = estimated().activations_bytes
-    run_unet = tiny.emoji().unet.requires_grad_(True)
+    components = tiny.emoji()
+    config = dataclasses.replace(CONFIG, mixed_precision=precision)
+    found = estimate(components.unet.config, components.scheduler_config, config, "cpu").activations_bytes
     kept: dict[int, int] = {}
 
     def keep(tensor):
@@ -44,12 +48,13 @@ def test_activations_are_those_that_a_backward_pass_keeps():
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
         return tensor
 
-    from tiue.schedule import closed_form
-    from tiue.unet import TiUE
-
-    tiue = TiUE(run_unet, closed_form(tiny.emoji().scheduler_config, 4), 751)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, eps = tiue.predict(torch.randn(3, 16, 8, 8), torch.randn(3, 77, 16))
+    schedule = closed_form(components.scheduler_config, 4)
+    predictor = Predictor(TiUE(components.unet.requires_grad_(True), schedule, 751), share_encoder=True)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        eps = predictor(torch.randn(3, 16, 8, 8), torch.randn(3, 77, 16), schedule)
     assert found == pytest.approx(sum(kept.values()), rel=0.1)
     del eps
 
@@ -57,7 +62,9 @@ def test_activations_are_those_that_a_backward_pass_keeps():
 def test_what_each_option_saves():
     plain = estimated()
     assert estimated(gradient_checkpointing=True).activations_bytes < plain.activations_bytes / 2
-    assert estimated(mixed_precision="bf16").activations_bytes == plain.activations_bytes / 2
+    # On a GPU normalisations stay in float32.
+    half = estimated(mixed_precision="bf16").activations_bytes
+    assert plain.activations_bytes / 2 < half < plain.activations_bytes
     assert estimated(ema_on_cpu=True).ema_bytes == 0
     assert estimated(optimizer="adam8bit").optimizer_bytes == plain.optimizer_bytes / 4
     assert estimated(shared_up_blocks=1).activations_bytes < plain.activations_bytes

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(format="python -m tiue: %(message)s")
     logging.getLogger("tiue").setLevel(logging.INFO)
+    # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
+    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     try:
         settings = read_preset(arguments.preset) if arguments.preset else {}
         for field in dataclasses.fields(DistillConfig):
@@ -172,10 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> int:
     from tiue.components import read_configs
     from tiue.estimate import estimate
-    from tiue.prompts import load_prompts
+    from tiue.prompts import Prompts, read_prompts, store_prompts
 
     unet, scheduler = read_configs(arguments.teacher)
-    prompts = len(load_prompts(arguments.prompts, arguments.prompt_field))
+    with tempfile.TemporaryDirectory() as directory:
+        store_prompts(read_prompts(arguments.prompts, arguments.prompt_field), Path(directory))
+        prompts = len(Prompts(Path(directory)))
     cost = estimate(unet, scheduler, config)
     for name, value in dataclasses.asdict(config).items():
         print(f"{name:24} {_comma_separated(value) if isinstance(value, tuple) else value}")
@@ -193,23 +198,20 @@ def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> int:
     print(f"{cost.trained_fake_parameters / 1e6:,.1f} M trained")
     print(f"{'memory per process, GB':24} {cost.total_bytes / 1e9:.1f}: ", end="")
     print(", ".join(f"{name} {value / 1e9:.1f}" for name, value in gigabytes.items()))
-    print(f"{'updates':24} {config.iterations:,} of {batch:,} samples ({processes} processes): ", end="")
+    print(f"{'updates':24} {config.iterations:,} of {batch:,} samples (processes: {processes}): ", end="")
     print(f"{config.iterations * batch / prompts:.2f} epochs of {prompts:,} prompts")
     return 0
 
 
 def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
-    from tiue.prompts import load_prompts, read_prompts  # torch and diffusers take seconds: not for --help
-
-    samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
-
-    # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
-    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
+    # torch and diffusers take seconds: not for --help
     from tiue.checkpoint import load_student
     from tiue.clip import load_clip
     from tiue.components import load_components
     from tiue.distill import Distillation, DivergedError, StoppedError
+    from tiue.prompts import load_prompts, read_prompts
 
+    samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
     clip = None
     if config.clip_weight:
         if not (arguments.clip and arguments.tiny_vae):

@@ -36,7 +36,7 @@ from tiue.schedule import Schedule, closed_form, ddim_timesteps
 from tiue.scores import Scores
 from tiue.sharding import Optimizer, reshard, whole
 from tiue.text import Encoded, Texts, cache_texts, cut_prompts
-from tiue.unet import TiUE, check_shared_up_blocks, repeat_rows
+from tiue.unet import Predictor, TiUE, check_shared_up_blocks
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -52,25 +52,6 @@ class StoppedError(RuntimeError):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.signal = number
-
-
-class Predictor(nn.Module):
-    """The student as it is trained: what accelerate wraps."""
-
-    def __init__(self, tiue: TiUE, share_encoder: bool):
-        super().__init__()
-        self.tiue, self._share_encoder = tiue, share_encoder
-
-    def forward(self, latents: Tensor, text: Tensor, schedule: Schedule) -> Tensor:
-        """Noise z_T [B,C,h,w], text [B,L,D] => predictions [N*B,C,h,w], step-major.
-
-        Their sum is left to the caller: FSDP may have rounded what comes in here to half precision.
-        """
-        timesteps = torch.tensor(schedule.timesteps, device=latents.device)
-        if self._share_encoder:
-            return self.tiue.decode(self.tiue.encode(latents, text), timesteps, text)
-        rows = timesteps.repeat_interleave(len(latents))
-        return self.tiue.unet(repeat_rows(latents, len(timesteps)), rows, repeat_rows(text, len(timesteps))).sample
 
 
 class Distillation:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tiue.config import DistillConfig
-from tiue.schedule import closed_form
+from tiue.schedule import Schedule, closed_form
 from tiue.scores import Scores
-from tiue.unet import TiUE
+from tiue.unet import Predictor, TiUE
 
 _TEXT_LENGTH = 77  # CLIP's; longer texts take more
 
@@ -38,8 +38,13 @@ class Estimate:
         return sum(parts)
 
 
-def estimate(unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any], config: DistillConfig) -> Estimate:
-    """Take the networks of a run through an update without weights or computing; for one process, not sharded."""
+def estimate(
+    unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any], config: DistillConfig, device: str = "cuda"
+) -> Estimate:
+    """Take the networks of a run through an update without weights or computing; for one process, not sharded.
+
+    device: "cuda" or "cpu", where torch's autocast differs.
+    """
     schedule = closed_form(scheduler_config, max(config.steps))
     scheduler = DDIMScheduler.from_config(dict(scheduler_config), clip_sample=False)
     with torch.device("meta"):
@@ -47,7 +52,7 @@ def estimate(unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]
         teacher = UNet2DConditionModel.from_config(unet_config)
         scores = Scores(teacher, scheduler, config)
     with FakeTensorMode():
-        activations = _activations(UNet2DConditionModel.from_config(unet_config), schedule, config)
+        activations = _activations(UNet2DConditionModel.from_config(unet_config), schedule, config, device)
     trained = [*unet.parameters(), *scores.parameters()]
     networks = {id(module): module for module in (unet, teacher, scores.network)}.values()
     state = 2 if config.optimizer == "adam8bit" else 8  # Adam's two averages of a parameter
@@ -66,10 +71,10 @@ def _count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _activations(unet: UNet2DConditionModel, schedule: Any, config: DistillConfig) -> int:
+def _activations(unet: UNet2DConditionModel, schedule: Schedule, config: DistillConfig, device: str) -> int:
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    tiue = TiUE(unet, schedule, schedule.timesteps[0], config.shared_up_blocks)
+    predictor = Predictor(TiUE(unet, schedule, schedule.timesteps[0], config.shared_up_blocks), config.share_encoder)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -79,16 +84,17 @@ def _activations(unet: UNet2DConditionModel, schedule: Any, config: DistillConfi
 
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if device == "cuda":  # where autocast normalises in float32
+        for module in unet.modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
     latents = torch.empty(config.batch_size, unet.config.in_channels, height, width)
     text = torch.empty(config.batch_size, _TEXT_LENGTH, unet.config.cross_attention_dim)
-    timesteps = torch.empty(len(schedule.timesteps), dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if config.share_encoder:
-            answer = tiue.decode(tiue.encode(latents, text), timesteps, text)
-        else:
-            n = len(timesteps)
-            rows = timesteps.repeat_interleave(len(latents))
-            answer = unet(latents.repeat(n, 1, 1, 1), rows, text.repeat(n, 1, 1)).sample
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    with (
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        answer = predictor(latents, text, schedule)
     del answer
-    bytes_each = 4 if config.mixed_precision == "no" else 2
-    return sum(tensor.numel() for tensor in kept.values()) * bytes_each
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -146,6 +146,25 @@ class TiUE(nn.Module):
         return Features(hidden, skips)
 
 
+class Predictor(nn.Module):
+    """The student as it is trained: what accelerate wraps."""
+
+    def __init__(self, tiue: TiUE, share_encoder: bool):
+        super().__init__()
+        self.tiue, self._share_encoder = tiue, share_encoder
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+        """Noise z_T [B,C,h,w], text [B,L,D] => predictions [N*B,C,h,w], step-major.
+
+        Their sum is left to the caller: FSDP may have rounded what comes in here to half precision.
+        """
+        timesteps = torch.tensor(schedule.timesteps, device=latents.device)
+        if self._share_encoder:
+            return self.tiue.decode(self.tiue.encode(latents, text), timesteps, text)
+        rows = timesteps.repeat_interleave(len(latents))
+        return self.tiue.unet(repeat_rows(latents, len(timesteps)), rows, repeat_rows(text, len(timesteps))).sample
+
+
 def check_supported(unet: UNet2DConditionModel) -> None:
     """Raise ValueError, naming the option, for a UNet that needs more than latents, a timestep and text."""
     if not isinstance(unet, UNet2DConditionModel):

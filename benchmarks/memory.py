@@ -1,0 +1,117 @@
+"""`python -m benchmarks.memory`: the peak memory of a distillation by option, beside what `--dry-run` would say.
+
+Every option runs two updates in a process of its own, the second with all that a run comes to hold. On a CPU the peak
+is that of the process's own pages, beyond those that it had before the networks were made (the text encoder is mapped
+from its file, and has none); on a GPU it is that of torch's allocator. Random weights, of half the widths of Stable
+Diffusion 2.1 and a quarter of its latents unless told otherwise.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiue_runtime.machine import thread_count
+
+from .machine import Memory, cpu_name, gpu_query, watching
+from .pipelines import random_teacher
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "(defaults)": {},
+    "--batch-size 1": {"batch_size": 1},
+    "--gradient-checkpointing": {"gradient_checkpointing": True},
+    "--mixed-precision bf16": {"mixed_precision": "bf16"},
+    "--shared-up-blocks 1": {"shared_up_blocks": 1},
+    "--steps 1": {"steps": (1,)},
+    "--fake-score full": {"fake_score": "full"},
+    "--no-share-encoder": {"share_encoder": False},
+}
+_ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}, "--optimizer adam8bit": {"optimizer": "adam8bit"}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark: a table, in GB."""
+    arguments = _parser().parse_args(argv)
+    changes = {"block_out_channels": arguments.widths, "sample_size": arguments.latents}
+    options = _OPTIONS | (_ON_A_GPU if arguments.gpu else {})
+    print("| | measured, GB | estimated, GB | seconds an update |\n|---|---|---|---|", flush=True)
+    for name, settings in options.items():
+        settings = {"batch_size": arguments.batch} | settings
+        # A process for each.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            task = pool.submit(measure, arguments.model, arguments.work, changes, settings, arguments.threads)
+            found = task.result()
+        print(f"| `{name}` | {found.peak / 1e9:.2f} | {found.estimated / 1e9:.2f} | {found.seconds:.1f} |", flush=True)
+    print(f"\n{gpu_query('name') if arguments.gpu else cpu_name()}, {arguments.threads} threads")
+    return 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one option."""
+
+    peak: int  # bytes
+    estimated: int  # bytes
+    seconds: float  # of the second update
+
+
+def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mapping[str, Any], threads: int) -> Found:
+    """Two updates in this process.
+
+    Args:
+        model, work, changes: see `pipelines.random_teacher`.
+        settings: of DistillConfig.
+    """
+    import torch
+
+    from tiue.config import DistillConfig
+    from tiue.distill import Distillation
+    from tiue.estimate import estimate
+
+    torch.set_num_threads(threads)
+    config = DistillConfig(**settings)
+    before, peak = Memory(), Memory()
+    before.note(os.getpid())
+    with tempfile.TemporaryDirectory() as out, watching(os.getpid(), peak):
+        teacher = random_teacher(model, work, changes)
+        run = Distillation(teacher, ["a lighthouse", "a lake"], Path(out), config)
+        for step in range(2):
+            begun = time.perf_counter()
+            run._update(step)
+            run._average()
+            seconds = time.perf_counter() - begun
+    device = run.accelerator.device.type
+    taken = torch.cuda.max_memory_allocated() if device == "cuda" else peak.anonymous - before.anonymous
+    estimated = estimate(teacher.unet.config, teacher.scheduler_config, config, device)
+    return Found(taken, estimated.total_bytes, seconds)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description="The peak memory of a distillation by option."
+    )
+    parser.add_argument("--model", default="sd21-base", help="of benchmarks.pipelines (default: sd21-base)")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where the pipeline is made, once")
+    parser.add_argument(
+        "--widths", type=_numbers, default=(160, 320, 640, 640), help="of the blocks (default: 160,320,640,640)"
+    )
+    parser.add_argument("--latents", type=int, default=32, help="height and width (default: 32)")
+    parser.add_argument("--batch", type=int, default=4, help="samples of an update (default: 4)")
+    parser.add_argument("--gpu", action="store_true", help="measure what only a GPU has, too")
+    parser.add_argument("--threads", type=int, default=thread_count(), help="default: all")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
