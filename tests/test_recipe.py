@@ -85,10 +85,13 @@ def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, m
     assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
 
 
-def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings):
+def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings, monkeypatch):
+    monkeypatch.setattr(report, "MEASURED", 8)
     prepared(drawings, tmp_path / "data")
     assert drift.main(["--preset", "smoke", "--steps", "1", "--iterations", "2", "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "drift.json").read_text())
-    assert figures.keys() == {"with KL", "without KL"} and (tmp_path / "drift.png").exists()
-    assert all({"mu_751", "v_751", "mu_1", "v_1", "kl"} < figures[name].keys() for name in figures)
+    assert figures.keys() == {"before", "with KL", "without KL"}
+    assert all(0 <= figures[name]["top1"] <= 1 and figures[name]["frechet"] > 0 for name in figures)
+    assert (tmp_path / "drift.png").exists() and (tmp_path / "pictures.png").exists()
+    assert {"mu_751", "v_751", "mu_1", "v_1", "kl"} < figures["with KL"].keys() == figures["without KL"].keys()
     assert figures["with KL"]["v_1"] != figures["without KL"]["v_1"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tiue.runs import write_text
+from tiue.runs import read_log, write_text
 
 _WINDOW = 50  # rows that a smoothed curve averages, at most
 
 
 def write_report(out: Path) -> Path:
     """Write report.md and losses.png into the directory of a run, from its config.json and losses.csv."""
-    with (out / "losses.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    columns = read_log(out / "losses.csv")
     settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
     _plot(columns, out / "losses.png")
     path = out / "report.md"

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tiue.config import DistillConfig
@@ -201,6 +203,13 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The columns of a `Log`, with NaN where a row has nothing."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
 def checkpoints(out: Path) -> list[Path]:

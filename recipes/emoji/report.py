@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from tiue.checkpoint import Student, load_student
 from tiue.components import encode_text
+from tiue.runs import read_log
 
 from . import loop
 from .autoencoder import decode
@@ -148,6 +148,21 @@ def grid(
     plt.close(figure)
 
 
+def plot_students(students: dict[str, Student], path: Path) -> None:
+    """A row of pictures by student, of GRID_PROMPTS, all from the same noise."""
+    figure, axes = plt.subplots(
+        len(students), len(GRID_PROMPTS), figsize=(len(GRID_PROMPTS) * 0.9, len(students)), dpi=120
+    )
+    for row, (name, student) in zip(axes, students.items(), strict=True):
+        for axis, image in zip(row, draw_student(student, GRID_PROMPTS), strict=True):
+            axis.imshow(image, interpolation="lanczos")
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=7)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
 def plot_losses(out: Path, path: Path) -> None:
     """The loss of every stage over its steps, from the CSV files of a run."""
     logs = [("autoencoder", out / "vae.csv", "loss"), ("teacher: shapes", out / "teacher-shapes.csv", "loss")]
@@ -156,10 +171,8 @@ def plot_losses(out: Path, path: Path) -> None:
     logs += [(f"distil: {name}", out / "distil/losses.csv", name) for name in ("vsd", "kl")]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), dpi=100)
     for axis, (title, file, column) in zip(axes.flat, logs, strict=True):
-        with file.open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        steps = np.array([int(row["step"]) for row in rows])
-        values = np.array([float(row[column]) for row in rows])
+        log = read_log(file)
+        steps, values = log["step"], log[column]
         axis.plot(steps, values, linewidth=0.5, alpha=0.5)
         width = max(1, len(values) // 50)
         if len(values) > width:

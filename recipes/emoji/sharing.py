@@ -14,12 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +25,7 @@ from tiue.components import encode_text
 from . import data, loop
 from .measure import classifier, judge
 from .presets import PRESETS
-from .report import GRID_PROMPTS, asked, draw_student, measure
+from .report import GRID_PROMPTS, asked, draw_student, measure, plot_students
 from .student import all_captions
 
 SHIPPED = Path(__file__).parents[2] / "models/emoji/student.safetensors"
@@ -68,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         figures[name] |= {"latents": error.sqrt().item(), "milliseconds": 1e3 * _seconds(student)}
     (out / "sharing.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
-    _grid({name: draw_student(student, GRID_PROMPTS) for name, student in contenders.items()}, out / "sharing.png")
+    plot_students(contenders, out / "sharing.png")
     return 0
 
 
@@ -114,19 +110,6 @@ def _seconds(student: Student) -> float:
         model(noise, text)
         taken.append(time.perf_counter() - start)
     return float(np.median(taken))
-
-
-def _grid(pictures: dict[str, np.ndarray], path: Path) -> None:
-    columns = len(GRID_PROMPTS)
-    figure, axes = plt.subplots(len(pictures), columns, figsize=(columns * 0.9, len(pictures)), dpi=120)
-    for row, (name, images) in zip(axes, pictures.items(), strict=True):
-        for axis, image in zip(row, images, strict=True):
-            axis.imshow(image, interpolation="lanczos")
-            axis.set(xticks=[], yticks=[], frame_on=False)
-        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=7)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
 
 
 if __name__ == "__main__":
