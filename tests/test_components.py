@@ -65,6 +65,15 @@ def test_an_unnamed_or_unsupported_part_is_named(directory):
             load_components(directory)
 
 
+@pytest.mark.parametrize(("option", "value"), [("addition_embed_type", "text_time"), ("num_class_embeds", 10)])
+def test_an_unsupported_unet_is_refused_before_its_weights_are_read(directory, option, value):
+    path = directory / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option: value}))
+    weights_of(directory / "unet").unlink()
+    with pytest.raises(ComponentsError, match=f"unet: UNet option {option}={value!r} is not supported"):
+        load_components(directory)
+
+
 def weights_of(directory):
     (path,) = (p for p in directory.iterdir() if p.suffix == ".safetensors")
     return path

@@ -27,7 +27,7 @@ def test_a_preset_is_valid_and_names_differences_only(path):
         ('"grad_clip": null', "grad_clip must be of type float, got None"),
         ('"fake_score": 1', "fake_score must be of type str, got 1"),
         ('"fake_score": "half"', "fake_score must be one of lora, full, got 'half'"),
-        ('"guidance": Infinity', "guidance must be positive, got inf"),
+        ('"guidance": Infinity', "guidance must be a number from 0 on, got inf"),
         ('"steps": 0', "steps must be positive whole numbers, got 0"),
     ],
 )

@@ -505,14 +505,20 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
         (["--shared-up-blocks", "2"], "shared_up_blocks: expected 0 to 1 for a UNet of 2 up blocks, got 2"),
         (["--teacher", "{tmp}/none"], "no such pipeline directory"),
         (["--prompts", "{tmp}/none.txt"], "none.txt: No such file"),
-        (["--batch-size", "0"], "batch_size must be positive"),
-        (["--learning-rate", "nan"], "learning_rate must be positive"),
+        (["--batch-size", "0"], "batch_size must be a positive number"),
+        (["--learning-rate", "nan"], "learning_rate must be a positive number"),
+        (["--ema-decay", "1.5"], "ema_decay must be at most 1"),
+        (["--t-max", "1000"], "t_max must be below the teacher's 1000 timesteps, got 1000"),
         (["--init", "{tmp}/none.safetensors"], "no such checkpoint"),
         (["--preset", "{tmp}/none.json"], "none.json: No such file"),
         (["--out", f"{__file__}/out"], "Not a directory"),
+        (["--optimizer", "adam8bit"], "optimizer adam8bit needs bitsandbytes: pip install bitsandbytes"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(tmp_path, teacher_directory, prompts_file, capsys, flags, message):
+def test_mistakes_are_one_line_and_exit_2(
+    tmp_path, teacher_directory, prompts_file, capsys, monkeypatch, flags, message
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     given = {
         "--teacher": str(teacher_directory),
         "--prompts": str(prompts_file),
@@ -541,5 +547,5 @@ def test_dry_run_prints_settings_of_preset_and_flags(tmp_path, teacher_directory
     assert settings["batch_size"] == "3" and settings["guidance"] == "1.5" and settings["steps"] == "4"
     count = sum(p.numel() for p in tiny.emoji().unet.parameters())
     assert f"student {count / 1e6:,.1f} M" in cost and "memory per process" in cost
-    assert "66,500 of 3 samples (1 processes): 39900.00 epochs of 5 prompts" in cost
+    assert "66,500 of 3 samples (processes: 1): 39900.00 epochs of 5 prompts" in cost
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from tiue import hub
 from tiue.schedule import alphas_cumprod, ignored_options
+from tiue.unet import check_supported
 from tiue.weights import WeightsError, choose_weights, fill, tensor_names
 
 _WITH_WEIGHTS = ("unet", "text_encoder", "vae")
@@ -79,6 +80,7 @@ def load_components(
         root = _download(str(directory), parts)
     classes = _classes(root)
     scheduler_config = _read_scheduler(root)
+    _read_unet(root)  # what is not supported is refused before its weights are read
     tokenizer = _load_tokenizer(classes["tokenizer"], root)
     unet = _load_module(classes["unet"], root, "unet") if unet_file is None else _load_unet(Path(unet_file), root)
     return Components(
@@ -98,7 +100,7 @@ def read_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
     if not root.is_dir():
         raise ComponentsError(f"no such pipeline directory: {directory}")
     _classes(root)
-    return _read_json(root, "unet/config.json"), _read_scheduler(root)
+    return _read_unet(root), _read_scheduler(root)
 
 
 def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
@@ -193,6 +195,15 @@ def _classes(root: Path) -> dict[str, Any]:
     }
 
 
+def _read_unet(root: Path) -> dict[str, Any]:
+    config = _read_json(root, "unet/config.json")
+    try:
+        check_supported(config)
+    except ValueError as error:
+        raise ComponentsError(f"{root / 'unet'}: {error}") from error
+    return config
+
+
 def _read_scheduler(root: Path) -> dict[str, Any]:
     config = _read_json(root, "scheduler/scheduler_config.json")
     try:
@@ -260,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 def _load_unet(path: Path, root: Path) -> UNet2DConditionModel:
     """The UNet that a pipeline's configuration describes, with the weights of a file of its own."""
-    config = _read_json(root, "unet/config.json")
+    config = _read_unet(root)
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(config)
     try:

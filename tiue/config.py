@@ -13,6 +13,7 @@ from typing import Any
 CHOICES = {"fake_score": ("lora", "full"), "mixed_precision": ("no", "fp16", "bf16"), "optimizer": ("adam", "adam8bit")}
 _MAY_BE_ZERO = {"kl_weight", "clip_weight", "null_probability", "seed", "t_min", "guidance", "fake_guidance"}
 _MAY_BE_ZERO |= {"shared_up_blocks"}
+_FRACTIONS = {"ema_decay", "null_probability"}
 _MODELS = Path(__file__).resolve().parents[1] / "models"  # of a checkout, which an editable installation is
 
 
@@ -75,7 +76,10 @@ class DistillConfig:
                 if value not in CHOICES[name]:
                     raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
             elif kind is not bool and (not 0 <= value < math.inf or (value == 0 and name not in _MAY_BE_ZERO)):
-                raise ValueError(f"{name} must be positive, got {value}")
+                expected = "a number from 0 on" if name in _MAY_BE_ZERO else "a positive number"
+                raise ValueError(f"{name} must be {expected}, got {value}")
+            if name in _FRACTIONS and value > 1:
+                raise ValueError(f"{name} must be at most 1, got {value}")
         if self.t_min > self.t_max:
             raise ValueError(f"t_min must not exceed t_max, got {self.t_min} and {self.t_max}")
         if self.shared_up_blocks and not self.share_encoder:

@@ -90,6 +90,11 @@ class Distillation:
         self.config, self.out, self._teacher = config, out, teacher
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out)
         device, main = self.accelerator.device, self.accelerator.is_main_process
+        # DDIM clips unless told otherwise, which the method never does.
+        self.scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
+        self.abar = self.scheduler.alphas_cumprod.to(device)
+        if config.t_max >= len(self.abar):
+            raise ValueError(f"t_max must be below the teacher's {len(self.abar)} timesteps, got {config.t_max}")
         torch.manual_seed(config.seed)  # the adapters' initial weights
         timesteps = {steps: ddim_timesteps(teacher.scheduler_config, steps) for steps in config.steps}
         self.schedules = {n: closed_form(teacher.scheduler_config, chosen) for n, chosen in timesteps.items()}
@@ -111,10 +116,8 @@ class Distillation:
         if self._null.shape[-1] != (width := tiue.unet.config.cross_attention_dim):
             raise ValueError(f"the text encoder gives {self._null.shape[-1]} channels, the UNet takes {width}")
         self.prompts = self._store(prompts)
-        runs.claim(out, config, identity | {"prompts": self.prompts.digest}, write=main)
-        # DDIM clips unless told otherwise, which the method never does.
-        self.scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
-        self.abar = self.scheduler.alphas_cumprod.to(device)
+        identity["prompts"] = self.prompts.digest
+        runs.claim(out, config, identity, write=False)
         self.scores = Scores(teacher.unet.to(device), self.scheduler, config)
         self.tiue = tiue.to(device)
         self._unet_config = tiue.unet.config
@@ -137,6 +140,7 @@ class Distillation:
         self._texts = self._embedded()
         self._order = PromptOrder(len(self.prompts), config.seed)
         self._stopped = 0  # the number of a signal that arrived
+        runs.claim(out, config, identity, write=main)  # nothing is left that might not be
 
     def run(self, progress: bool = True) -> Path:
         """Distil to the end, and return the path of the averaged student, `<out>/student.safetensors`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def _lines(columns: Mapping[str, Any], settings: Mapping[str, Any], samples: Seq
     return [
         "# A distillation",
         "",
-        f"{int(steps[-1])} iterations, {np.nansum(seconds) / 3600:.2f} h of them at work, "
+        f"{int(steps[-1])} iterations in {timedelta(seconds=round(np.nansum(seconds)))} h, "
         f"{np.nanmedian(columns['samples_per_second']):.3g} samples/s (median).",
         "",
         "![Losses, gradients and predicted noise over the iterations](losses.png)",

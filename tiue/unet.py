@@ -1,6 +1,7 @@
 """The student: a diffusers UNet in two halves, an encoder run once and a decoder run at N timesteps."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -45,7 +46,9 @@ class TiUE(nn.Module):
         self, unet: UNet2DConditionModel, schedule: Schedule, encoder_timestep: int, shared_up_blocks: int = 0
     ):
         super().__init__()
-        check_supported(unet)
+        if not isinstance(unet, UNet2DConditionModel):
+            raise ValueError(f"expected a diffusers UNet2DConditionModel, got {type(unet).__name__}")
+        check_supported(unet.config)
         check_shared_up_blocks(unet, shared_up_blocks)
         self.unet = unet
         self.schedule = schedule
@@ -165,17 +168,16 @@ class Predictor(nn.Module):
         return self.tiue.unet(repeat_rows(latents, len(timesteps)), rows, repeat_rows(text, len(timesteps))).sample
 
 
-def check_supported(unet: UNet2DConditionModel) -> None:
+def check_supported(config: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the option, for a UNet that needs more than latents, a timestep and text."""
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(f"expected a diffusers UNet2DConditionModel, got {type(unet).__name__}")
     for option, expected in _UNSUPPORTED_UNLESS.items():
-        value = unet.config.get(option, expected)
+        value = config.get(option, expected)
         if value != expected:
             raise ValueError(f"UNet option {option}={value!r} is not supported (expected {expected!r})")
-    if unet.config.in_channels != unet.config.out_channels:
+    inputs, outputs = config.get("in_channels", 4), config.get("out_channels", 4)  # diffusers' defaults
+    if inputs != outputs:
         raise ValueError(
-            f"the UNet has {unet.config.in_channels} input and {unet.config.out_channels} output channels: "
+            f"the UNet has {inputs} input and {outputs} output channels: "
             "TiUE needs a text-to-image model, where they are equal"
         )
 
