@@ -2,6 +2,7 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,24 @@ def test_a_log_without_a_whole_row_begins_anew(tmp_path, cut):
     log.write(8, {"vsd": 1.0})
     log.close()
     assert (tmp_path / "losses.csv").read_bytes() == b"step,vsd,kl\r\n8,1,\r\n"
+
+
+def test_the_columns_of_a_log_are_read(tmp_path):
+    log = runs.Log(tmp_path / "losses.csv", 0, ["vsd", "kl"])
+    log.write(1, {"vsd": 0.5})
+    log.write(2, {"vsd": 0.25, "kl": 3.0})
+    log.close()
+    columns = runs.read_log(tmp_path / "losses.csv")
+    assert list(columns) == ["step", "vsd", "kl"] and columns["step"].tolist() == [1, 2]
+    assert columns["vsd"].tolist() == [0.5, 0.25] and np.isnan(columns["kl"][0]) and columns["kl"][1] == 3.0
+
+
+def test_a_log_of_a_head_alone_has_empty_columns(tmp_path):
+    (tmp_path / "vae.csv").write_text("step,loss\n")
+    assert {name: column.tolist() for name, column in runs.read_log(tmp_path / "vae.csv").items()} == {
+        "step": [],
+        "loss": [],
+    }
 
 
 def test_a_log_that_cannot_be_shortened_stays_whole(tmp_path, monkeypatch):

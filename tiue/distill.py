@@ -34,7 +34,7 @@ from tiue.prompts import PromptOrder, Prompts, store_prompts
 from tiue.report import write_report
 from tiue.schedule import Schedule, closed_form, ddim_timesteps
 from tiue.scores import Scores
-from tiue.sharding import Optimizer, reshard, whole
+from tiue.sharding import Average, Optimizer, Tensors, reshard, whole
 from tiue.text import Encoded, Texts, cache_texts, cut_prompts
 from tiue.unet import Predictor, TiUE, check_shared_up_blocks
 
@@ -378,11 +378,11 @@ class Distillation:
     def _state(self) -> dict[str, runs.Stateful]:
         scaler = self.accelerator.scaler
         return {
-            "student": runs.Tensors(self.tiue.parameters()),
-            "fake_score": runs.Tensors(self.scores.parameters()),
+            "student": Tensors(self.tiue.parameters()),
+            "fake_score": Tensors(self.scores.parameters()),
             "student_optimizer": Optimizer(self.student_optimizer),
             "fake_optimizer": Optimizer(self.fake_optimizer),
-            "ema": runs.Average(self.ema),
+            "ema": Average(self.ema),
             **({} if scaler is None else {"grad_scaler": scaler}),
         }
 

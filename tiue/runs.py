@@ -10,18 +10,16 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from tiue.config import DistillConfig
-from tiue.sharding import shard_like, whole
 
 # Settings that a resumed run may change, because they do not change the weights on the way.
 _FREE = {"checkpoint_every", "sample_every", "keep", "gradient_checkpointing", "ema_on_cpu"}
@@ -34,40 +32,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...  # noqa: D102
-
-
-class Tensors:
-    """A list of tensors as a state: of a frozen network with adapters, only what is trained is kept."""
-
-    def __init__(self, tensors: Iterable[Tensor]):
-        self._tensors = list(tensors)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by position."""
-        return {str(index): whole(tensor.detach()) for index, tensor in enumerate(self._tensors)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the values in."""
-        for index, tensor in enumerate(self._tensors):
-            tensor.copy_(shard_like(state[str(index)], tensor))
-
-
-class Average:
-    """An averaged network as a state of whole tensors."""
-
-    def __init__(self, ema: EMAModel):
-        self._ema = ema
-
-    def state_dict(self) -> dict[str, Any]:
-        """As diffusers', but for shards."""
-        return whole(self._ema.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state of whole tensors."""
-        now = self._ema.shadow_params
-        values = [shard_like(v, old).to(old.device) for v, old in zip(state["shadow_params"], now, strict=True)]
-        self._ema.load_state_dict(state | {"shadow_params": values})
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -208,8 +172,9 @@ class Log:
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
     """The columns of a `Log`, with NaN where a row has nothing."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+        reader = csv.DictReader(file)
+        columns, rows = reader.fieldnames or (), list(reader)
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,6 +29,40 @@ def reshard(network: nn.Module) -> None:
     """Leave each process its shards: after a pass without gradients, FSDP keeps the outermost parameters whole."""
     if isinstance(network, FSDPModule):
         network.reshard()
+
+
+class Tensors:
+    """A list of tensors as a state: of a frozen network with adapters, only what is trained is kept."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self._tensors = list(tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by position."""
+        return {str(index): whole(tensor.detach()) for index, tensor in enumerate(self._tensors)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the values in."""
+        for index, tensor in enumerate(self._tensors):
+            tensor.copy_(shard_like(state[str(index)], tensor))
+
+
+class Average:
+    """An averaged network as a state of whole tensors."""
+
+    def __init__(self, ema: EMAModel):
+        self._ema = ema
+
+    def state_dict(self) -> dict[str, Any]:
+        """As diffusers', but for shards."""
+        return whole(self._ema.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state of whole tensors."""
+        now = self._ema.shadow_params
+        values = [shard_like(v, old).to(old.device) for v, old in zip(state["shadow_params"], now, strict=True)]
+        self._ema.load_state_dict(state | {"shadow_params": values})
 
 
 class Optimizer:
