@@ -31,9 +31,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--steps 1": {"steps": (1,)},
     "--fake-score full": {"fake_score": "full"},
     "--no-share-encoder": {"share_encoder": False},
+    "--optimizer adam8bit": {"optimizer": "adam8bit"},
     "--mixed-precision bf16": {"mixed_precision": "bf16"},  # takes minutes on a CPU without it
 }
-_ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}, "--optimizer adam8bit": {"optimizer": "adam8bit"}}
+_ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

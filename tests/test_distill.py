@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from tolerances import REORDERED
@@ -259,6 +260,29 @@ def by_one_process(tmp_path_factory, teacher_directory, prompts_file) -> tuple[l
     flags += ["--checkpoint-every", "2"]
     assert main([*flags, "--batch-size", "2", "--out", str(out)]) == 0
     return flags, out
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "accumulated", "changes", "message"),
+    [
+        ("DEEPSPEED", 1, 1, {}, "configured for DEEPSPEED; a run is shared by DDP or FSDP 2"),
+        ("FSDP", 1, 1, {}, "configured for FSDP 1; set fsdp_version: 2"),
+        ("FSDP", 2, 1, {"optimizer": "adam8bit"}, "adam8bit does not work with FSDP"),
+        ("MULTI_GPU", 1, 4, {}, "configured to accumulate 4 gradients; set --accumulate instead"),
+    ],
+)
+def test_what_accelerate_can_and_a_run_cannot_is_refused(
+    tmp_path, monkeypatch, kind, version, accumulated, changes, message
+):
+    class Launched(Accelerator):
+        distributed_type = DistributedType(kind)
+        is_fsdp2 = version == 2
+
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulated))
+    monkeypatch.setattr("tiue.distill.Accelerator", Launched)
+    with pytest.raises(ValueError, match=message):
+        Distillation(tiny.emoji(), PROMPTS, tmp_path, dataclasses.replace(CONFIG, **changes))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("program", [["-m", "tiue"], [str(Path(__file__).parent / "sharded.py")]], ids=["DDP", "FSDP"])

@@ -76,7 +76,7 @@ _HELP = {
     "lora_alpha": "scale of the adapters",
     "null_probability": "that the fake score trains a batch on the empty prompt",
     "mixed_precision": "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs that have it",
-    "optimizer": "adam8bit keeps Adam's averages in 8 bits (bitsandbytes, on a GPU)",
+    "optimizer": "adam8bit keeps Adam's averages in 8 bits (bitsandbytes; not with FSDP)",
     "text_cache": "compute text embeddings once and keep them on the disk, so that the text encoder leaves the GPU",
     "gradient_checkpointing": "keep fewer activations and compute them again: less memory, slower",
     "ema_on_cpu": "keep the averaged student in the computer's memory",

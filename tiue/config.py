@@ -50,7 +50,7 @@ class DistillConfig:
     null_probability: float = 0.1  # that a fake score batch has the null text
     # Speed and memory
     mixed_precision: str = "no"
-    optimizer: str = "adam"  # "adam8bit": bitsandbytes, on a GPU
+    optimizer: str = "adam"  # "adam8bit": bitsandbytes, not with FSDP
     text_cache: bool = True  # text embeddings are computed once and kept on the disk
     gradient_checkpointing: bool = False
     ema_on_cpu: bool = False

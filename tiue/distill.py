@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -30,6 +31,7 @@ from tiue.clip import ClipScore
 from tiue.components import Components, encode_text
 from tiue.config import DistillConfig
 from tiue.draws import Draws, SharedDraws
+from tiue.optimizers import make_optimizer
 from tiue.prompts import PromptOrder, Prompts, store_prompts
 from tiue.report import write_report
 from tiue.schedule import Schedule, closed_form, ddim_timesteps
@@ -70,7 +72,8 @@ class Distillation:
     Raises:
         ValueError: the run in `out` was begun with another configuration, teacher, initial student, number of
             processes or other prompts; `initial` has other schedules; teacher and text encoder do not fit; the disk
-            has no space for the text embeddings; or something is asked for that is not installed.
+            has no space for the text embeddings; something is asked for that is not installed; or accelerate is
+            configured for what a run cannot do (DeepSpeed, FSDP 1, FSDP with 8-bit Adam, accumulation of its own).
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Distillation:
             raise ValueError("clip_weight needs a CLIP model (--clip) and a tiny autoencoder (--tiny-vae)")
         self.config, self.out, self._teacher = config, out, teacher
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out)
+        _check_launch(self.accelerator, config)
         device, main = self.accelerator.device, self.accelerator.is_main_process
         # DDIM clips unless told otherwise, which the method never does.
         self.scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
@@ -357,7 +361,7 @@ class Distillation:
         trained = [p for p in network.parameters() if p.requires_grad]
         # A fused one skips what overflows by itself, and accelerate does not learn of it.
         fused = self.accelerator.scaler is None
-        optimizer = _optimizer(self.config.optimizer, trained, learning_rate, fused)
+        optimizer = make_optimizer(self.config.optimizer, trained, learning_rate, fused)
         return self.accelerator.prepare(network, optimizer)
 
     def _optimize(self, optimizer, parameters: list[nn.Parameter]) -> Tensor:
@@ -462,6 +466,20 @@ class Distillation:
         return dataclasses.replace(self.student, components=components, provenance=provenance)
 
 
+def _check_launch(accelerator: Accelerator, config: DistillConfig) -> None:
+    """Raise ValueError for what accelerate can be configured to do and a run cannot."""
+    kind = accelerator.distributed_type
+    sharded = kind == DistributedType.FSDP
+    if not (kind == DistributedType.NO or kind.startswith("MULTI_") or sharded):
+        raise ValueError(f"accelerate is configured for {kind.value}; a run is shared by DDP or FSDP 2")
+    if sharded and not accelerator.is_fsdp2:
+        raise ValueError("accelerate is configured for FSDP 1; set fsdp_version: 2")
+    if sharded and config.optimizer == "adam8bit":  # bitsandbytes would read past the end of a shard
+        raise ValueError("optimizer adam8bit does not work with FSDP: bitsandbytes takes no shards")
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(f"accelerate is configured to accumulate {steps} gradients; set --accumulate instead")
+
+
 def _student(
     teacher: Components, schedules: dict[int, list[int]], initial: Student | None, config: DistillConfig
 ) -> Student:
@@ -476,16 +494,6 @@ def _student(
     kept = {name: getattr(initial.components, name) for name in ("unet", "name", "licence")}
     components = dataclasses.replace(teacher, **kept)
     return dataclasses.replace(initial, components=components, schedules=schedules, **sharing)
-
-
-def _optimizer(name: str, parameters: list[nn.Parameter], learning_rate: float, fused: bool) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.Adam(parameters, learning_rate, fused=fused)
-    try:
-        from bitsandbytes.optim import Adam8bit
-    except ImportError as error:
-        raise ValueError("optimizer adam8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return Adam8bit(parameters, learning_rate)
 
 
 def _rate(optimizer: Any) -> float:

@@ -1,0 +1,42 @@
+import dataclasses
+
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from tiue.config import DistillConfig
+from tiue.distill import Distillation
+from tiue.optimizers import make_optimizer
+
+
+def test_a_run_with_8_bit_averages_resumes_to_the_same_weights(tmp_path):
+    config = DistillConfig(batch_size=2, checkpoint_every=2, optimizer="adam8bit", channels_last=True)
+
+    def run(out, iterations):
+        made = Distillation(tiny.emoji(), "abc", tmp_path / out, dataclasses.replace(config, iterations=iterations))
+        made.run(progress=False)
+        return made
+
+    whole = run("whole", 4)
+    kept = [s["state1"].dtype for s in whole.student_optimizer.optimizer.state.values()]
+    assert kept.count(torch.uint8) > 20
+    assert whole.tiue.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    run("parts", 2)
+    run("parts", 4)
+    students = [load_file(tmp_path / out / "student.safetensors") for out in ("whole", "parts")]
+    assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
+
+
+def test_8_bits_follow_adam():
+    start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in ("adam", "adam8bit"):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = make_optimizer(name, [weight], 1e-2)
+        for _ in range(20):
+            weight.square().mul(0.5).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[name] = weight.detach() - start
+    error = (found["adam8bit"] - found["adam"]).square().mean().sqrt()
+    assert 0 < error < 0.05 * found["adam"].square().mean().sqrt()
