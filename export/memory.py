@@ -24,7 +24,7 @@ def measured(run: Callable[[], T]) -> tuple[T, int | None]:
         _RESET.write_text("5")
     except OSError:
         return run(), None
-    give_back()
+    memory.give_back()  # without cycles, to collect which takes longer than many a run
     before = _status("VmRSS")
     _RESET.write_text("5")
     result = run()

@@ -223,7 +223,7 @@ def test_nothing_is_left_when_the_export_stops(students, tmp_path, quick, capsys
 
 def test_parents_are_made_and_an_empty_directory_is_filled(students, tmp_path):
     out = tmp_path / "new" / "out"
-    assert export("--ckpt", students["sd15"], "--out", out, "--steps", "2") == 0
+    assert export("--ckpt", students["sd15"], "--out", out) == 0
     bundle.Bundle.load(out).verify()
     (tmp_path / "empty").mkdir()
     building = tmp_path / "building"
