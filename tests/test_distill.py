@@ -300,7 +300,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, by_one_process, pr
     for name, tensor in students[0].items():
         torch.testing.assert_close(tensor, students[1][name], atol=1e-5, rtol=0)
     grids = [Image.open(out / "samples/step-000004.png") for out in (tmp_path, one)]
-    assert ImageChops.difference(*grids).getextrema() == ((0, 1),) * 3 or grids[0].tobytes() == grids[1].tobytes()
+    assert max(most for _, most in ImageChops.difference(*grids).getextrema()) <= 1  # of 255 levels
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path, teacher_directory, prompts_file, capsys):
@@ -308,6 +308,13 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path, teacher_director
     tmp_path.joinpath("config.json").write_text(json.dumps({"processes": 2}))
     assert main(flags) == 2
     assert "another configuration: processes 2 -> 1" in capsys.readouterr().err
+
+
+def test_processes_that_see_other_checkpoints_do_not_go_on(tmp_path, monkeypatch):
+    distil(tmp_path, iterations=2)
+    monkeypatch.setattr(Accelerator, "gather", lambda self, step: torch.cat([step, step - 2]))
+    with pytest.raises(ValueError, match=r"different steps \[2, 0\]: do all of them see"):
+        distil(tmp_path, iterations=4)
 
 
 class LossScaled(Accelerator):
@@ -542,7 +549,8 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
 def test_mistakes_are_one_line_and_exit_2(
     tmp_path, teacher_directory, prompts_file, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    for module in ("bitsandbytes", "bitsandbytes.optim"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, module, None)
     given = {
         "--teacher": str(teacher_directory),
         "--prompts": str(prompts_file),

@@ -149,10 +149,16 @@ class Distillation:
     def run(self, progress: bool = True) -> Path:
         """Distil to the end, and return the path of the averaged student, `<out>/student.safetensors`.
 
-        Raises DivergedError, before anything of it is saved, and StoppedError for SIGTERM and SIGINT, after.
+        Raises DivergedError, before anything of it is saved; StoppedError for SIGTERM and SIGINT, after; ValueError if
+        the processes do not see the same checkpoints.
         """
         config, main = self.config, self.accelerator.is_main_process
         first = self._saved = runs.restore(self.out, self._state())
+        found = self.accelerator.gather(torch.tensor([first], device=self.accelerator.device)).tolist()
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"the processes found checkpoints of different steps {found}: do all of them see {self.out}?"
+            )
         self.accelerator.init_trackers("tensorboard")
         bar = tqdm(
             range(first, config.iterations),

@@ -12,7 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -84,8 +84,16 @@ def claim(out: Path, config: DistillConfig, identity: Mapping[str, str | int | N
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        synced(file)
     temporary.replace(path)
+
+
+def synced(file: IO[Any]) -> None:
+    """Have on the disk what was written, before anything is that says so."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
@@ -99,8 +107,7 @@ def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
     try:
         with temporary.open("wb") as file:
             torch.save({"step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
+            synced(file)
         temporary.replace(path)
     except RuntimeError as error:  # torch.save's, when it closes what the disk had no space for
         if isinstance(error.__context__, OSError):

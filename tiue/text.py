@@ -80,7 +80,7 @@ def cache_texts(
         _claim(path, note, known, shape, dtype)
     accelerator.wait_for_everyone()
     values = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2], dtype=dtype).view(shape)
-    _fill(values, Encoded(components, prompts), directory, accelerator)
+    _fill(values, Encoded(components, prompts), path, accelerator)
     accelerator.wait_for_everyone()
     return Cached(values, accelerator.device)
 
@@ -104,10 +104,10 @@ def _claim(path: Path, note: Path, known: dict[str, object], shape: tuple[int, .
     note.write_text(json.dumps(known), encoding="utf-8")
 
 
-def _fill(values: Tensor, encoded: Encoded, directory: Path, accelerator: Accelerator) -> None:
+def _fill(values: Tensor, encoded: Encoded, path: Path, accelerator: Accelerator) -> None:
     """This process's part: every num_processes-th batch."""
     process, processes = accelerator.process_index, accelerator.num_processes
-    progress = directory / f"embeddings.{process}.done"
+    progress = path.with_name(f"embeddings.{process}.done")
     batches = range(process, -(-len(values) // _BATCH), processes)
     done = int(progress.read_text()) if progress.exists() else 0
     if done < len(batches) and accelerator.is_main_process:
@@ -117,6 +117,8 @@ def _fill(values: Tensor, encoded: Encoded, directory: Path, accelerator: Accele
         rows = range(first, min(first + _BATCH, len(values)))
         values[first : rows.stop] = encoded.rows(rows).to(values.dtype).cpu()
         if (i + 1) % _NOTE_EVERY == 0 or i + 1 == len(batches):
+            with path.open("r+b") as file:
+                runs.synced(file)
             runs.write_text(progress, str(i + 1))
 
 
