@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import REORDERED
 from transformers import CLIPConfig, CLIPModel
 
@@ -315,6 +316,17 @@ def test_processes_that_see_other_checkpoints_do_not_go_on(tmp_path, monkeypatch
     monkeypatch.setattr(Accelerator, "gather", lambda self, step: torch.cat([step, step - 2]))
     with pytest.raises(ValueError, match=r"different steps \[2, 0\]: do all of them see"):
         distil(tmp_path, iterations=4)
+
+
+def test_tensorboard_has_every_step_once(tmp_path):
+    distil(tmp_path, iterations=3)
+    distil(tmp_path, iterations=4)  # from the checkpoint of step 2
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = list(csv.DictReader((tmp_path / "losses.csv").read_text().splitlines()))
+    assert [(event.step, f"{event.value:.6g}") for event in events.Scalars("kl")] == [
+        (int(row["step"]), row["kl"]) for row in rows
+    ]
+    assert len(rows) == 4
 
 
 class LossScaled(Accelerator):

@@ -159,7 +159,8 @@ class Distillation:
             raise ValueError(
                 f"the processes found checkpoints of different steps {found}: do all of them see {self.out}?"
             )
-        self.accelerator.init_trackers("tensorboard")
+        # What a resumed run makes again takes the place of what was.
+        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first + 1}})
         bar = tqdm(
             range(first, config.iterations),
             initial=first,
