@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tiue_runtime.noise import gaussian
 
-from .agreement import Agreement, BenchmarkError, Compared
-from .installed import Installed
-from .machine import GPUS, Memory, gpu_used_bytes, watching
+from benchmarks.agreement import Agreement, BenchmarkError, Compared
+from benchmarks.installed import Installed
+from benchmarks.machine import GPUS, Memory, gpu_used_bytes, watching
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0  # of the first picture; the next has SEED + 1

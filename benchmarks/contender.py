@@ -16,10 +16,10 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .machine import peak_bytes
-from .native import OpenVino, StableDiffusionCpp
-from .peers import PROMPT, diffusers, optimum
-from .student import Student
+from benchmarks.eager import Student
+from benchmarks.machine import peak_bytes
+from benchmarks.native import OpenVino, StableDiffusionCpp
+from benchmarks.peers import PROMPT, diffusers, optimum
 
 Float32 = NDArray[np.float32]
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from .machine import Memory, cpu_name, watching
+from benchmarks.machine import Memory, cpu_name, watching
 
 
 class _Stage:

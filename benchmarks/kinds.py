@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .agreement import BenchmarkError
-from .comparing import ROOT, SEED, CannotRun, Conditions, Entry
-from .installed import measure
-from .machine import GPUS, gpu_query
-from .peers import ddim_steps, noise_levels
+from benchmarks.agreement import BenchmarkError
+from benchmarks.comparing import ROOT, SEED, CannotRun, Conditions, Entry
+from benchmarks.installed import measure
+from benchmarks.machine import GPUS, gpu_query
+from benchmarks.peers import ddim_steps, noise_levels
 
 _TORCH = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Of these, one is installed; CUDA's libraries come by extras.

@@ -32,14 +32,14 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tiue_runtime.machine import thread_count
+from tiue_runtime.host.machine import thread_count
 
-from .agreement import BenchmarkError
-from .comparing import CannotRun, Comparison, Conditions, Entry, Measured, compare
-from .kinds import KINDS, Spec, Workplace
-from .machine import GPUS, cpu_name, gpu_query
-from .pipelines import LAYOUTS, PIPELINES
-from .report import save, table
+from benchmarks.agreement import BenchmarkError
+from benchmarks.comparing import CannotRun, Comparison, Conditions, Entry, Measured, compare
+from benchmarks.kinds import KINDS, Spec, Workplace
+from benchmarks.machine import GPUS, cpu_name, gpu_query
+from benchmarks.pipelines import LAYOUTS, PIPELINES
+from benchmarks.report import save, table
 
 _ON_CPU = (
     "tiue tiue:variant=portable tiue:memory=sequential tiue:memory=low tiue:vae=tiny tiue:device=openvino "

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiue_runtime.machine import thread_count
+from tiue_runtime.host.machine import thread_count
 
-from .machine import Memory, cpu_name, gpu_query, watching
-from .pipelines import random_teacher
+from benchmarks.machine import Memory, cpu_name, gpu_query, watching
+from benchmarks.pipelines import random_teacher
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "(defaults)": {},
@@ -72,9 +72,9 @@ def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mappin
     """
     import torch
 
-    from tiue.config import DistillConfig
-    from tiue.distill import Distillation
-    from tiue.estimate import estimate
+    from tiue.distill.config import DistillConfig
+    from tiue.distill.estimate import estimate
+    from tiue.distill.loop import Distillation
 
     torch.set_num_threads(threads)
     config = DistillConfig(**settings)

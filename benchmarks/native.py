@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .peers import PROMPT
+from benchmarks.peers import PROMPT
 
 Float32 = NDArray[np.float32]
 _OPENVINO = {"fp32": "f32", "bf16": "bf16"}

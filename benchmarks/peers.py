@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .machine import peak_bytes
+from benchmarks.machine import peak_bytes
 
 PROMPT = "a red heart"
 

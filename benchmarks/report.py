@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .comparing import Measured
+from benchmarks.comparing import Measured
 
 SCHEMA = "tiue-latency/1"  # what to read the JSON as; its fields are those of comparing.Measured
 # Colours that stay apart in grey and for the colour-blind, in the order of work.

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .agreement import BenchmarkError
-from .comparing import CannotRun, Conditions, Measured, compare
-from .flops import unet_flops
-from .kinds import Spec
-from .latency import add_places, progress, surroundings, workplace
-from .pipelines import PIPELINES
-from .report import png, stages, write
+from benchmarks.agreement import BenchmarkError
+from benchmarks.comparing import CannotRun, Conditions, Measured, compare
+from benchmarks.flops import unet_flops
+from benchmarks.kinds import Spec
+from benchmarks.latency import add_places, progress, surroundings, workplace
+from benchmarks.pipelines import PIPELINES
+from benchmarks.report import png, stages, write
 
 SCHEMA = "tiue-scaling/1"
 

@@ -22,20 +22,20 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
-from tiue_runtime.machine import thread_count
+from tiue_runtime.host.machine import thread_count
 from torch import Tensor
 
+from benchmarks.machine import cpu_name
+from benchmarks.pipelines import random_teacher
 from tiue import losses
-from tiue.components import Components, encode_text
-from tiue.config import DistillConfig
-from tiue.distill import Distillation
-from tiue.draws import Draws, SharedDraws
-from tiue.prompts import PromptOrder
+from tiue.components import Components
+from tiue.distill.config import DistillConfig
+from tiue.distill.draws import Draws, SharedDraws
+from tiue.distill.loop import Distillation
+from tiue.distill.prompt_store import PromptOrder
 from tiue.schedule import closed_form
+from tiue.text_encoder import encode_text
 from tiue.unet import TiUE
-
-from .machine import cpu_name
-from .pipelines import random_teacher
 
 _CAPTIONS = [f"a photograph of {number} lighthouses, oil on canvas" for number in range(32)]
 _AGREE = 1e-3  # relative; the sums are taken in another order

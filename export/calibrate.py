@@ -12,10 +12,9 @@ import onnx_ir as ir
 import torch
 from tiue_runtime import bundle, noise
 
+from export.int8 import Array, calibrate, evaluate, quantise
 from tiue.checkpoint import Student
-from tiue.components import encode_text
-
-from .int8 import Array, calibrate, evaluate, quantise
+from tiue.text_encoder import encode_text
 
 # Layers whose rounding leaves less signal over noise than this stay in float: of the default model 5 of 142. At 0 its
 # worst picture of four is 2 dB further from float's, at 32 it is 2 dB nearer and takes a tenth more time.

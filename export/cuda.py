@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .translate import CONTRIB, TO_CHANNELS_FIRST, TO_CHANNELS_LAST
+from export.translate import CONTRIB, TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
 # Operators of any layout, as long as all their inputs have the same.
 _FOLLOWERS = ("Add", "Sub", "Mul", "Div", "Sigmoid", "Relu", "Tanh", "Cast", "Concat", "Resize", "Tile")

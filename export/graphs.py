@@ -16,13 +16,12 @@ from tiue_runtime import bundle
 from torch import Tensor, nn
 from torch.export import Dim
 
+from export.cuda import fuse
+from export.errors import ExportError
+from export.quiet import quiet
+from export.translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 from tiue.hoist import HoistedDecoder, HoistedEncoder, hoist, share
 from tiue.unet import TiUE
-
-from .cuda import fuse
-from .errors import ExportError
-from .quiet import quiet
-from .translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 
 OPSET = 18  # from 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel
 M = TypeVar("M", bound=nn.Module)

@@ -23,12 +23,11 @@ def _export(arguments: argparse.Namespace) -> int:
     # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     # Imported late: these bring torch, which takes seconds that --help and a mistyped flag need not wait for.
+    from export.assemble import Options, check_target, export_bundle
+    from export.errors import ParityError
+    from export.parity import table
+    from export.source import is_declared, load_source
     from tiue.components import load_tiny_vae
-
-    from .bundle import Options, check_target, export_bundle
-    from .errors import ParityError
-    from .parity import table
-    from .source import is_declared, load_source
 
     source = arguments.ckpt  # not yet a Path, which would make the Hub id owner/name of ./owner/name
     out = Path(arguments.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")

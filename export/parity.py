@@ -19,18 +19,18 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from tiue_runtime import bundle
-from tiue_runtime.providers import Device
-from tiue_runtime.sessions import available_providers, first_line, probe
+from tiue_runtime.ort.devices import Device
+from tiue_runtime.ort.placement import probe
+from tiue_runtime.ort.sessions import available_providers, first_line
 from tokenizers import Tokenizer
 
+from export.cuda_definitions import lower
+from export.errors import ExportError, ParityError
+from export.translate import TO_CHANNELS_FIRST
+from export.working_memory import fit, measured
 from tiue.checkpoint import Student
-from tiue.components import encode_text, tokenize, uses_attention_mask
 from tiue.hoist import hoist
-
-from .errors import ExportError, ParityError
-from .memory import fit, measured
-from .reference import lower
-from .translate import TO_CHANNELS_FIRST
+from tiue.text_encoder import encode_text, tokenize, uses_attention_mask
 
 # max |diff| over the standard deviation of the output. The two add float32 numbers in different orders,
 # through hundreds of layers: 1e-5 is usual, a wrong weight or constant gives 1e-1, and no eye sees 1e-3.

@@ -11,13 +11,12 @@ from pathlib import Path
 from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 from safetensors import SafetensorError, safe_open
 
+from export.errors import ExportError
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, load_components
 from tiue.hub import is_hub_id
 from tiue.schedule import ddim_timesteps
 from tiue.unet import check_shared_up_blocks
-
-from .errors import ExportError
 
 DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
 

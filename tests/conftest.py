@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from torch import nn
 
-from export import bundle as assembling
+from export import assemble as assembling
 from export import graphs
 from tiue.components import Components, load_components
-from tiue.runs import fingerprint
+from tiue.files import fingerprint
 from tiue.unet import TiUE
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores

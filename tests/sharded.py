@@ -6,8 +6,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from tiue import distill
-from tiue.cli import main
+from tiue.distill import loop as distill
+from tiue.distill.cli import main
 
 
 class Sharding(Accelerator):

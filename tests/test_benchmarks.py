@@ -22,7 +22,8 @@ from benchmarks.flops import unet_flops
 from benchmarks.installed import measure
 from export.onnx import main as export_main
 from tiue.checkpoint import load_student
-from tiue.components import encode_text, load_components, tokenize
+from tiue.components import load_components
+from tiue.text_encoder import encode_text, tokenize
 
 # Parameters of the published models.
 PARAMETERS = {"sd15": (859_520_964, 123_060_480), "sd21-base": (865_910_724, 340_387_840)}

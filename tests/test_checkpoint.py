@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tiue.checkpoint import CheckpointError, Student, load_student, save_student
-from tiue.components import encode_text, tokenize
+from tiue.text_encoder import encode_text, tokenize
 
 PARTS = ("unet", "text_encoder", "vae")
 

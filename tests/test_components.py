@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-from tiue.components import ComponentsError, encode_text, load_components, tokenize
+from tiue.components import ComponentsError, load_components
 from tiue.schedule import ddim_timesteps
+from tiue.text_encoder import encode_text, tokenize
 
 
 @pytest.fixture

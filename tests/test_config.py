@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tiue.config import DistillConfig, read_preset
+from tiue.distill.config import DistillConfig, read_preset
 
 PRESETS = sorted((Path(__file__).parents[1] / "models").glob("*.json"))
 

@@ -22,13 +22,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tolerances import REORDERED
 from transformers import CLIPConfig, CLIPModel
 
-from tiue import runs
 from tiue.checkpoint import Student, load_student
-from tiue.cli import main
-from tiue.clip import ClipScore
-from tiue.config import DistillConfig
-from tiue.distill import Distillation, StoppedError
-from tiue.draws import Draws, SharedDraws
+from tiue.distill import runs
+from tiue.distill.cli import main
+from tiue.distill.clip import ClipScore
+from tiue.distill.config import DistillConfig
+from tiue.distill.draws import Draws, SharedDraws
+from tiue.distill.loop import Distillation, StoppedError
 from tiue.losses import kl_loss
 from tiue.schedule import closed_form
 
@@ -280,7 +280,7 @@ def test_what_accelerate_can_and_a_run_cannot_is_refused(
         is_fsdp2 = version == 2
 
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulated))
-    monkeypatch.setattr("tiue.distill.Accelerator", Launched)
+    monkeypatch.setattr("tiue.distill.loop.Accelerator", Launched)
     with pytest.raises(ValueError, match=message):
         Distillation(tiny.emoji(), PROMPTS, tmp_path, dataclasses.replace(CONFIG, **changes))
     assert not list(tmp_path.iterdir())
@@ -341,7 +341,7 @@ class LossScaled(Accelerator):
 
 
 def test_an_overflow_skips_the_update_and_its_average(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiue.distill.Accelerator", LossScaled)
+    monkeypatch.setattr("tiue.distill.loop.Accelerator", LossScaled)
     config = dataclasses.replace(CONFIG, iterations=2, kl_weight=1e3)
     run = Distillation(tiny.emoji(), PROMPTS, tmp_path, config)
     run.run(progress=False)
@@ -357,7 +357,7 @@ def test_an_overflow_skips_the_update_and_its_average(tmp_path, monkeypatch):
 
 def test_a_run_from_before_its_loss_scale_was_kept_goes_on(tmp_path, monkeypatch):
     distil(tmp_path, iterations=2)
-    monkeypatch.setattr("tiue.distill.Accelerator", LossScaled)
+    monkeypatch.setattr("tiue.distill.loop.Accelerator", LossScaled)
     distil(tmp_path, iterations=3)
 
 
@@ -512,7 +512,7 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     def interrupted(arguments, config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tiue.cli._distill", interrupted)
+    monkeypatch.setattr("tiue.distill.cli._distill", interrupted)
     assert main(["--teacher", "t", "--prompts", "p.txt", "--out", "o"]) == 2
     assert capsys.readouterr().err == "python -m tiue: error: interrupted\n"
 

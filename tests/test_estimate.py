@@ -5,9 +5,9 @@ import pytest
 import tiny
 import torch
 
-from tiue.config import DistillConfig
-from tiue.distill import Distillation
-from tiue.estimate import Estimate, estimate
+from tiue.distill.config import DistillConfig
+from tiue.distill.estimate import Estimate, estimate
+from tiue.distill.loop import Distillation
 from tiue.schedule import closed_form
 from tiue.unet import Predictor, TiUE
 

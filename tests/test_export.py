@@ -13,8 +13,9 @@ from tiue_runtime import Pipeline, bundle
 from tokenizers import Tokenizer
 from tolerances import GOLDEN_IMAGE_LEVELS, GOLDEN_LATENTS
 
-from export import bundle as assembling
-from export import files, parity
+from export import assemble as assembling
+from export import parity
+from export import writer as files
 from export.onnx import main
 from tiue.checkpoint import Student, save_student
 
@@ -96,7 +97,7 @@ def emoji_bundle(students, tmp_path_factory):
 
 @torch.no_grad()
 def latents_of(components, prompts, noise, steps):
-    from tiue.components import encode_text
+    from tiue.text_encoder import encode_text
 
     return Student(components, 751, SCHEDULES).tiue(steps)(noise, encode_text(components, prompts))
 

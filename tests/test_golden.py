@@ -3,8 +3,8 @@
 import torch
 from tolerances import REORDERED
 
-from tiue.components import encode_text, tokenize
 from tiue.schedule import closed_form
+from tiue.text_encoder import encode_text, tokenize
 from tiue.unet import TiUE
 
 

@@ -9,7 +9,7 @@ import tiny
 from onnx import TensorProto, helper, numpy_helper
 from tiue_runtime import Pipeline, bundle
 
-from export.bundle import Options
+from export.assemble import Options
 from export.errors import ExportError
 from export.int8 import calibrate, quantisable, quantise, signal_db
 from export.onnx import main

@@ -4,9 +4,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from tiue.config import DistillConfig
-from tiue.distill import Distillation
-from tiue.optimizers import make_optimizer
+from tiue.distill.config import DistillConfig
+from tiue.distill.loop import Distillation
+from tiue.distill.optimizers import make_optimizer
 
 
 def test_a_run_with_8_bit_averages_resumes_to_the_same_weights(tmp_path):

@@ -4,7 +4,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tiue.prompts import PromptOrder, Prompts, load_prompts, read_prompts, store_prompts
+from tiue.distill.prompt_store import PromptOrder, Prompts, store_prompts
+from tiue.prompts import load_prompts, read_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from tiue_runtime import Pipeline
 
-from recipes.emoji import data, drift, measure, report
+from recipes.emoji import data, measure, report
 from recipes.emoji.__main__ import main
 from recipes.emoji.presets import PRESETS
+from recipes.emoji.studies import drift
 from tiue.checkpoint import load_student
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tiue import runs
+from tiue import files
+from tiue.distill import runs
 
 
 def test_a_log_goes_on_after_its_last_whole_row(tmp_path):
@@ -67,8 +68,8 @@ def test_a_fingerprint_sees_names_shapes_and_values():
             module.weight[:, 5] += change
         return module
 
-    same = runs.fingerprint(linear(512, 512))
-    assert runs.fingerprint(linear(512, 512)) == same and len(same) == 16
+    same = files.fingerprint(linear(512, 512))
+    assert files.fingerprint(linear(512, 512)) == same and len(same) == 16
     others = [linear(512, 512, change=1e-3), linear(256, 1024), nn.Sequential(linear(512, 512))]
     assert same not in map(runs.fingerprint, others)
 

@@ -9,7 +9,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from export import bundle as assembling
+from export import assemble as assembling
 from export.errors import ExportError
 from export.onnx import main
 from export.source import load_source

@@ -21,8 +21,11 @@ from tiue_runtime import DeviceError, Pipeline, bundle
 from tolerances import REORDERED
 from torch import nn
 
-from export import bundle as assembling
-from export import cuda, files, graphs, memory, reference, translate
+from export import assemble as assembling
+from export import cuda, graphs, translate
+from export import cuda_definitions as reference
+from export import working_memory as memory
+from export import writer as files
 from export.parity import PSNR_FLOOR_DB
 from tiue.checkpoint import Student
 from tiue.hoist import hoist

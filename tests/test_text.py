@@ -7,8 +7,8 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from tiue import text
-from tiue.text import Encoded, cache_texts, cut_prompts
+from tiue.distill import embeddings as text
+from tiue.distill.embeddings import Encoded, cache_texts, cut_prompts
 
 PROMPTS = [f"a picture of {i}" for i in range(150)]  # three batches
 

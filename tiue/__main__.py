@@ -2,7 +2,7 @@
 
 import sys
 
-from tiue.cli import main
+from tiue.distill.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

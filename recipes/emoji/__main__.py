@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .presets import PRESETS
+from recipes.emoji.presets import PRESETS
 
 STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distil", "bundle", "report")
 
@@ -20,17 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     preset, out = PRESETS[arguments.preset], arguments.out
 
-    from . import data  # not for --help
+    from recipes.emoji import data  # not for --help
 
     drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
     if arguments.until == "data":
         return 0
 
-    from .autoencoder import autoencoder
-    from .polish import polish
-    from .report import report
-    from .student import bundle, distil, warm_start
-    from .teacher import teacher
+    from recipes.emoji.autoencoder import autoencoder
+    from recipes.emoji.polish import polish
+    from recipes.emoji.report import report
+    from recipes.emoji.student import bundle, distil, warm_start
+    from recipes.emoji.teacher import teacher
 
     vae = autoencoder(preset, drawings, out / "vae")
     rest = {

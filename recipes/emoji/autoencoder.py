@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from . import loop
-from .data import Drawings
-from .presets import Preset
+from recipes.emoji import loop
+from recipes.emoji.data import Drawings
+from recipes.emoji.presets import Preset
 
 KL_WEIGHT = 1e-5  # per latent element: enough to keep the latents near zero, too little to blur
 

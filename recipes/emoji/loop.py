@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from tiue_runtime.machine import has_bf16
+from tiue_runtime.host.machine import has_bf16
 from torch import nn
 from tqdm import tqdm
 

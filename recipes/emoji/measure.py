@@ -17,10 +17,10 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import loop
-from .autoencoder import to_pixels
-from .data import Drawings
-from .presets import Preset
+from recipes.emoji import loop
+from recipes.emoji.autoencoder import to_pixels
+from recipes.emoji.data import Drawings
+from recipes.emoji.presets import Preset
 
 FEATURES = 128
 

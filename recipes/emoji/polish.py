@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from . import loop
-from .autoencoder import encode, gradient_loss, to_pixels
-from .data import Drawings
-from .presets import Preset
+from recipes.emoji import loop
+from recipes.emoji.autoencoder import encode, gradient_loss, to_pixels
+from recipes.emoji.data import Drawings
+from recipes.emoji.presets import Preset
 
 LATENT_NOISE = 0.05  # of the latents' standard deviation: a student's latents are not exactly an encoder's
 

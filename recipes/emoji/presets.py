@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tiue.config import DistillConfig, read_preset
+from tiue.distill.config import DistillConfig, read_preset
 
 DISTIL = DistillConfig(**read_preset("emoji"))
 

@@ -18,17 +18,16 @@ from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 from torch import Tensor
 
+from recipes.emoji import loop
+from recipes.emoji.autoencoder import decode
+from recipes.emoji.data import Drawings
+from recipes.emoji.measure import Classifier, classifier, frechet, judge
+from recipes.emoji.presets import Preset
+from recipes.emoji.student import sample_teacher
+from recipes.emoji.teacher import load_teacher
 from tiue.checkpoint import Student, load_student
-from tiue.components import encode_text
-from tiue.runs import read_log
-
-from . import loop
-from .autoencoder import decode
-from .data import Drawings
-from .measure import Classifier, classifier, frechet, judge
-from .presets import Preset
-from .student import sample_teacher
-from .teacher import load_teacher
+from tiue.distill.runs import read_log
+from tiue.text_encoder import encode_text
 
 TEACHER_STEPS = 25
 BATCH = 64

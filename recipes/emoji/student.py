@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
+from recipes.emoji import loop
+from recipes.emoji.data import Drawings
+from recipes.emoji.presets import Preset
+from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
 from tiue.checkpoint import Student, load_student, save_student
-from tiue.components import encode_text, load_components
-from tiue.distill import Distillation
+from tiue.components import load_components
+from tiue.distill.loop import Distillation
 from tiue.schedule import ddim_timesteps
-
-from . import loop
-from .data import Drawings
-from .presets import Preset
-from .teacher import STYLE_PROBABILITY, load_teacher
+from tiue.text_encoder import encode_text
 
 PAIR_BATCH = 64
 LICENCE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings

@@ -13,10 +13,10 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
-from . import loop
-from .autoencoder import encode, to_pixels
-from .data import STYLES, Drawings
-from .presets import Preset
+from recipes.emoji import loop
+from recipes.emoji.autoencoder import encode, to_pixels
+from recipes.emoji.data import STYLES, Drawings
+from recipes.emoji.presets import Preset
 
 TEXT_LENGTH = 32  # tokens
 SNR_GAMMA = 5.0

@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiue_runtime import Pipeline, sessions
-from tiue_runtime.cli import main
+from tiue_runtime import Pipeline
+from tiue_runtime.ort import sessions
+from tiue_runtime.tools.cli import main
 
 
 @pytest.fixture

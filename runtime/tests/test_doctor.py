@@ -3,9 +3,11 @@ from types import SimpleNamespace
 
 import onnxruntime
 import pytest
-from tiue_runtime import doctor, gpu, sessions
-from tiue_runtime.gpu import Gpu
-from tiue_runtime.providers import Device
+from tiue_runtime.host import gpu
+from tiue_runtime.host.gpu import Gpu
+from tiue_runtime.ort import placement, sessions
+from tiue_runtime.ort.devices import Device
+from tiue_runtime.tools import doctor
 
 GIB = 2**30
 
@@ -166,7 +168,7 @@ def test_the_device_is_chosen_for_the_bundle(monkeypatch, edit):
         content["variants"] = {"cpu": content["variants"]["portable"]}
 
     monkeypatch.setattr(sessions, "available_providers", lambda: [Device("openvino").provider, Device("cpu").provider])
-    monkeypatch.setattr(sessions, "probe", lambda device: "")
+    monkeypatch.setattr(placement, "probe", lambda device: "")
     rows, problems = doctor.examine(edit(only_cpu))
     assert problems == [] and rows["device auto"] == Device("cpu")
     assert rows["placement of"] == "tiny, cpu graphs, on cpu"
@@ -186,11 +188,11 @@ def test_why_a_provider_does_not_start(monkeypatch, tmp_path):
     (tmp_path / "capi").mkdir()
     for name in ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll"):
         (tmp_path / "capi" / name).touch()
-    monkeypatch.setattr(sessions, "find_gpus", lambda: "there is no NVIDIA driver")
-    monkeypatch.setattr(sessions.ctypes, "CDLL", missing)
-    why = sessions._with_reason("gave CPU", Device("cuda"))
+    monkeypatch.setattr(placement, "find_gpus", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr(placement.ctypes, "CDLL", missing)
+    why = placement._with_reason("gave CPU", Device("cuda"))
     assert why.startswith("gave CPU (there is no NVIDIA driver; ") and "cannot open shared object file" in why
-    monkeypatch.setattr(sessions, "find_gpus", lambda: [Gpu("RTX", GIB, (8, 9))])
-    monkeypatch.setattr(sessions.ctypes, "CDLL", lambda name: None)
-    assert sessions._with_reason("gave CPU", Device("cuda")) == "gave CPU"
-    assert sessions._with_reason("gave CPU", Device("cpu")) == "gave CPU"
+    monkeypatch.setattr(placement, "find_gpus", lambda: [Gpu("RTX", GIB, (8, 9))])
+    monkeypatch.setattr(placement.ctypes, "CDLL", lambda name: None)
+    assert placement._with_reason("gave CPU", Device("cuda")) == "gave CPU"
+    assert placement._with_reason("gave CPU", Device("cpu")) == "gave CPU"

@@ -2,8 +2,8 @@ import shutil
 import sys
 
 import pytest
+from tiue_runtime.bundle.find import find_bundle, installed_bundles
 from tiue_runtime.errors import BundleError
-from tiue_runtime.find import find_bundle, installed_bundles
 
 
 @pytest.fixture

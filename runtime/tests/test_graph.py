@@ -11,11 +11,11 @@ import numpy as np
 import onnxruntime
 import pytest
 from tiue_runtime import Pipeline
-from tiue_runtime.capture import CudaGraphs
 from tiue_runtime.errors import DeviceError, InferenceError, RequestError
-from tiue_runtime.graph import Graph
 from tiue_runtime.noise import gaussian
-from tiue_runtime.providers import Device
+from tiue_runtime.ort.cuda_graphs import CudaGraphs
+from tiue_runtime.ort.devices import Device
+from tiue_runtime.ort.graph import Graph
 
 HEART, STAR = "a red heart", "a blue star"
 SHRINK, GRAPH_ID = "memory.enable_memory_arena_shrinkage", "gpu_graph_id"

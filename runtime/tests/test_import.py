@@ -20,7 +20,15 @@ def test_import_is_light():
     assert not modules_after("import tiue_runtime") & {*HEAVY, "numpy", "PIL", "tokenizers"}
 
 
-@pytest.mark.parametrize("module", sorted(p.stem for p in Path(tiue_runtime.__file__).parent.glob("[!_]*.py")))
+PACKAGE = Path(tiue_runtime.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if not path.name.startswith("_")
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_a_training_library_or_onnxruntime(module):
     assert not modules_after(f"import tiue_runtime.{module}") & set(HEAVY)
 

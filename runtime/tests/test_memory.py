@@ -9,11 +9,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline, memory, sessions
+from tiue_runtime import Pipeline
+from tiue_runtime import budget as memory
+from tiue_runtime.budget import Budget
 from tiue_runtime.bundle import Bundle, MemoryUse
 from tiue_runtime.errors import BundleError, InferenceError, OutOfMemoryError, RequestError, is_out_of_memory
-from tiue_runtime.memory import Budget, free_memory, lower_mode, timesteps_at_once
-from tiue_runtime.providers import Device, Settings
+from tiue_runtime.host import memory as host_memory
+from tiue_runtime.host.memory import free_memory
+from tiue_runtime.modes import lower_mode, timesteps_at_once
+from tiue_runtime.ort import sessions
+from tiue_runtime.ort.devices import Device, Settings
 
 HEART, STAR = "a red heart", "a blue star"
 CPU = Device("cpu")
@@ -314,7 +319,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from tiue_runtime import Pipeline
-from tiue_runtime.memory import Budget
+from tiue_runtime.budget import Budget
 
 directory, stage, mib, memory = sys.argv[1:]
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # each thread would reserve address space at its own time
@@ -414,14 +419,14 @@ def test_other_errors_are_not_exhausted_memory():
 
 
 def test_memory_of_this_process():
-    assert free_memory(CPU) is None or free_memory(CPU) > 2**20
+    assert free_memory() is None or free_memory() > 2**20
 
 
 @linux
 def test_the_limit_of_the_address_space_counts():
     code = (
-        "import resource; from tiue_runtime.memory import free_memory; from tiue_runtime.sessions import Device; "
-        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); print(free_memory(Device('cpu')))"
+        "import resource; from tiue_runtime.host.memory import free_memory; "
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); print(free_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 2**30
@@ -457,7 +462,7 @@ def test_limits_of_control_groups(tmp_path, groups, files, expected):
         for name, content in zip(names, (scaled, str(1024 * usage)), strict=True):
             path.with_name(f"memory.{name}").write_text(f"{content}\n")
         path.with_name("memory.stat").write_text(counted)
-    assert memory._linux_free(tmp_path) == 1024 * expected
+    assert host_memory._linux_free(tmp_path) == 1024 * expected
 
 
 class Driver:
@@ -482,7 +487,7 @@ class Driver:
 
 def test_memory_of_a_gpu():
     driver = Driver()
-    assert memory._cuda_free(1, lambda _: driver) == 3 * 2**30
+    assert host_memory._cuda_free(1, lambda _: driver) == 3 * 2**30
     assert driver.calls[-2:] == ["cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2"]
 
 
@@ -490,7 +495,7 @@ def test_memory_of_a_gpu():
                                     "cuMemGetInfo_v2"])  # fmt: skip
 def test_memory_of_a_gpu_is_unknown_when_the_driver_fails(broken):
     driver = Driver(broken)
-    assert memory._cuda_free(1, lambda _: driver) is None
+    assert host_memory._cuda_free(1, lambda _: driver) is None
     retained = "cuDevicePrimaryCtxRetain" in driver.calls and broken != "cuDevicePrimaryCtxRetain"
     assert ("cuDevicePrimaryCtxRelease_v2" in driver.calls) == retained
     assert ("cuCtxPopCurrent_v2" in driver.calls) == (broken == "cuMemGetInfo_v2")
@@ -500,8 +505,8 @@ def test_memory_of_a_gpu_without_a_driver():
     def load(name):
         raise OSError(name)
 
-    assert memory._cuda_free(0, load) is None
-    assert memory._cuda_free(0, lambda _: object()) is None
+    assert host_memory._cuda_free(0, load) is None
+    assert host_memory._cuda_free(0, lambda _: object()) is None
 
 
 def graphs_of(pipe):
@@ -571,14 +576,14 @@ def test_low_memory_finds_a_bad_graph_when_its_turn_comes(edit):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Exception during initialization: std::bad_alloc")])
 def test_running_out_of_memory_while_loading(heavy, monkeypatch, error):
-    start, missing = sessions._start, ["unet_decoder"]
+    start, missing = sessions.start_session, ["unet_decoder"]
 
     def start_or_fail(model, device, settings):
         if any(name in str(model) for name in missing):
             raise error
         return start(model, device, settings)
 
-    monkeypatch.setattr(sessions, "_start", start_or_fail)
+    monkeypatch.setattr(sessions, "start_session", start_or_fail)
     message = "^{} ran out of memory while it was loaded on cpu: {}"
     expected = message.format("unet_decoder", 'load with memory="low", load with vae="tiny"$')
     with pytest.raises(OutOfMemoryError, match=expected):

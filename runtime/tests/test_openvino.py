@@ -5,13 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline, doctor, machine, sessions
+from tiue_runtime import Pipeline
 from tiue_runtime.bundle import Bundle
+from tiue_runtime.bundle.find import find_bundle, installed_bundles
 from tiue_runtime.errors import DeviceError, OutOfMemoryError, is_out_of_memory
-from tiue_runtime.find import find_bundle, installed_bundles
-from tiue_runtime.graph import Graph
+from tiue_runtime.host import machine
 from tiue_runtime.noise import gaussian
-from tiue_runtime.providers import Device, Settings, check_settings, provider_options
+from tiue_runtime.ort import placement, sessions
+from tiue_runtime.ort.devices import Device, Settings, provider_options
+from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.placement import check_settings
+from tiue_runtime.tools import doctor
 
 OPENVINO = Device("openvino")
 HEART = "a red heart"
@@ -29,7 +33,7 @@ def psnr(actual, expected):
 
 
 def test_options(monkeypatch):
-    monkeypatch.setattr("tiue_runtime.providers.thread_count", lambda: 6)
+    monkeypatch.setattr("tiue_runtime.ort.devices.thread_count", lambda: 6)
 
     def config(settings):
         [(name, options)] = provider_options(OPENVINO, settings)
@@ -98,22 +102,22 @@ def test_the_precision_is_the_one_that_openvino_shows(monkeypatch, flag, bf16, a
         assert whole and settings.precision == "bf16"
         return Multiplying(bf16)
 
-    monkeypatch.setattr(sessions, "_start", start)
-    monkeypatch.setattr(sessions, "has_bf16", lambda: flag)
-    assert sessions.settle_precision(OPENVINO, Settings(precision=asked)).precision == granted
+    monkeypatch.setattr(sessions, "start_session", start)
+    monkeypatch.setattr(placement, "has_bf16", lambda: flag)
+    assert placement.settle_precision(OPENVINO, Settings(precision=asked)).precision == granted
 
 
 def test_bf16_that_openvino_would_compute_in_float32_is_refused(monkeypatch):
-    monkeypatch.setattr(sessions, "_start", lambda *args, **options: Multiplying(False))
+    monkeypatch.setattr(sessions, "start_session", lambda *args, **options: Multiplying(False))
     with pytest.raises(DeviceError, match=r'OpenVINO computes in float32 on this CPU.*Load with "fp32"'):
-        sessions.settle_precision(OPENVINO, Settings(precision="bf16"))
+        placement.settle_precision(OPENVINO, Settings(precision="bf16"))
 
 
 def test_precision_of_other_devices_is_not_settled(monkeypatch):
-    monkeypatch.setattr(sessions, "has_bf16", lambda: True)
+    monkeypatch.setattr(placement, "has_bf16", lambda: True)
     for device, given in (("cpu", {}), ("cuda", {}), ("openvino", {"device_type": "GPU"})):
         settings = Settings(given)
-        assert sessions.settle_precision(Device(device), settings) is settings
+        assert placement.settle_precision(Device(device), settings) is settings
 
 
 @pytest.mark.parametrize(
@@ -129,15 +133,15 @@ def test_instructions_of_the_cpu(tmp_path, flags, found):
 def test_auto(monkeypatch):
     problems = {"cuda": "no driver", "openvino": "no library"}
     monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in (*problems, "cpu")])
-    monkeypatch.setattr(sessions, "probe", lambda device: problems[device.kind])
+    monkeypatch.setattr(placement, "probe", lambda device: problems[device.kind])
     with pytest.warns(UserWarning, match="running on the CPU, because") as said:
-        assert sessions.choose_device("auto") == Device("cpu")
+        assert placement.choose_device("auto") == Device("cpu")
     assert [str(warning.message).partition(" could")[0].split()[-1] for warning in said] == ["CUDA", "OpenVINO"]
     problems["openvino"] = ""
     with pytest.warns(UserWarning, match="because CUDA could not be started"):
-        assert sessions.choose_device("auto") == OPENVINO
+        assert placement.choose_device("auto") == OPENVINO
     problems["cuda"] = ""
-    assert sessions.choose_device("auto") == Device("cuda")
+    assert placement.choose_device("auto") == Device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -152,9 +156,9 @@ def test_auto(monkeypatch):
 def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, variants, bf16, expected):
     kinds = "cuda", "openvino", "cpu"
     monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in kinds])
-    monkeypatch.setattr(sessions, "probe", lambda device: "")
-    monkeypatch.setattr(sessions, "has_bf16", lambda: bf16)
-    assert sessions.choose_device("auto", variants=variants) == Device(expected)
+    monkeypatch.setattr(placement, "probe", lambda device: "")
+    monkeypatch.setattr(placement, "has_bf16", lambda: bf16)
+    assert placement.choose_device("auto", variants=variants) == Device(expected)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +173,8 @@ def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, varia
     ],
 )
 def test_auto_on_a_cpu(imitated, monkeypatch, edit, held, asked, bf16, expected):
-    monkeypatch.setattr(sessions, "has_bf16", lambda: bf16)
-    monkeypatch.setattr(sessions, "_rounds", lambda *_: True)
+    monkeypatch.setattr(placement, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(placement, "_rounds", lambda *_: True)
     bundle = edit(lambda content: content.update(variants=dict.fromkeys(held, content["variants"]["portable"])))
     pipe = Pipeline.load(bundle, device="auto", variant=asked)
     assert (pipe.device, pipe.variant) == (expected, asked or ("portable" if expected == "openvino" else "cpu"))
@@ -178,7 +182,7 @@ def test_auto_on_a_cpu(imitated, monkeypatch, edit, held, asked, bf16, expected)
 
 def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
     """ONNX Runtime lists OpenVINO first for a graph of which it runs no node: tiny's vae_decoder, too small for it."""
-    start = sessions._start
+    start = sessions.start_session
 
     def without_openvino(model, device, settings, *, whole=False):
         if whole:
@@ -187,7 +191,7 @@ def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
         monkeypatch.setattr(session, "get_providers", lambda: [OPENVINO.provider, "CPUExecutionProvider"])
         return session
 
-    monkeypatch.setattr(sessions, "_start", without_openvino)
+    monkeypatch.setattr(sessions, "start_session", without_openvino)
     with pytest.warns(UserWarning, match=r"vae_decoder\.onnx: openvino leaves nodes to ONNX Runtime's CPU provider"):
         Graph(tiny / "vae_decoder.onnx", OPENVINO)
 
@@ -195,7 +199,7 @@ def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
 @pytest.fixture
 def imitated(monkeypatch):
     """Sessions that say they run on OpenVINO, where no CUDA is, and run on the CPU; imitated(session) sees each."""
-    start, seen = sessions._start, []
+    start, seen = sessions.start_session, []
 
     def on_the_cpu(model, device, settings, *, whole=False):
         session = start(model, Device("cpu"), settings)
@@ -204,9 +208,9 @@ def imitated(monkeypatch):
             see(session)
         return session
 
-    monkeypatch.setattr(sessions, "_start", on_the_cpu)
+    monkeypatch.setattr(sessions, "start_session", on_the_cpu)
     monkeypatch.setattr(sessions, "available_providers", lambda: [OPENVINO.provider, Device("cpu").provider])
-    monkeypatch.setattr(sessions, "has_bf16", lambda: False)
+    monkeypatch.setattr(placement, "has_bf16", lambda: False)
     return seen.append
 
 
@@ -256,16 +260,16 @@ def test_threads(tiny, monkeypatch):
     def threads(pipe):
         return pipe._unet_decoder._session.get_session_options().intra_op_num_threads
 
-    monkeypatch.setattr("tiue_runtime.providers.thread_count", lambda: 2)
+    monkeypatch.setattr("tiue_runtime.ort.devices.thread_count", lambda: 2)
     assert threads(Pipeline.load(tiny, device="cpu")) == 2
     assert threads(Pipeline.load(tiny, device="cpu", threads=1)) == 1
 
 
 @real
 def test_granted(tiny):
-    assert sessions.choose_device("openvino") == OPENVINO
+    assert placement.choose_device("openvino") == OPENVINO
     with pytest.raises(DeviceError, match=r"openvino. could not be started: .*Intel"):
-        sessions.choose_device("openvino", Settings({"device_type": "GPU.7"}))
+        placement.choose_device("openvino", Settings({"device_type": "GPU.7"}))
     with pytest.warns(UserWarning, match="vae_decoder"):
         pipe = Pipeline.load(tiny, device="openvino", precision="fp32")
     result = pipe(HEART, seed=1)
@@ -323,7 +327,7 @@ def test_several_threads_at_once():
 def test_the_doctor_shows_where_nodes_run(tiny):
     rows, problems = doctor.examine(tiny, "openvino")
     assert problems == []
-    precision = sessions.settle_precision(OPENVINO, Settings()).precision
+    precision = placement.settle_precision(OPENVINO, Settings()).precision
     assert rows["provider openvino"] == f"yes: {OPENVINO.provider} starts and computes in {precision}"
     assert rows["placement of"] == f"tiny, portable graphs, on openvino in {precision}"
     assert str(rows["nodes of unet_decoder"]).startswith((f"{OPENVINO.provider} 8", f"all on {OPENVINO.provider}"))

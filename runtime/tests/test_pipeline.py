@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiue_runtime
-from tiue_runtime import Pipeline, pipeline
-from tiue_runtime import graph as graph_module
+from tiue_runtime import Pipeline
+from tiue_runtime import kept_pipelines as generating
 from tiue_runtime.bundle import GRAPHS, Bundle, write_bundle
 from tiue_runtime.errors import BundleError, Cancelled, InferenceError
 from tiue_runtime.noise import gaussian
+from tiue_runtime.ort import graph as graph_module
 
 HEART, STAR = "a red heart", "a blue star"
 
@@ -168,8 +169,8 @@ def test_generate_keeps_its_pipeline(tiny, pipe, monkeypatch):
 @pytest.fixture
 def kept(monkeypatch):
     """What generate keeps, empty at first."""
-    monkeypatch.setattr(pipeline, "_kept", {})
-    return pipeline._kept
+    monkeypatch.setattr(generating, "_kept", {})
+    return generating._kept
 
 
 def test_generate_has_one_pipeline_for_all_memory_modes(kept, tiny):

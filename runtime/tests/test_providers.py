@@ -3,17 +3,12 @@ import os
 from pathlib import Path
 
 import pytest
-from tiue_runtime import Pipeline, cache, sessions
+from tiue_runtime import Pipeline
 from tiue_runtime.errors import BundleError, DeviceError
-from tiue_runtime.providers import (
-    KINDS,
-    Device,
-    Settings,
-    check_settings,
-    choose_variant,
-    parse_device,
-    provider_options,
-)
+from tiue_runtime.ort import engines as cache
+from tiue_runtime.ort import placement, sessions
+from tiue_runtime.ort.devices import KINDS, Device, Settings, parse_device, provider_options
+from tiue_runtime.ort.placement import check_settings, choose_variant
 
 BOTH = ("portable", "cuda")
 
@@ -33,7 +28,7 @@ def test_devices_and_their_names(kind):
 def test_refuses_other_devices(device):
     expected = r'device: expected "auto", "cpu", "openvino", "cuda", "tensorrt" or "tensorrt-rtx".*got'
     with pytest.raises(DeviceError, match=expected):
-        sessions.choose_device(device)
+        placement.choose_device(device)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ import sys
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline, machine, sessions
+from tiue_runtime import Pipeline
 from tiue_runtime.bundle import Bundle, write_bundle
 from tiue_runtime.errors import BundleError, DeviceError, InferenceError
-from tiue_runtime.graph import Graph
-from tiue_runtime.machine import thread_count
-from tiue_runtime.sessions import Device, choose_device
+from tiue_runtime.host import machine
+from tiue_runtime.host.machine import thread_count
+from tiue_runtime.ort import sessions
+from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.placement import choose_device
+from tiue_runtime.ort.sessions import Device
 
 no_cuda = pytest.mark.skipif(
     "CUDAExecutionProvider" in sessions.available_providers(), reason="ONNX Runtime with CUDA is installed"
@@ -70,7 +73,7 @@ def test_two_wheels_are_refused(tmp_path, monkeypatch):
 )
 def test_missing_onnxruntime(tiny, tmp_path, setup, message):
     code = (
-        f"import sys, types; {setup}; from tiue_runtime.cli import main; "
+        f"import sys, types; {setup}; from tiue_runtime.tools.cli import main; "
         f"sys.exit(main(['generate', 'a', '--bundle', {str(tiny)!r}, '--out', {str(tmp_path / 'a.png')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -97,7 +100,7 @@ def test_failing_run_is_an_inference_error(tiny):
 def test_threads_are_those_of_the_process():
     assert 1 <= thread_count() <= (os.cpu_count() or 1)
     if shutil.which("taskset"):
-        code = "from tiue_runtime.machine import thread_count; print(thread_count())"
+        code = "from tiue_runtime.host.machine import thread_count; print(thread_count())"
         done = subprocess.run(
             ["taskset", "-c", "0", sys.executable, "-c", code], capture_output=True, text=True, check=True
         )

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
-    from .errors import (
+    from tiue_runtime.bundle import Bundle
+    from tiue_runtime.errors import (
         BundleError,
         Cancelled,
         DeviceError,
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         RequestError,
         TiueError,
     )
-    from .pipeline import Pipeline, Result, generate
+    from tiue_runtime.kept_pipelines import generate
+    from tiue_runtime.pipeline import Pipeline, Result
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ __all__ = [
     "generate",
 ]
 
-_MODULES = {"Bundle": "bundle", "Pipeline": "pipeline", "Result": "pipeline", "generate": "pipeline"}
+_MODULES = {"Bundle": "bundle", "Pipeline": "pipeline", "Result": "pipeline", "generate": "kept_pipelines"}
 
 
 def __getattr__(name: str) -> object:

@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli import main
+from tiue_runtime.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RequestError
+from tiue_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
 

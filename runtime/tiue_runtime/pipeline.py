@@ -14,27 +14,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import numpy as np
 from PIL.Image import Image
 
-from . import bundle as contract
-from .bundle import Bundle
-from .cache import with_cache
-from .capture import CudaGraphs
-from .errors import LoadingError, OutOfMemoryError, RequestError
-from .find import find_bundle
-from .graph import Graph
-from .images import to_pil, to_unit
-from .memory import Budget, Mode, lower_mode, timesteps_at_once
-from .providers import Device, Precision, Settings, check_settings, choose_variant
-from .request import Float32, Memory, OutputType, Request, check_memory
-from .run import Cancel, Run
-from .sessions import choose_device, first_line, settle_precision
-from .text import PromptTokenizer
-from .vae import ImageDecoder
+from tiue_runtime import bundle as contract
+from tiue_runtime.budget import Budget
+from tiue_runtime.bundle import Bundle
+from tiue_runtime.bundle.find import find_bundle
+from tiue_runtime.decode import ImageDecoder
+from tiue_runtime.errors import LoadingError, OutOfMemoryError, RequestError
+from tiue_runtime.images import to_pil, to_unit
+from tiue_runtime.modes import Mode, lower_mode, timesteps_at_once
+from tiue_runtime.ort.cuda_graphs import CudaGraphs
+from tiue_runtime.ort.devices import Device, Precision, Settings
+from tiue_runtime.ort.engines import with_cache
+from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.placement import check_settings, choose_device, choose_variant, settle_precision
+from tiue_runtime.ort.sessions import first_line
+from tiue_runtime.request import Float32, Memory, OutputType, Request, check_memory
+from tiue_runtime.run import Cancel, Run
+from tiue_runtime.tokenizer import PromptTokenizer
 
 Images = TypeVar("Images")
 Callback = Callable[[int, int, Float32], object]
@@ -475,43 +476,3 @@ class Pipeline:
         shape = self._unet_encoder.inputs.get(contract.TEXT) or self._unet_decoder.inputs.get(contract.TEXT)
         width = shape[-1] if shape else None
         return width if isinstance(width, int) else None
-
-
-def generate(
-    prompt: str | Sequence[str],
-    *,
-    bundle: str | Path | None = None,
-    device: str = "auto",
-    vae: Vae | None = None,
-    **options: Unpack[Options],
-) -> list[Image]:
-    """Make pictures of a prompt with a pipeline that stays loaded; options are those of `Pipeline.__call__`.
-
-    Two pipelines stay, the last used of different bundle, device or vae. A bundle that was written again in its place
-    is loaded again. After memory="low" none of the pipeline's graphs is loaded.
-
-    Raises BundleError, DeviceError, RequestError, Cancelled, InferenceError, and of its kind OutOfMemoryError.
-    """
-    given = options.get("memory")
-    options["memory"] = memory = "auto" if given is None else given
-    pipeline = _kept_pipeline(Bundle.load(find_bundle(bundle).resolve()), device, vae, memory)
-    return pipeline(prompt, **options).images
-
-
-_KEPT = 2
-_kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # the last used is the last
-_loading = Lock()
-
-
-def _kept_pipeline(bundle: Bundle, device: str, vae: Vae | None, memory: Memory) -> Pipeline:
-    """The pipeline of an earlier call if it is of the same files, else a new one, loaded for a call with `memory`."""
-    key = bundle.directory, device, vae
-    with _loading:
-        pipeline = _kept.pop(key, None)
-        if pipeline is None or pipeline.bundle != bundle:
-            pipeline = None  # let go of it, and of the one used longest ago, before there is another
-            if len(_kept) >= _KEPT:
-                del _kept[next(iter(_kept))]
-            pipeline = Pipeline.load(bundle.directory, device=device, vae=vae, memory=memory)
-        _kept[key] = pipeline
-        return pipeline

@@ -8,10 +8,10 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Manifest
-from .errors import RequestError
-from .memory import Mode
-from .noise import check_seed, gaussian
+from tiue_runtime.bundle import Manifest
+from tiue_runtime.errors import RequestError
+from tiue_runtime.modes import Mode
+from tiue_runtime.noise import check_seed, gaussian
 
 Memory = Literal["auto", "low", Mode]
 OutputType = Literal["pil", "np", "latent"]

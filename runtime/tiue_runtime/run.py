@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Protocol
 
-from .errors import Cancelled, RequestError
+from tiue_runtime.errors import Cancelled, RequestError
 
 
 class Flag(Protocol):

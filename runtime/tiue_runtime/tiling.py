@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Manifest
+from tiue_runtime.bundle import Manifest
 
 Float32 = NDArray[np.float32]
 

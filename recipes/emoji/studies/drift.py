@@ -1,0 +1,119 @@
+"""`python -m recipes.emoji.drift`: what the KL term does to the noise that a student predicts.
+
+A teacher is made of the shipped student: its UNet learns to denoise the drawings again. Two students are then distilled
+from that teacher's own weights, with the KL term and without, all else equal. Writes drift.json (the last losses, and
+how a judge that was trained on the drawings finds the pictures), drift.png (mean and variance of the predicted noise
+over the iterations), pictures.png, and the directories of both runs, with their samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from recipes.emoji import data, loop
+from recipes.emoji.measure import classifier, judge
+from recipes.emoji.presets import PRESETS, Preset
+from recipes.emoji.report import asked, draw_student, measure, plot_students
+from recipes.emoji.student import all_captions, draw_captions
+from recipes.emoji.studies.sharing import SHIPPED
+from recipes.emoji.teacher import colour_weight, denoising, save_teacher
+from tiue.checkpoint import load_student
+from tiue.components import load_components
+from tiue.distill.loop import Distillation
+from tiue.distill.runs import read_log
+
+_LR = 2e-4  # of the teacher; falls to zero
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, distil and draw."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.emoji.drift", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--steps", type=int, default=800, help="of the teacher (default: 800)")
+    parser.add_argument("--iterations", type=int, default=240, help="of each distillation (default: 240)")
+    parser.add_argument("--out", type=Path, default=Path("runs/drift"), help="directory of all that is made")
+    arguments = parser.parse_args(argv)
+    preset, out = PRESETS[arguments.preset], arguments.out
+    drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
+    if not (out / "teacher/model_index.json").exists():
+        _make_teacher(preset, drawings, arguments.steps, out)
+    runs = {"with KL": 0.8, "without KL": 0.0}
+    for name, weight in runs.items():
+        precision = "bf16" if loop.computes_in_bf16(loop.device().type) else "no"
+        config = replace(
+            preset.distil, kl_weight=weight, iterations=arguments.iterations, mixed_precision=precision, keep=1
+        )
+        Distillation(
+            load_components(out / "teacher"),
+            all_captions(drawings),
+            out / _directory(name),
+            config,
+            sample_prompts=draw_captions(drawings, 32, preset.seed + 1),
+        ).run()
+    logs = {name: read_log(out / _directory(name) / "losses.csv") for name in runs}
+    _plot(logs, out / "drift.png")
+    students = {name: load_student(out / _directory(name) / "student.safetensors") for name in runs}
+    before = load_student(out / _directory("with KL") / "student.safetensors")
+    before.components.unet.load_state_dict(load_components(out / "teacher").unet.state_dict())
+    students = {"before": before} | students
+    plot_students(students, out / "pictures.png")
+
+    figures = {name: {column: float(np.mean(log[column][-10:])) for column in log} for name, log in logs.items()}
+    rows = asked(drawings)
+    captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
+    judging = classifier(preset, drawings, out / "judge.safetensors")
+    _, real = judge(judging, drawings.images, drawings.concept)
+    for name, student in students.items():
+        figures.setdefault(name, {}).update(measure(judging, real, draw_student(student, captions), concept))
+    (out / "drift.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+def _make_teacher(preset: Preset, drawings: data.Drawings, steps: int, out: Path) -> None:
+    components = load_student(SHIPPED).components
+    unet = components.unet.to(loop.device()).requires_grad_(True)
+    loss = denoising(unet, preset, drawings, components.vae)
+    loop.train(
+        unet,
+        partial(loss, weight=colour_weight),
+        steps=steps,
+        lr=_LR,
+        seed=preset.seed + 3,
+        out=out / "teacher-again",
+        ema_decay=0.99,
+        weight_decay=0.01,
+    )
+    save_teacher(unet, components.vae, out / "teacher")
+
+
+def _directory(name: str) -> str:
+    return name.replace(" ", "-").lower()
+
+
+def _plot(logs: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    columns = [name for name in next(iter(logs.values())) if name.startswith(("mu_", "v_"))]
+    panels = {"mean of the predicted noise": "mu_", "variance of the predicted noise": "v_"}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120, layout="constrained")
+    for axis, (title, prefix) in zip(axes, panels.items(), strict=True):
+        for (name, log), style in zip(logs.items(), ("-", "--"), strict=True):
+            for i, column in enumerate(c for c in columns if c.startswith(prefix)):
+                label = f"t = {column.removeprefix(prefix)}, {name}"
+                axis.plot(log["step"], log[column], style, color=f"C{i}", linewidth=1, label=label)
+        axis.axhline({"mu_": 0.0, "v_": 1.0}[prefix], color="black", linewidth=0.5)
+        axis.set(title=title, xlabel="iteration")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

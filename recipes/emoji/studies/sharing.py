@@ -1,0 +1,115 @@
+"""`python -m recipes.emoji.sharing`: what `shared_up_blocks` costs in pictures and saves in time, on the default model.
+
+The shipped student goes on learning to draw what it draws now, once as it is (the control: bfloat16 and the averaging
+cost something, too) and once with an up block shared, from the same captions and noise. Writes sharing.json and
+sharing.png: distances to the shipped student's latents, and the judge's figures of the recipe's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recipes.emoji import data, loop
+from recipes.emoji.measure import classifier, judge
+from recipes.emoji.presets import PRESETS
+from recipes.emoji.report import GRID_PROMPTS, asked, draw_student, measure, plot_students
+from recipes.emoji.student import all_captions
+from tiue.checkpoint import Student, load_student, save_student
+from tiue.text_encoder import encode_text
+
+SHIPPED = Path(__file__).parents[2] / "models/emoji/student.safetensors"
+DISTANCE_PAIRS = 256  # captions of the report, each with noise of its own
+TIMED = 50  # passes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, measure and draw."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.emoji.sharing", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="the judge's size, and the rate and batch")
+    parser.add_argument("--steps", type=int, default=600, help="of each (default: 600)")
+    parser.add_argument("--out", type=Path, default=Path("runs/sharing"), help="directory of all that is made")
+    arguments = parser.parse_args(argv)
+    preset, out = PRESETS[arguments.preset], arguments.out
+    drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
+    shipped = load_student(SHIPPED)
+    contenders = {"shipped": shipped}
+    for count in (0, 1):
+        path = out / f"shared-{count}.safetensors"
+        if not path.exists():
+            captions = all_captions(drawings)
+            save_student(path, _continued(shipped, count, captions, preset, arguments.steps, path.with_suffix("")))
+        contenders[f"{count} shared, {arguments.steps} steps"] = load_student(path)
+    contenders["1 shared, untrained"] = replace(load_student(SHIPPED), shared_up_blocks=1)
+
+    rows = asked(drawings)
+    captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
+    judging = classifier(preset, drawings, out / "judge.safetensors")
+    _, real = judge(judging, drawings.images, drawings.concept)
+    target = _latents(shipped, captions[:DISTANCE_PAIRS])
+    figures = {}
+    for name, student in contenders.items():
+        figures[name] = measure(judging, real, draw_student(student, captions), concept)
+        error = F.mse_loss(_latents(student, captions[:DISTANCE_PAIRS]), target) / target.var()
+        figures[name] |= {"latents": error.sqrt().item(), "milliseconds": 1e3 * _seconds(student)}
+    (out / "sharing.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+    plot_students(contenders, out / "sharing.png")
+    return 0
+
+
+def _continued(shipped: Student, count: int, captions: list[str], preset, steps: int, out: Path) -> Student:
+    """`shipped` with `count` shared up blocks, after `steps` of regression on what it drew without."""
+    teacher = shipped.tiue().to(loop.device()).eval()
+    student = replace(load_student(SHIPPED), shared_up_blocks=count)
+    model = student.tiue().to(loop.device())
+    components = student.components
+    components.text_encoder.to(loop.device()).requires_grad_(False)
+    size = components.unet.config.sample_size
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(captions), (preset.regression_batch,), generator=generator)
+        noise = torch.randn(len(rows), components.unet.config.in_channels, size, size, generator=generator)
+        noise = noise.to(loop.device())
+        with torch.no_grad():
+            text = encode_text(components, [captions[row] for row in rows])
+            target = teacher(noise, text)
+        return F.mse_loss(model(noise, text), target)
+
+    loop.train(model, loss, steps=steps, lr=preset.regression_lr, seed=preset.seed + 2, out=out, ema_decay=0.99)
+    return student
+
+
+@torch.no_grad()
+def _latents(student: Student, captions: list[str]) -> Tensor:
+    """z_0 in float32, of caption j from the noise of generator seed j."""
+    config = student.components.unet.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(j)) for j in range(len(captions))])
+    return student.tiue()(noise, encode_text(student.components, captions))
+
+
+@torch.no_grad()
+def _seconds(student: Student) -> float:
+    """Median time of one picture's UNet in PyTorch."""
+    model, text = student.tiue(), encode_text(student.components, GRID_PROMPTS[:1])
+    noise = torch.randn(1, model.unet.config.in_channels, *[model.unet.config.sample_size] * 2)
+    taken = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        model(noise, text)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

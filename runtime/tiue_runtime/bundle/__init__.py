@@ -1,0 +1,76 @@
+"""The bundle: the directory of graphs and settings that the exporter writes and the runtime reads.
+
+    manifest    what bundle.json says: frozen dataclasses that check themselves
+    directory   a bundle on the disk: load, verify, write
+    find        a bundle by its path or by the name of an installed package
+    fields      typed reading of JSON; every error names the exact field
+
+This package imports the standard library only, so that any tool can read a bundle.
+"""
+
+from tiue_runtime.bundle.directory import Bundle, write_bundle
+from tiue_runtime.bundle.manifest import (
+    ATTENTION_MASK,
+    CONTRIBUTION,
+    CPU,
+    CUDA,
+    FORMAT,
+    GRAPH_FILES,
+    GRAPHS,
+    IMAGE,
+    INPUT_IDS,
+    KL,
+    LATENTS,
+    MANIFEST,
+    PORTABLE,
+    PRECISIONS,
+    STEP_INDEX,
+    STEP_WEIGHT,
+    TEXT,
+    TEXT_ENCODER,
+    TINY,
+    TOKENIZER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    VAE_DECODER,
+    VAE_KINDS,
+    VARIANTS,
+    FileInfo,
+    Manifest,
+    MemoryUse,
+    Schedule,
+)
+
+__all__ = [
+    "ATTENTION_MASK",
+    "CONTRIBUTION",
+    "CPU",
+    "CUDA",
+    "FORMAT",
+    "GRAPHS",
+    "GRAPH_FILES",
+    "IMAGE",
+    "INPUT_IDS",
+    "KL",
+    "LATENTS",
+    "MANIFEST",
+    "PORTABLE",
+    "PRECISIONS",
+    "STEP_INDEX",
+    "STEP_WEIGHT",
+    "TEXT",
+    "TEXT_ENCODER",
+    "TINY",
+    "TOKENIZER",
+    "UNET_DECODER",
+    "UNET_ENCODER",
+    "VAE_DECODER",
+    "VAE_KINDS",
+    "VARIANTS",
+    "Bundle",
+    "FileInfo",
+    "Manifest",
+    "MemoryUse",
+    "Schedule",
+    "write_bundle",
+]

@@ -1,0 +1,63 @@
+"""Finding bundles: by path, then by the name under which an installed package offers one.
+
+A package offers its own directory as a bundle through the entry-point group `tiue_runtime.bundles`, for
+example `emoji = "tiue_emoji"`. The package is located, never imported.
+"""
+
+import os
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from tiue_runtime.bundle import MANIFEST
+from tiue_runtime.errors import BundleError
+
+GROUP = "tiue_runtime.bundles"
+DEFAULT_VARIABLE = "TIUE_BUNDLE"
+DEFAULT_NAME = "emoji"
+
+
+def installed_bundles() -> dict[str, str]:
+    """Names of installed bundles, with the packages that hold them: of two alike, the first on sys.path."""
+    last_first = reversed(list(entry_points(group=GROUP)))
+    return dict(sorted({entry.name: entry.value for entry in last_first}.items()))
+
+
+def find_bundle(name_or_path: str | Path | None = None) -> Path:
+    """Return the directory of a bundle.
+
+    name_or_path: a directory, or the name of an installed bundle; None means the environment variable
+    TIUE_BUNDLE, else "emoji". A name without a separator is a path only where that directory holds a
+    bundle.json, so that a folder that happens to be called like a bundle does not hide it.
+    Raises BundleError.
+    """
+    if name_or_path == "":
+        raise BundleError("bundle: expected a directory or the name of an installed bundle, got an empty string")
+    wanted = name_or_path or os.environ.get(DEFAULT_VARIABLE) or DEFAULT_NAME
+    path = Path(wanted)
+    if (path / MANIFEST).is_file():
+        return path
+    text = os.fspath(wanted)
+    if isinstance(wanted, Path) or any(separator in text for separator in (os.sep, os.altsep) if separator):
+        problem = f"has no {MANIFEST}" if path.is_dir() else "is not a directory"
+        raise BundleError(f"bundle: expected a directory with a {MANIFEST}, but {path} {problem}.")
+    installed = installed_bundles()
+    if text not in installed:
+        names = ", ".join(installed) or "none"
+        raise BundleError(
+            f"bundle: {text!r} is neither a directory with a {MANIFEST} nor an installed bundle "
+            f"(installed: {names}). The default bundle comes with: pip install tiue-emoji"
+        )
+    return _package_directory(text, installed[text])
+
+
+def _package_directory(name: str, package: str) -> Path:
+    spec = find_spec(package) if "." not in package else None  # a dotted name would import its parent
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    for place in places:
+        if (Path(place) / MANIFEST).is_file():
+            return Path(place)
+    raise BundleError(
+        f"bundle: {name!r} is installed as package {package!r}, but there is no {MANIFEST} in "
+        f"{', '.join(places) or 'it: no such package'}. Reinstall the package that offers it."
+    )

@@ -1,0 +1,8 @@
+"""This computer: what it has, and what is free. Knows nothing of bundles or ONNX Runtime.
+
+    machine   CPU threads and instructions that this process may use
+    gpu       NVIDIA GPUs, asked through the driver's own libraries
+    memory    free memory of the computer and of its GPUs
+
+This package imports the standard library only.
+"""

@@ -1,0 +1,42 @@
+"""PNG files with their parameters as metadata."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tiue_runtime.errors import RequestError
+
+
+def check_png_path(path: Path) -> None:
+    """Raise RequestError unless a PNG can be written to `path`; tries the folder by writing to it."""
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"out: expected a file name that ends in .png, got {str(path)!r}")
+    if path.is_dir():
+        raise RequestError(f"out: expected a file name, but {path} is a directory")
+    probe = _temporary(path)
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise RequestError(f"out: cannot write into {path.parent}: {error.strerror or error}") from error
+
+
+def save_png(image: Image, path: Path, text: Mapping[str, str]) -> None:
+    """Write a PNG with `text` as its metadata, to a temporary file that is then renamed. Raises OSError."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,161 @@
+"""What is installed here, whether it can make pictures, and which provider would do which part of the work."""
+
+import contextlib
+import io
+import platform
+import sys
+import warnings
+from collections import Counter
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any
+
+from tiue_runtime import __version__
+from tiue_runtime.bundle import PORTABLE, Bundle
+from tiue_runtime.bundle.find import find_bundle, installed_bundles
+from tiue_runtime.errors import TiueError
+from tiue_runtime.host.gpu import driver_version, find_gpus
+from tiue_runtime.host.machine import thread_count
+from tiue_runtime.ort.devices import KINDS, Device, Settings
+from tiue_runtime.ort.engines import cache_root, with_cache
+from tiue_runtime.ort.placement import choose_device, choose_variant, probe, settle_precision
+from tiue_runtime.ort.sessions import (
+    available_providers,
+    create_session,
+    installed_wheels,
+    is_whole,
+    load_onnxruntime,
+    preload_libraries,
+)
+
+# Beginnings of wheels and of shared libraries that ONNX Runtime works with on a GPU.
+_GPU_WHEELS = ("nvidia-", "tensorrt", "onnxruntime-ep-")
+_GPU_LIBRARIES = ("libcu", "libnv", "cudart", "cublas", "cufft", "cudnn", "nvcuda", "nvinfer", "nvonnxparser")
+
+Rows = dict[str, object]
+
+
+def examine(bundle: str | Path | None = None, device: str | None = None) -> tuple[Rows, list[str]]:
+    """Returns rows of facts to print, and the problems found, none when everything is fine.
+
+    bundle, device: with either, its graphs are loaded to see on which provider their nodes run; the default of the
+        other is that of `Pipeline.load`. With TensorRT that takes minutes.
+    """
+    rows: Rows = {
+        "tiue-runtime": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "libraries": ", ".join(f"{name} {version(name)}" for name in ("numpy", "pillow", "tokenizers")),
+        "onnx runtime": ", ".join(f"{n} {v}" for n, v in installed_wheels().items()) or "not installed",
+        "cpu threads": thread_count(),
+        **_gpu_rows(),
+    }
+    problems: list[str] = []
+    try:
+        rows |= _provider_rows()
+    except TiueError as error:
+        problems.append(str(error))
+    for name in installed_bundles():
+        try:
+            found = Bundle.load(find_bundle(name))
+            rows[f"bundle {name}"] = f"{found.directory} ({found.manifest.licence})"
+        except TiueError as error:
+            problems.append(str(error))
+    chosen = None
+    try:
+        chosen = Bundle.load(find_bundle(bundle))
+    except TiueError as error:
+        problems.append(str(error))
+    if bundle is None:
+        rows["default bundle"] = chosen.directory if chosen else "none, see below"
+    variants = chosen.manifest.variants if chosen else (PORTABLE,)
+    try:
+        auto = rows["device auto"] = choose_device("auto", variants=variants)
+        if chosen and (bundle is not None or device is not None):
+            where = auto if device is None else choose_device(device, variants=variants)
+            rows |= _placement_rows(chosen, where)
+    except TiueError as error:
+        problems.append(str(error))
+    return rows, list(dict.fromkeys(problems))
+
+
+def _gpu_rows() -> Rows:
+    gpus = find_gpus()
+    if isinstance(gpus, str):
+        return {"gpu": f"none found: {gpus}"}
+    rows: Rows = {
+        f"gpu {i}": f"{gpu.name}, {gpu.memory / 2**30:.1f} GiB, compute capability {'.'.join(map(str, gpu.capability))}"
+        for i, gpu in enumerate(gpus)
+    }
+    wheels = sorted({f"{d.name} {d.version}" for d in distributions() if d.name.lower().startswith(_GPU_WHEELS)})
+    return rows | {"gpu driver": driver_version() or "unknown", "gpu wheels": ", ".join(wheels) or "none"}
+
+
+def _provider_rows() -> Rows:
+    """One row per kind of device and per provider that none stands for. Raises DeviceError."""
+    ort, available = load_onnxruntime(), available_providers()
+    rows: Rows = {}
+    if Device("cuda").provider in available:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            preload_libraries(ort, Device("tensorrt"))
+        messages = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
+        rows["preloaded"] = "; ".join([", ".join(_loaded_libraries()) or "nothing", *messages])
+    for name, kind in KINDS.items():
+        row = f"provider {name}"
+        if kind.provider not in available:
+            rows[row] = f"no: {kind.provider} is not installed; tiue-runtime[{kind.extra}] brings it"
+        else:
+            problem = probe(Device(name))
+            rows[row] = f"no: {kind.provider} does not start: {problem}" if problem else f"yes: {kind.provider} starts"
+            precision = None if problem else settle_precision(Device(name), Settings()).precision
+            if precision:
+                rows[row] = f"{rows[row]} and computes in {precision}"
+    others = [provider for provider in available if provider not in {kind.provider for kind in KINDS.values()}]
+    return rows | ({"other providers": f"{', '.join(others)} (built in, not used)"} if others else {})
+
+
+def _loaded_libraries() -> list[str]:
+    """File names of the CUDA, cuDNN and TensorRT libraries in this process, where the system tells."""
+    maps = Path("/proc/self/maps")
+    if not (sys.platform.startswith("linux") and maps.is_file()):
+        return ["not reported by this system"]
+    paths = {line.split(maxsplit=5)[5:][0] for line in maps.read_text().splitlines() if len(line.split()) > 5}
+    return sorted({Path(path).name for path in paths if Path(path).name.startswith(_GPU_LIBRARIES)})
+
+
+def _placement_rows(bundle: Bundle, device: Device) -> Rows:
+    """How many nodes of each graph run on which provider. Raises BundleError, DeviceError."""
+    manifest = bundle.manifest
+    variant = choose_variant(device, manifest.variants)
+    chosen = settle_precision(device, Settings(record_placement=True))
+    computed = f" in {chosen.precision}" if chosen.precision else ""
+    rows: Rows = {"placement of": f"{manifest.name}, {variant} graphs, on {device}{computed}"}
+    if KINDS[device.kind].compiles:
+        rows["compiled graphs"] = f"kept below {cache_root()}"
+    for graph in manifest.graphs:
+        path = bundle.graph_path(graph, variant)
+        settings = with_cache(chosen, device, bundle.directory, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of nodes on the CPU, which are shown here
+            session = create_session(path, device, settings)
+        rows[f"nodes of {graph}"] = _placement(session, device)
+    return rows
+
+
+def _placement(session: Any, device: Device) -> str:
+    """Such as "CUDAExecutionProvider 540, CPUExecutionProvider 5 (3 Gather, 2 Shape)"."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        if not KINDS[device.kind].whole:
+            return "not reported by this version of ONNX Runtime"
+        part = "all" if is_whole(session) else "not all"
+        return f"{part} on {device.provider}; not counted by this version of ONNX Runtime"
+    nodes: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        nodes.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    texts: list[str] = []
+    for provider, kinds in sorted(nodes.items(), key=lambda item: item[0] != device.provider):
+        text = f"{provider} {kinds.total()}"
+        if provider != device.provider:  # what the device asked for did not take
+            text += f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
+        texts.append(text)
+    return ", ".join(texts)

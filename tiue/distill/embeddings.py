@@ -1,0 +1,132 @@
+"""Text embeddings of a run's captions: computed once and kept on the disk, or when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tiue import files
+from tiue.components import Components
+from tiue.text_encoder import encode_text
+
+_BATCH = 64  # captions that are encoded at once
+_NOTE_EVERY = 100  # batches between two notes of how far the cache is
+_log = logging.getLogger(__name__)
+
+
+class Texts(Protocol):
+    """Text embeddings by caption."""
+
+    def rows(self, indices: Sequence[int]) -> Tensor: ...  # noqa: D102
+
+
+class Encoded:
+    """Text embeddings that are computed when they are asked for."""
+
+    def __init__(self, components: Components, prompts: Sequence[str]):
+        self._components, self._prompts = components, prompts
+
+    @torch.no_grad()
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Of these captions, float32 [n,L,D], on the text encoder's device."""
+        return encode_text(self._components, [self._prompts[i] for i in indices]).float()
+
+
+class Cached:
+    """Text embeddings in a file that is mapped into memory. Made by `cache_texts`."""
+
+    def __init__(self, values: Tensor, device: torch.device):
+        self._values, self._device = values, device
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Of these captions, float32 [n,L,D]."""
+        return self._values[torch.tensor(indices)].to(self._device).float()
+
+
+def cache_texts(
+    components: Components, prompts: Sequence[str], digest: str, directory: Path, accelerator: Accelerator
+) -> Cached:
+    """Encode all captions into a file, of which every process does its part; one that was stopped goes on.
+
+    With mixed precision the file holds that precision, which is what the UNet would round them to: same results.
+
+    Args:
+        components: with the text encoder where it is to run.
+        digest: by which the captions are known again.
+        directory: of the cache; all processes see the same.
+
+    Raises ValueError if the disk has not the space.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    example = Encoded(components, [""]).rows([0])
+    shape = (len(prompts), *example.shape[1:])
+    path, note = directory / "embeddings.bin", directory / "embeddings.json"
+    known = {
+        "prompts": digest,
+        "text_encoder": files.fingerprint(components.text_encoder),
+        "tokenizer": files.digest([components.tokenizer.backend_tokenizer.to_str()]),
+        "dtype": str(dtype),
+        "shape": list(shape),
+        "processes": accelerator.num_processes,
+    }
+    if accelerator.is_main_process:
+        _claim(path, note, known, shape, dtype)
+    accelerator.wait_for_everyone()
+    values = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2], dtype=dtype).view(shape)
+    _fill(values, Encoded(components, prompts), path, accelerator)
+    accelerator.wait_for_everyone()
+    return Cached(values, accelerator.device)
+
+
+def _claim(path: Path, note: Path, known: dict[str, object], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Make the file, unless there is one of these captions, whole or not."""
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) == known:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("embeddings*"):
+        old.unlink()
+    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ValueError(
+            f"{path.parent}: the text embeddings of {shape[0]:,} prompts take {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: make space, or leave the text encoder at work with --no-text-cache"
+        )
+    with path.open("wb") as file:
+        file.truncate(size)
+    note.write_text(json.dumps(known), encoding="utf-8")
+
+
+def _fill(values: Tensor, encoded: Encoded, path: Path, accelerator: Accelerator) -> None:
+    """This process's part: every num_processes-th batch."""
+    process, processes = accelerator.process_index, accelerator.num_processes
+    progress = path.with_name(f"embeddings.{process}.done")
+    batches = range(process, -(-len(values) // _BATCH), processes)
+    done = int(progress.read_text()) if progress.exists() else 0
+    if done < len(batches) and accelerator.is_main_process:
+        _log.info("encoding %d captions", len(values))
+    for i in range(done, len(batches)):
+        first = batches[i] * _BATCH
+        rows = range(first, min(first + _BATCH, len(values)))
+        values[first : rows.stop] = encoded.rows(rows).to(values.dtype).cpu()
+        if (i + 1) % _NOTE_EVERY == 0 or i + 1 == len(batches):
+            with path.open("r+b") as file:
+                files.synced(file)
+            files.write_text(progress, str(i + 1))
+
+
+def cut_prompts(components: Components, prompts: Sequence[str]) -> int:
+    """How many captions are longer than the text encoder's limit, beyond which they are cut."""
+    tokenizer, cut = components.tokenizer, 0
+    for first in range(0, len(prompts), 1024):
+        tokens = tokenizer(list(prompts[first : first + 1024]), truncation=False, verbose=False).input_ids
+        cut += sum(len(ids) > tokenizer.model_max_length for ids in tokens)
+    return cut
