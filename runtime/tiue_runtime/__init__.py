@@ -7,6 +7,7 @@ Names are imported when they are first used, so `import tiue_runtime` is quick a
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from tiue_runtime.pipeline import Pipeline, Result
 
 __version__ = "0.1.0"
+
+# ONNX Runtime 1.29 and later start a telemetry client when they are imported: it looks up a host and writes files into
+# the user's cache. This must be set before that import. A value that the user has set stays.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 
 __all__ = [
     "Bundle",

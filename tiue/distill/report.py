@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,8 +59,23 @@ def _mean(values: Any) -> str:
     return f"{np.nanmean(values):.4g}" if np.isfinite(values).any() else ""
 
 
+@contextmanager
+def _fonts_in_a_temporary_directory() -> Iterator[None]:
+    """Keep matplotlib's list of fonts out of the user's cache while it is imported for the first time."""
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["MPLCONFIGDIR"] = directory
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
 def _plot(columns: Mapping[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
+    with _fonts_in_a_temporary_directory():
+        from matplotlib.figure import Figure
 
     groups = {
         "losses": [n for n in ("vsd", "kl", "clip", "fake") if n in columns],

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import platform
 import sys
 import warnings
@@ -46,6 +47,7 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
         "python": f"{platform.python_version()} on {platform.platform()}",
         "libraries": ", ".join(f"{name} {version(name)}" for name in ("numpy", "pillow", "tokenizers")),
         "onnx runtime": ", ".join(f"{n} {v}" for n, v in installed_wheels().items()) or "not installed",
+        "telemetry": _telemetry(),
         "cpu threads": thread_count(),
         **_gpu_rows(),
     }
@@ -76,6 +78,13 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
     except TiueError as error:
         problems.append(str(error))
     return rows, list(dict.fromkeys(problems))
+
+
+def _telemetry() -> str:
+    """Say whether ONNX Runtime may report its use: the package has it off unless the user turned it on."""
+    value = os.environ.get("ORT_DISABLE_TELEMETRY", "")
+    off = value.lower() in ("1", "true", "yes", "on")  # ONNX Runtime takes any other value for no
+    return f"{'off' if off else 'ON'}, by ORT_DISABLE_TELEMETRY={value}"
 
 
 def _gpu_rows() -> Rows:

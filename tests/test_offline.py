@@ -1,0 +1,101 @@
+"""No command reports its use, asks the network or leaves files in the user's directories."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY_BUNDLE = ROOT / "runtime/tests/data/tiny"
+
+# Python's own way to the network is closed. Native code is watched by strace, where that is installed.
+BLOCKED = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise OSError("the network is blocked")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture
+def run_offline(tmp_path):
+    """run_offline(*arguments) runs a module's command, and checks that it used no network and left no file behind."""
+    places = {name: tmp_path / name.lower() for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TMPDIR")}
+
+    def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        for place in places.values():
+            place.mkdir(exist_ok=True)
+        trace = tmp_path / "trace"
+        watched = ["strace", "-f", "-e", "trace=network", "-o", trace] if _can_trace() else []
+        variables = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+        variables |= {name: str(place) for name, place in places.items()}
+        done = subprocess.run(
+            [*watched, sys.executable, "-c", BLOCKED, *map(str, arguments)],
+            cwd=ROOT,
+            env=variables | environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        if watched:
+            calls = re.findall(r"(?:connect|sendto|sendmsg|sendmmsg)\(.*AF_INET.*", trace.read_text())
+            assert not calls
+        left = [path for place in places.values() for path in place.rglob("*") if path.is_file()]
+        assert not left
+        return done
+
+    return run
+
+
+def _can_trace() -> bool:
+    """Say whether strace is installed and may trace: containers often forbid it."""
+    return bool(shutil.which("strace")) and subprocess.run(["strace", "-o", os.devnull, "true"]).returncode == 0
+
+
+def test_drawing_a_picture_is_offline(run_offline, tmp_path):
+    out = tmp_path / "picture.png"
+    done = run_offline("tiue_runtime", "generate", "a red heart", "--bundle", TINY_BUNDLE, "--out", out)
+    assert out.is_file()
+    assert not done.stderr
+
+
+def test_a_home_that_cannot_be_written_causes_no_foreign_warning(run_offline, tmp_path):
+    done = run_offline(
+        "tiue_runtime", "generate", "a red heart", "--bundle", TINY_BUNDLE, "--out", tmp_path / "picture.png",
+        HOME="/proc/none", XDG_CACHE_HOME="/proc/none",
+    )  # fmt: skip
+    assert not done.stderr
+
+
+def test_doctor_says_that_nothing_is_reported(run_offline):
+    assert re.search(r"^telemetry +off", run_offline("tiue_runtime", "doctor").stdout, re.MULTILINE)
+
+
+def test_exporting_is_offline(run_offline, golden_directory, tmp_path):
+    run_offline("export.onnx", "--ckpt", golden_directory, "--steps", "1", "--out", tmp_path / "bundle")
+
+
+def test_distilling_is_offline(run_offline, golden_directory, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red heart\na blue star\n")
+    run_offline(
+        "tiue", "--preset", "tiny", "--teacher", golden_directory, "--prompts", prompts, "--out", tmp_path / "run",
+        "--iterations", "1",
+    )  # fmt: skip
+    assert (tmp_path / "run/report.md").is_file()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("", "1"), ("0", "0"), ("1", "1")])
+@pytest.mark.parametrize("package", ["tiue_runtime", "tiue", "benchmarks"])
+def test_telemetry_is_off_unless_the_user_turned_it_on(package, given, kept):
+    variables = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    variables |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+    code = f"import os, {package}; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.stdout.strip() == kept
