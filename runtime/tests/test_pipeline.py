@@ -284,7 +284,7 @@ def test_overflow_names_the_stage_and_the_remedy(pipe, monkeypatch, graph, outpu
 
 
 def test_features_that_are_not_finite_are_laid_to_the_encoder(pipe, monkeypatch):
-    name = pipe._unet_encoder.outputs[0]
+    name = next(iter(pipe._unet_encoder.outputs))
     monkeypatch.setattr(pipe, "_unet_encoder", Overflowing(pipe._unet_encoder, name, np.nan))
     monkeypatch.setattr(pipe, "_unet_decoder", Overflowing(pipe._unet_decoder, "contribution", np.nan))
     with pytest.raises(InferenceError, match=rf"unet_encoder: {name} has NaN or infinity on cpu"):

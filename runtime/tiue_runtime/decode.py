@@ -35,7 +35,7 @@ class ImageDecoder:
         def decode_part(part: Float32) -> Float32:
             count, _, height, width = part.shape
             with run.timed(VAE_DECODER):
-                image = self.graph({LATENTS: part})[IMAGE]
+                image = self.graph({LATENTS: part}, cancelled=run.cancelled)[IMAGE]
             self.graph.check_output(IMAGE, image, (count, 3, height * pixels, width * pixels), self._remedy)
             return image
 

@@ -45,6 +45,7 @@ _EXHAUSTED = (
     "bfcarena",
     "bytes of memory",
     "out of memory",
+    "can't start new thread",
     "cudaerrormemoryallocation",
     "_alloc_failed",
     "allocation_failed",
@@ -55,3 +56,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception, of Python or of ONNX Runtime, means that memory ran out."""
     said = str(error).lower()
     return isinstance(error, MemoryError | OutOfMemoryError) or any(phrase in said for phrase in _EXHAUSTED)
+
+
+SHOWN = 100  # characters of a value in a message
+
+
+def shorten(value: object) -> str:
+    """Return a value as text for a message: of one line, and of at most SHOWN characters."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or something nested as deeply
+        text = f"a {type(value).__name__} that is too large to show"
+    text = " ".join(text[: 4 * SHOWN].split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -10,7 +10,6 @@ z_0 / scaling + shift -> vae_decoder -> image
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,10 @@ from tiue_runtime.errors import LoadingError, OutOfMemoryError, RequestError
 from tiue_runtime.images import to_pil, to_unit
 from tiue_runtime.modes import Mode, lower_mode, timesteps_at_once
 from tiue_runtime.ort.cuda_graphs import CudaGraphs
-from tiue_runtime.ort.devices import Device, Precision, Settings
+from tiue_runtime.ort.devices import KINDS, Device, Precision, Settings
 from tiue_runtime.ort.engines import with_cache
 from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.interrupt import for_each
 from tiue_runtime.ort.placement import check_settings, choose_device, choose_variant, settle_precision
 from tiue_runtime.ort.sessions import first_line
 from tiue_runtime.request import Float32, Memory, OutputType, Request, check_memory
@@ -135,7 +135,7 @@ class Pipeline:
         encoder = self._unet_encoder = graph(contract.UNET_ENCODER, lambda g: g.expect(given, set()))
         self._unet_decoder = graph(
             contract.UNET_DECODER,
-            lambda g: g.expect({*encoder.outputs, *given, *steps}, {contract.CONTRIBUTION}, needed=steps),
+            lambda g: g.expect({*given, *steps}, {contract.CONTRIBUTION}, needed=steps, features=encoder.outputs),
         )
         vae_decoder = graph(manifest.vaes[self.vae], lambda g: g.expect({contract.LATENTS}, {contract.IMAGE}))
         remedy = self._overflow_remedy(vae=True)
@@ -342,7 +342,7 @@ class Pipeline:
                 warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {cut!r}", stacklevel=3)
             feed = {contract.INPUT_IDS: tokens.input_ids, contract.ATTENTION_MASK: tokens.attention_mask}
             with run.timed(contract.TEXT_ENCODER):
-                text = cast(Float32, self._text_encoder(feed)[contract.TEXT])
+                text = cast(Float32, self._text_encoder(feed, cancelled=run.cancelled)[contract.TEXT])
             shape = (len(request.prompts), self.bundle.manifest.text_length, text.shape[-1])
             self._text_encoder.check_output(contract.TEXT, text, shape, self._overflow_remedy())
             self._used(self._text_encoder, request)
@@ -358,7 +358,7 @@ class Pipeline:
         weights = np.array(schedule.step_weights, dtype=np.float32)
         with run.timed(contract.UNET_ENCODER):
             known = self._unet_encoder.place({contract.LATENTS: request.latents, contract.TEXT: text})
-            features = self._unet_encoder(known, keep_on_device=request.memory != "low")
+            features = self._unet_encoder(known, keep_on_device=request.memory != "low", cancelled=run.cancelled)
         self._used(self._unet_encoder, request)
         z = np.float32(schedule.noise_weight) * request.latents
         feed = {**known, **features}
@@ -380,7 +380,9 @@ class Pipeline:
             release = release and not self._decode_image.fits_whole(z.shape, this_run)
             try:
                 with run.timed(contract.UNET_DECODER):
-                    contribution = self._unet_decoder(feed, release=release)[contract.CONTRIBUTION]
+                    contribution = self._unet_decoder(feed, release=release, cancelled=run.cancelled)[
+                        contract.CONTRIBUTION
+                    ]
             except LoadingError:
                 raise  # in a lower mode, too
             except OutOfMemoryError as error:
@@ -420,10 +422,8 @@ class Pipeline:
         SD 2.1 on 2 cores: 6.4 s, one by one 15.3 s, all four at once 7.6 s, and each graph takes memory meanwhile.
         """
         missing = [graph for graph in self._graphs() if not graph.loaded]
-        at_once = 2 if self._unet_decoder.device.kind == "cpu" else 1
-        if missing:
-            with ThreadPoolExecutor(at_once) as pool:
-                list(pool.map(Graph.session, missing))
+        at_once = KINDS[self._unet_decoder.device.kind].loads_at_once
+        for_each(Graph.session, missing, at_once)
 
     @contextmanager
     def _loading(self) -> Generator[None]:
@@ -473,6 +473,6 @@ class Pipeline:
         return contract.TINY in self.bundle.manifest.vaes and self.vae != contract.TINY
 
     def _text_width(self) -> int | None:
-        shape = self._unet_encoder.inputs.get(contract.TEXT) or self._unet_decoder.inputs.get(contract.TEXT)
-        width = shape[-1] if shape else None
+        text = self._unet_encoder.inputs.get(contract.TEXT) or self._unet_decoder.inputs.get(contract.TEXT)
+        width = text.shape[-1] if text else None
         return width if isinstance(width, int) else None

@@ -28,10 +28,14 @@ class Run:
         if cancel is not None and not callable(self._asked):
             raise RequestError(f"cancel: expected a threading.Event or a function, got {cancel!r}")
 
+    def cancelled(self) -> bool:
+        """Say whether the caller wants to stop."""
+        return callable(self._asked) and bool(self._asked())
+
     @contextmanager
     def timed(self, graph: str) -> Generator[None]:
         """Add the time spent inside to timings[graph], unless the caller wants to stop. Raises Cancelled."""
-        if callable(self._asked) and self._asked():
+        if self.cancelled():
             raise Cancelled(f"cancelled before {graph}")
         start = time.perf_counter()
         yield

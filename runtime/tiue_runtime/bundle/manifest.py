@@ -55,6 +55,18 @@ STEP_WEIGHT = "step_weight"
 CONTRIBUTION = "contribution"
 IMAGE = "image"
 
+# ONNX Runtime's name of the element type, and the rank, of every tensor that the contract names.
+TENSORS = {
+    INPUT_IDS: ("int64", 2),
+    ATTENTION_MASK: ("int64", 2),
+    TEXT: ("float", 3),
+    LATENTS: ("float", 4),
+    STEP_INDEX: ("int64", 1),
+    STEP_WEIGHT: ("float", 1),
+    CONTRIBUTION: ("float", 4),
+    IMAGE: ("float", 4),
+}
+
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 REMEDY = "Export the bundle again, or reinstall the package it came from."

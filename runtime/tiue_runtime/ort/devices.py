@@ -15,6 +15,7 @@ from tiue_runtime.errors import DeviceError
 from tiue_runtime.host.machine import thread_count
 
 Precision = Literal["bf16", "fp32"]
+GivesBack = Literal["on request", "after each run", "by reloading", "never"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Kind:
     extra: str  # of tiue-runtime, which installs it
     variants: tuple[str, ...] = (PORTABLE,)  # of a bundle: those it can run, the best first
     memory: str = "cpu"  # ONNX Runtime's name of where its tensors are
+    # How a session gives back the memory that a run took: "on request", by an option of that run; "after each run", by
+    # the same option; "by reloading" the graph; or "never".
+    gives_back: GivesBack = "never"
+    loads_at_once: int = 1  # graphs; loading is the work of one thread where the CPU compiles them
     rest: tuple[str, ...] = ()  # kinds that take the nodes which it has no kernel for, in this order
     whole: bool = False  # whether it takes our graphs whole, so that nodes left to the CPU are worth a warning
     compiles: bool = False  # whether it makes files of a graph that are worth keeping
@@ -34,10 +39,11 @@ class Kind:
 
 
 KINDS = {
-    "cpu": Kind("CPUExecutionProvider", "cpu", variants=(CPU, PORTABLE)),
+    "cpu": Kind("CPUExecutionProvider", "cpu", variants=(CPU, PORTABLE), gives_back="on request", loads_at_once=2),
     "openvino": Kind(
         "OpenVINOExecutionProvider",
         "openvino",
+        gives_back="by reloading",
         whole=True,
         library="onnxruntime_providers_openvino",
         remedy=(
@@ -50,6 +56,7 @@ KINDS = {
         "cuda",
         variants=(CUDA, PORTABLE),
         memory="cuda",
+        gives_back="after each run",
         rest=("cpu",),
         library="onnxruntime_providers_cuda",
         remedy=(

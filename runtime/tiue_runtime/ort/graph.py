@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -9,14 +10,34 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_runtime.errors import BundleError, InferenceError, OutOfMemoryError, is_out_of_memory
+from tiue_runtime.bundle import TENSORS
+from tiue_runtime.errors import (
+    BundleError,
+    InferenceError,
+    OutOfMemoryError,
+    TiueError,
+    is_out_of_memory,
+    shorten,
+)
 from tiue_runtime.host.memory import give_back
 from tiue_runtime.ort.cuda_graphs import WITHOUT, CudaGraphs, Recordings
-from tiue_runtime.ort.devices import Device, Settings
-from tiue_runtime.ort.sessions import create_session, first_line, load_onnxruntime, run_options, shrinking_options
+from tiue_runtime.ort.devices import KINDS, Device, Settings
+from tiue_runtime.ort.interrupt import interruptible
+from tiue_runtime.ort.sessions import create_session, first_line, load_onnxruntime, run_options, shrinking
 
 Array = NDArray[Any]
-Shape = tuple[int | str | None, ...]  # None or a name where a dimension is dynamic
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a graph says of one of its inputs or outputs."""
+
+    dtype: str  # ONNX Runtime's name, such as "tensor(float)"
+    shape: tuple[int | str | None, ...]  # None or a name where a dimension is dynamic
+
+    def __str__(self) -> str:
+        return f"{self.dtype} of {len(self.shape)} dimensions"
 
 
 class Graph:
@@ -46,31 +67,36 @@ class Graph:
         self._check = check
         self._loading = Lock()
         self._session: Any = None
-        self._inputs: dict[str, Shape] | None = None
-        self._outputs: tuple[str, ...] = ()
+        self._inputs: dict[str, Declared] | None = None
+        self._outputs: dict[str, Declared] = {}
         self._recordings = None if cuda_graphs is None else Recordings(self.session(), device.place, cuda_graphs)
         # Whether the memory of a run stays with the graph for its next one, and so does not count as free.
-        self.keeps = device.kind != "cuda" or cuda_graphs is not None
-        self._options: Any = None
+        self.keeps = KINDS[device.kind].gives_back != "after each run" or cuda_graphs is not None
+        self._entries: Mapping[str, str] = {}  # of the options of every run
         if self._recordings is not None:
-            self._options = run_options(WITHOUT)
-        elif device.kind == "cuda":
+            self._entries = WITHOUT
+        elif KINDS[device.kind].gives_back == "after each run":
             # Each session has an arena of its own: what one keeps, the others lack.
-            self._options = shrinking_options(device)
+            self._entries = shrinking(device)
         if load:
             self.session()
 
-    def session(self) -> Any:
-        """ONNX Runtime's session of it, loaded if it is not there."""
+    def session(self, cancelled: Cancelled | None = None) -> Any:
+        """Return ONNX Runtime's session, loaded and checked if it is not there. A refused graph is not kept."""
         with self._loading:
             if self._session is not None:
                 return self._session
-            session = self._session = self._create()
-            self._inputs = {node.name: tuple(node.shape) for node in session.get_inputs()}
-            self._outputs = tuple(node.name for node in session.get_outputs())
-        if self._check is not None:
-            self._check(self)
-        return session
+            session = interruptible(self._create, f"loading-{self.name}", cancelled=cancelled)
+            self._inputs = {node.name: _declared(node) for node in session.get_inputs()}
+            self._outputs = {node.name: _declared(node) for node in session.get_outputs()}
+            try:
+                if self._check is not None:
+                    self._check(self)
+            except BaseException:
+                self._inputs, self._outputs = None, {}
+                raise
+            self._session = session
+            return session
 
     @property
     def loaded(self) -> bool:
@@ -86,46 +112,69 @@ class Graph:
     @property
     def releases(self) -> bool:
         """Whether a run can give back the memory that the graph would keep."""
-        return self.keeps and not self.device.is_gpu
+        return self.keeps and KINDS[self.device.kind].gives_back in ("on request", "by reloading")
 
     @property
-    def inputs(self) -> Mapping[str, Shape]:
-        """The shape of each input."""
+    def inputs(self) -> Mapping[str, Declared]:
+        """Type and shape of each input."""
         if self._inputs is None:
             self.session()
         return self._inputs or {}
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of the outputs."""
+    def outputs(self) -> Mapping[str, Declared]:
+        """Type and shape of each output."""
         if self._inputs is None:
             self.session()
         return self._outputs
 
     def __call__(
-        self, feed: Mapping[str, Any], *, keep_on_device: bool = False, release: bool = False
+        self,
+        feed: Mapping[str, Any],
+        *,
+        keep_on_device: bool = False,
+        release: bool = False,
+        cancelled: Cancelled | None = None,
     ) -> dict[str, Any]:
         """Run the graph on the entries of `feed` that it has inputs for.
 
-        Values are numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
-        never leave the device. release: where `releases`, give back the memory of this run, which the graph would keep
-        for its next one. Returns every output by name. Raises InferenceError, or OutOfMemoryError of its kind, and
-        what loading does.
+        Args:
+            feed: numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
+                never leave the device.
+            keep_on_device: return opaque values in the device's memory.
+            release: where `releases`, give back the memory of this run, which the graph would keep for its next one.
+            cancelled: whether the caller wants to stop. It is asked several times a second while the graph runs.
+
+        Returns:
+            Every output by name.
+
+        Raises:
+            InferenceError: the run failed. OutOfMemoryError is of its kind.
+            Cancelled: `cancelled` became true.
+            BundleError, DeviceError, LoadingError: loading failed.
         """
-        self.session()  # what is wrong with the graph is no error of its run
-        with self._errors():
-            values = {name: feed[name] for name in self.inputs}
-            for name, value in values.items():
-                if isinstance(value, np.ndarray):
-                    values[name] = np.ascontiguousarray(cast(Array, value))
-            if self._recordings is None:
-                shrink = release and self.device.kind == "cpu"
-                options = shrinking_options(self.device) if shrink else self._options
-                outputs = self._run(values, keep_on_device, options)
-                if release and self.device.kind == "openvino":
-                    self.unload()  # has no other way
-                return outputs
-            return self._recordings.graphs.run(self._replay, self._recordings, values, keep_on_device)
+        self.session(cancelled)  # An error of loading is no error of the run.
+        gives_back = KINDS[self.device.kind].gives_back
+        entries = shrinking(self.device) if release and gives_back == "on request" else self._entries
+        options = run_options(entries)
+
+        def run() -> dict[str, Any]:
+            with self._errors():
+                values = {name: feed[name] for name in self.inputs}
+                for name, value in values.items():
+                    if isinstance(value, np.ndarray):
+                        values[name] = np.ascontiguousarray(cast(Array, value))
+                if self._recordings is None:
+                    return self._run(values, keep_on_device, options)
+                return self._recordings.graphs.run(self._replay, self._recordings, values, keep_on_device, options)
+
+        def stop() -> None:
+            options.terminate = True
+
+        outputs = interruptible(run, self.name, stop=stop, cancelled=cancelled)
+        if release and gives_back == "by reloading":
+            self.unload()
+        return outputs
 
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Copy inputs to the device, once for all runs that take them, of this graph and others there.
@@ -144,11 +193,13 @@ class Graph:
                 name: graphs.run(graphs.place, name, array, self.device.place) for name, array in contiguous.items()
             }
 
-    def _replay(self, recordings: Recordings, values: Mapping[str, Any], keep_on_device: bool) -> dict[str, Any]:
+    def _replay(
+        self, recordings: Recordings, values: Mapping[str, Any], keep_on_device: bool, options: Any
+    ) -> dict[str, Any]:
         """Run a recorded shape, or record it, or run without."""
-        recorded = recordings(values, lambda inputs: self._run(inputs, True, self._options))
+        recorded = recordings(values, lambda inputs: self._run(inputs, True, options))
         if recorded is None:
-            return self._run(values, keep_on_device, self._options)
+            return self._run(values, keep_on_device, options)
         return recorded if keep_on_device else {name: value.numpy() for name, value in recorded.items()}
 
     def _run(self, values: Mapping[str, Any], keep_on_device: bool, options: Any) -> dict[str, Any]:
@@ -168,8 +219,8 @@ class Graph:
             if "memory arena shrink list" not in str(error):
                 raise
             # Some allocators that provider options select are no arenas, and then there is none to shrink.
-            self._options = None
-            session.run_with_iobinding(binding, None)
+            self._entries = {}
+            session.run_with_iobinding(binding, run_options({}))
         outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
         return outputs if keep_on_device else {name: value.numpy() for name, value in outputs.items()}
 
@@ -178,27 +229,56 @@ class Graph:
         """Turn what ONNX Runtime raises into errors of this package."""
         try:
             yield
+        except TiueError:
+            raise
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
             if is_out_of_memory(error):
-                if self.device.kind == "cpu":
+                gives_back = KINDS[self.device.kind].gives_back
+                if gives_back == "on request":
                     # Before it fails, the arena takes most of what is left. From now on it gives back after each run
-                    # what the run no longer needs, as it does on a GPU from the first run.
-                    self._options = shrinking_options(self.device)
+                    # the memory that the run no longer needs, as it does on a GPU from the first run.
+                    self._entries = shrinking(self.device)
                     self.keeps = False
-                elif self.device.kind == "openvino":
-                    self.unload()  # what the failed run took would stay, too
+                elif gives_back == "by reloading":
+                    self.unload()  # The memory of the failed run would stay, too.
                 raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 
-    def expect(self, inputs: set[str], outputs: set[str], needed: set[str] | None = None) -> None:
-        """Raise BundleError unless needed <= the inputs <= `inputs`, and outputs <= the outputs."""
-        unknown = ", ".join(sorted(set(self.inputs) - inputs))
+    def expect(
+        self,
+        inputs: set[str],
+        outputs: set[str],
+        needed: set[str] | None = None,
+        features: Mapping[str, Declared] | None = None,
+    ) -> None:
+        """Check names, types and ranks of inputs and outputs against the contract.
+
+        Args:
+            inputs: names of the contract that the graph may take.
+            outputs: names that it must give.
+            needed: names that it must take.
+            features: outputs of another graph that this one may take, too.
+
+        Raises:
+            BundleError: the graph breaks the contract.
+        """
+        known = {name: Declared(f"tensor({TENSORS[name][0]})", (None,) * TENSORS[name][1]) for name in inputs | outputs}
+        may = known | dict(features or {})
+        unknown = shorten(", ".join(sorted(set(self.inputs) - inputs - set(features or {}))))
         if unknown:
-            raise BundleError(f"{self.name}: expected inputs among {', '.join(sorted(inputs))}, got {unknown}")
+            raise BundleError(
+                f"{self.name}: expected inputs among {', '.join(sorted(inputs | set(features or {})))}, got {unknown}"
+            )
         absent = ((needed or set()) - set(self.inputs)) | (outputs - set(self.outputs))
         if absent:
-            names = ", ".join((*self.inputs, *self.outputs))
+            names = shorten(", ".join((*self.inputs, *self.outputs)))
             raise BundleError(f"{self.name}: expected {', '.join(sorted(absent))}, got only {names}")
+        for name, declared in (*self.inputs.items(), *self.outputs.items()):
+            wanted = may.get(name)
+            if not declared.dtype.startswith("tensor(") or declared.dtype == "tensor(string)":
+                raise BundleError(f"{self.name}: expected {name} to be a tensor of numbers, got {declared.dtype}")
+            if wanted and (wanted.dtype, len(wanted.shape)) != (declared.dtype, len(declared.shape)):
+                raise BundleError(f"{self.name}: expected {name} as {wanted}, got {declared}")
 
     def check_output(self, name: str, value: Array, shape: tuple[int, ...], remedy: str = "") -> None:
         """Raise BundleError if a computed value has another shape, InferenceError with `remedy` if it is not finite."""
@@ -206,3 +286,7 @@ class Graph:
             raise BundleError(f"{self.name}: expected {name} of shape {shape}, got {value.shape}")
         if not np.isfinite(value).all():
             raise InferenceError(f"{self.name}: {name} has NaN or infinity on {self.device}. {remedy}".rstrip())
+
+
+def _declared(node: Any) -> Declared:
+    return Declared(str(node.type), tuple(node.shape or ()))

@@ -128,17 +128,16 @@ def is_whole(session: Any) -> bool:
 
 
 def run_options(entries: Mapping[str, str]) -> Any:
-    """Options of a run of a session."""
-    options = load_onnxruntime().RunOptions()
+    """Make options of one run of a session. ONNX Runtime was checked when the session was made."""
+    options = importlib.import_module("onnxruntime").RunOptions()
     for key, value in entries.items():
         options.add_run_config_entry(key, value)
     return options
 
 
-def shrinking_options(device: Device) -> Any:
-    """Options of a run after which the arena of the device gives back the memory that is not in use."""
-    arena = f"gpu:{device.index}" if device.is_gpu else "cpu:0"
-    return run_options({"memory.enable_memory_arena_shrinkage": arena})
+def shrinking(device: Device) -> dict[str, str]:
+    """Return entries of `run_options` after which the device's arena gives back the memory that is not in use."""
+    return {"memory.enable_memory_arena_shrinkage": f"gpu:{device.index}" if device.is_gpu else "cpu:0"}
 
 
 def start_session(model: str | bytes, device: Device, settings: Settings, *, whole: bool = False) -> Any:

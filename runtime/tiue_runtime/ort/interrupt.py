@@ -1,0 +1,99 @@
+"""Native calls that Ctrl-C, a cancel function and a deadline can reach.
+
+Python handles signals between bytecodes of the main thread. A call into ONNX Runtime takes seconds, so it is made on
+another thread, while the calling thread waits in short steps.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from tiue_runtime.errors import Cancelled
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.05  # between two looks at `cancelled`
+GRACE_SECONDS = 10.0  # for a call to end after it was asked to stop; ONNX Runtime ends between two nodes of a graph
+
+
+def interruptible(
+    function: Callable[[], T],
+    what: str,
+    *,
+    stop: Callable[[], object] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> T:
+    """Call `function` so that it can be interrupted.
+
+    Args:
+        function: the native call.
+        what: the name of the work, for the message of Cancelled.
+        stop: asks `function` to end early, from another thread. None for a call that cannot be asked: it is left to
+            end on its own.
+        cancelled: whether the caller no longer wants the result. Asked every POLL_SECONDS.
+
+    Returns:
+        What `function` returns.
+
+    Raises:
+        Cancelled: `cancelled` became true first.
+        KeyboardInterrupt: Ctrl-C was pressed. Then, too, `function` was asked to stop.
+    """
+    if cancelled is None and threading.current_thread() is not threading.main_thread():
+        return function()  # Nobody could interrupt it.
+    results: list[T] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # The calling thread raises it.
+            errors.append(error)
+        finally:
+            done.set()
+
+    # A daemon, because Python must be able to exit even if the call never ends.
+    threading.Thread(target=work, name=f"tiue-{what}", daemon=True).start()
+    try:
+        while not done.wait(POLL_SECONDS):
+            if cancelled is not None and cancelled():
+                raise Cancelled(f"cancelled while {what} ran")
+    except BaseException:
+        if stop is not None:
+            stop()
+            done.wait(GRACE_SECONDS)
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) -> None:
+    """Call `function` on each item, on `at_once` threads. Ctrl-C does not wait for native calls to end.
+
+    Raises:
+        BaseException: the first error of a call. Calls that have not begun by then are left out.
+    """
+    rest = list(items)[::-1]
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while not errors:
+            try:
+                item = rest.pop()
+            except IndexError:  # Another thread took the last one.
+                return
+            try:
+                function(item)
+            except BaseException as error:  # The calling thread raises it.
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(rest)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+    if errors:
+        raise errors[0]

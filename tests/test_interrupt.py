@@ -1,0 +1,171 @@
+"""Graphs that run for ever can be cancelled, interrupted and given a deadline."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tiue_runtime import Pipeline
+from tiue_runtime.bundle import Bundle, write_bundle
+from tiue_runtime.errors import Cancelled
+from tiue_runtime.ort import interrupt
+
+TINY = Path(__file__).parents[1] / "runtime/tests/data/tiny"
+PROMPT = "a red heart"
+AT_ONCE = 2.0  # seconds; a call that cannot be interrupted would take for ever
+
+
+def make_endless(path: Path) -> None:
+    """Write a decoder that ends for one timestep, and loops 2**62 times for several: contribution = mid + rounds."""
+    node, value = helper.make_node, helper.make_tensor_value_info
+    body = helper.make_graph(
+        [node("Identity", ["go_on"], ["going_on"]), node("Add", ["before", "one"], ["after"])],
+        "body",
+        [
+            value("round", TensorProto.INT64, []),
+            value("go_on", TensorProto.BOOL, []),
+            value("before", TensorProto.FLOAT, None),
+        ],
+        [value("going_on", TensorProto.BOOL, []), value("after", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.float32(1), "one")],
+    )
+    nodes = [
+        node("Size", ["step_index"], ["steps"]),
+        node("Sub", ["steps", "single"], ["more"]),
+        node("Mul", ["more", "many"], ["rounds"]),
+        node("Loop", ["rounds", "", "mid"], ["contribution"], body=body),
+    ]
+    inputs = [
+        value("mid", TensorProto.FLOAT, ["B", 4, "h", "w"]),
+        value("step_index", TensorProto.INT64, ["k"]),
+        value("step_weight", TensorProto.FLOAT, ["k"]),
+    ]
+    constants = {"single": np.int64(1), "many": np.int64(2**60)}
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    output = value("contribution", TensorProto.FLOAT, ["B", 4, "h", "w"])
+    graph = helper.make_graph(nodes, "decoder", inputs, [output], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("endless")
+    for file in TINY.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    make_endless(directory / "unet_decoder.onnx")
+    write_bundle(directory, replace(Bundle.load(TINY).manifest, name="endless"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pipe(endless) -> Pipeline:
+    return Pipeline.load(endless, device="cpu")
+
+
+def test_an_event_cancels_a_graph_that_runs(pipe):
+    event = threading.Event()
+    threading.Timer(0.3, event.set).start()
+    begun = time.monotonic()
+    with pytest.raises(Cancelled, match="unet_decoder"):
+        pipe(PROMPT, memory="parallel", cancel=event)
+    assert time.monotonic() - begun < AT_ONCE
+
+
+def test_a_deadline_reaches_a_graph_that_runs(pipe):
+    end = time.monotonic() + 0.3
+    with pytest.raises(Cancelled):
+        pipe(PROMPT, memory="parallel", cancel=lambda: time.monotonic() > end)
+    assert time.monotonic() - end < AT_ONCE
+
+
+def test_a_pipeline_is_usable_after_a_graph_was_cancelled(pipe):
+    before = pipe(PROMPT, seed=1, memory="sequential", output_type="np").images
+    end = time.monotonic() + 0.2
+    with pytest.raises(Cancelled):
+        pipe(PROMPT, memory="parallel", cancel=lambda: time.monotonic() > end)
+    np.testing.assert_array_equal(pipe(PROMPT, seed=1, memory="sequential", output_type="np").images, before)
+
+
+def test_only_the_request_that_was_cancelled_ends(pipe):
+    expected = pipe(PROMPT, seed=1, memory="sequential", output_type="np").images
+    event, ended = threading.Event(), threading.Event()
+
+    def endless_request() -> None:
+        with pytest.raises(Cancelled):
+            pipe(PROMPT, memory="parallel", cancel=event)
+        ended.set()
+
+    threading.Thread(target=endless_request, daemon=True).start()
+    for _ in range(5):
+        np.testing.assert_array_equal(pipe(PROMPT, seed=1, memory="sequential", output_type="np").images, expected)
+    assert not ended.is_set()
+    event.set()
+    assert ended.wait(AT_ONCE)
+
+
+def test_an_error_of_the_cancel_function_ends_the_graph(pipe):
+    calls = []
+
+    def broken() -> bool:
+        calls.append(None)
+        if len(calls) > 6:
+            raise ZeroDivisionError
+        return False
+
+    with pytest.raises(ZeroDivisionError):
+        pipe(PROMPT, memory="parallel", cancel=broken)
+    assert not [thread for thread in threading.enumerate() if thread.name == "tiue-unet_decoder"]
+
+
+def test_interrupting_the_command_line_ends_a_graph_that_runs(endless, tmp_path):
+    command = [sys.executable, "-m", "tiue_runtime", "generate", PROMPT, "--memory", "parallel", "--bundle"]
+    process = subprocess.Popen([*command, endless, "--out", tmp_path / "a.png"], stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    said = process.communicate(timeout=10)[1]
+    assert time.monotonic() - begun < AT_ONCE
+    assert process.returncode == 130 and said.strip() == "tiue-runtime: error: interrupted"
+
+
+LOADING = """
+import sys, time
+from tiue_runtime import Pipeline
+from tiue_runtime.ort import graph
+graph.create_session = lambda *_: print("loading", flush=True) or time.sleep(60)
+Pipeline.load(sys.argv[1], device="cpu")
+"""
+
+
+def test_interrupting_a_process_that_loads_ends_it(endless):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING, endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert process.communicate(timeout=10)[1].strip().endswith("KeyboardInterrupt")
+    assert time.monotonic() - begun < AT_ONCE
+
+
+def test_errors_of_one_item_end_the_rest():
+    seen: list[int] = []
+
+    def fail_at_two(item: int) -> None:
+        seen.append(item)
+        if item == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupt.for_each(fail_at_two, range(1, 9), at_once=1)
+    assert seen == [1, 2]
+    interrupt.for_each(seen.append, [7, 8, 9], at_once=2)
+    assert sorted(seen) == [1, 2, 7, 8, 9]
