@@ -4,8 +4,10 @@ Python handles signals between bytecodes of the main thread. A call into ONNX Ru
 another thread, while the calling thread waits in short steps.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from typing import TypeVar
 
 from tiue_runtime.errors import Cancelled
@@ -53,8 +55,7 @@ def interruptible(
         finally:
             done.set()
 
-    # A daemon, because Python must be able to exit even if the call never ends.
-    threading.Thread(target=work, name=f"tiue-{what}", daemon=True).start()
+    _on_a_worker(work)
     try:
         while not done.wait(POLL_SECONDS):
             if cancelled is not None and cancelled():
@@ -67,6 +68,33 @@ def interruptible(
     if errors:
         raise errors[0]
     return results[0]
+
+
+class _Worker:
+    """A thread that makes one call after another. Starting a thread for each call would take three times as long."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # A daemon, because Python must be able to exit even if a call never ends.
+        threading.Thread(target=self._work, name="tiue-worker", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self.calls.get()()
+            _idle.append(self)
+
+
+_idle: list[_Worker] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # Threads do not survive a fork.
+
+
+def _on_a_worker(call: Callable[[], None]) -> None:
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
+    worker.calls.put(call)
 
 
 def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) -> None:
