@@ -152,7 +152,7 @@ LOADING = """
 import sys, time
 from tiue_runtime import Pipeline
 from tiue_runtime.ort import graph
-graph.create_session = lambda *_: sys.stderr.write("loading\n") and time.sleep(60)
+graph.create_session = lambda *_: sys.stderr.write("loading\\n") and time.sleep(60)
 Pipeline.load(sys.argv[1], device="cpu")
 """
 
