@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -5,7 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from tiue.distill.prompt_store import PromptOrder, Prompts, store_prompts
-from tiue.prompts import load_prompts, read_prompts
+from tiue.prompts import BLANK, NOT_TEXT, NULL, load_prompts, read_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -65,7 +66,15 @@ def test_reading_goes_no_further_than_asked(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", "\n \n", "holds no prompt"),
-        ("p.txt", b"caf\xe9\n", "not UTF-8 at byte 3"),
+        ("p.txt", b"ok\ncaf\xe9\n", r"p\.txt, line 2: expected UTF-8"),
+        ("p.TXT", b"ok\n\0\n", r"p\.TXT, line 2: .*NUL"),
+        ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: .*byte order mark"),
+        ("p.txt", b"\xff\xfea", "line 1: expected UTF-16"),
+        ("p.txt", "x" * 100_001, "line 1: expected a caption of at most 100,000 characters, got 100,001"),
+        ("p.jsonl", "[" * 100_000 + "\n", "line 1: the record is nested too deeply"),
+        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}\n", "line 1"),
+        ("p.jsonl", "null\n", r"holds no prompt \(skipped: 1 null\)"),
+        ("p.jsonl", b'{"prompt": "caf\xe9"}\n', "line 1: expected UTF-8"),
         ("p.jsonl", '{"prompt": "x"}\n{"prompt": 1}\n', "line 2: expected an object"),
         ("p.jsonl", "{\n", "line 1"),
         ("p.jsonl", "[1]\n", "line 1: expected an object with prompt or caption"),
@@ -76,6 +85,54 @@ def test_reading_goes_no_further_than_asked(tmp_path):
 def test_bad_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         load_prompts(write(tmp_path / name, content))
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    write(tmp_path / "A.TXT", "one\n")
+    write(tmp_path / "B.JsonL", '{"text": "two"}\n')
+    assert load_prompts(tmp_path) == ["one", "two"]
+    assert load_prompts(tmp_path / "A.TXT") == ["one"]
+
+
+def test_files_that_operating_systems_leave_are_passed_over(tmp_path):
+    for name in ("._a.txt", ".hidden.txt", "Thumbs.db", ".DS_Store"):
+        write(tmp_path / name, b"\x00\x05\x16\x07")
+    (tmp_path / "__MACOSX").mkdir()
+    write(tmp_path / "a.txt", "one\n")
+    assert load_prompts(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_with_a_byte_order_mark(tmp_path, encoding):
+    text = "\u00e7edilla\r\na dog\r\n\U0001f600\n"
+    path = write(tmp_path / "p.txt", text.encode(encoding))
+    assert load_prompts(path) == ["\u00e7edilla", "a dog", "\U0001f600"]
+    path = write(tmp_path / "p.jsonl", '{"text": "\u00e7a"}\r\n'.encode(encoding))
+    assert load_prompts(path) == ["\u00e7a"]
+
+
+def test_skipped_captions_are_counted(tmp_path, caplog):
+    records = ['{"prompt": "\\ud83d"}', "null", '{"prompt": null}', '{"prompt": ""}', '{"prompt": "x"}']
+    path = write(tmp_path / "p.jsonl", "\n".join(records))
+    skipped = Counter()
+    assert list(read_prompts(path, skipped=skipped)) == ["x"]
+    assert skipped == {NOT_TEXT: 1, NULL: 2, BLANK: 1}
+    assert not caplog.records
+    (tmp_path / "folder").mkdir()
+    assert load_prompts(tmp_path) == ["x"]
+    said = caplog.messages[0]
+    assert "1 not Unicode text" in said and "2 null" in said and "1 folder" in said and "blank" not in said
+
+
+def test_nulls_of_a_table_are_counted(tmp_path):
+    skipped = Counter()
+    path = write_table(tmp_path / "p.parquet", text=["a", None, " "])
+    assert list(read_prompts(path, skipped=skipped)) == ["a"]
+    assert skipped == {NULL: 1, BLANK: 1}
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path):
+    assert load_prompts(write(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude00"}')) == ["\U0001f600"]
 
 
 def test_missing_files_are_named(tmp_path):

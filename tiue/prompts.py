@@ -1,78 +1,115 @@
-"""Captions to distil on: read one by one from text, JSON Lines and Parquet, kept on the disk, in a seeded order."""
+"""Captions to distill on: read one by one from text, JSON Lines and Parquet."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 FIELDS = ("prompt", "caption", "text", "Task2.Caption")  # where a record has its caption; the last is JourneyDB's
+LONGEST = 100_000  # characters of a caption; a longer one is a file in another format
+
+# Reasons for which a caption is left out. The rest of its file is read.
+BLANK, NULL, NOT_TEXT = "blank", "null", "not Unicode text (half of a surrogate pair)"
+
+_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_JUNK = {"__macosx", "thumbs.db", "desktop.ini"}  # left by operating systems, as hidden files are
+_log = logging.getLogger(__name__)
+
+Skipped = Counter[str]  # captions that were left out, by reason
+Reader = Callable[[Path, str | None, Skipped], Iterator[str]]
 
 
 def load_prompts(path: Path, field: str | None = None) -> list[str]:
-    """All of `read_prompts`, repetitions dropped."""
+    """Read all captions of `read_prompts`, each once."""
     return list(dict.fromkeys(read_prompts(path, field)))
 
 
-def read_prompts(path: Path, field: str | None = None) -> Iterator[str]:
-    """Read captions one by one, in order; blank ones are skipped, repetitions are not.
+def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None = None) -> Iterator[str]:
+    """Read captions one by one, in order. Repetitions are kept.
+
+    Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Suffixes may be in capitals. In a directory,
+    hidden files (such as `._name.txt`) and folders are passed over.
 
     Args:
         path: a .txt (one caption a line), a .jsonl (a record a line), a .parquet, or a directory of such files, which
             are read in the order of their names.
-        field: where records have their caption, as in "Task2.Caption"; by default the first of FIELDS that a
+        field: where records have their caption, as in "Task2.Caption". By default it is the first of FIELDS that a
             record has.
+        skipped: counts the captions that are left out: blank ones, nulls, and half surrogate pairs. By default a
+            warning is logged at the end that counts those other than blank ones.
 
-    Raises ValueError, naming file and line: no such file, another suffix, not UTF-8, a malformed record, no caption.
+    Raises:
+        ValueError: there is no such file, or a file is in another format or encoding, or holds a malformed record, a
+            record without a caption or a caption over LONGEST characters, or no caption is left. The message names
+            file and line.
     """
+    counts: Skipped = Counter() if skipped is None else skipped
     none = True
-    for shard in _shards(path):
+    for file in _files(path, counts):
         try:
-            for caption in _READERS[shard.suffix](shard, field):
+            for caption in _READERS[file.suffix.lower()](file, field, counts):
                 none = False
                 yield caption
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{shard}: not UTF-8 at byte {error.start}") from error
         except OSError as error:
-            raise ValueError(f"{shard}: {error.strerror or error}") from error
+            raise ValueError(f"{file}: {error.strerror or error}") from error
+    left_out = {reason: count for reason, count in counts.items() if reason != BLANK}
+    if left_out and skipped is None:
+        _log.warning("%s: skipped %s", path, ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
     if none:
-        raise ValueError(f"{path}: holds no prompt")
+        reasons = f" (skipped: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())})" if counts else ""
+        raise ValueError(f"{path}: holds no prompt{reasons}")
 
 
-def _shards(path: Path) -> list[Path]:
+def _files(path: Path, skipped: Skipped) -> list[Path]:
     if not path.is_dir():
-        if path.suffix not in _READERS:
+        if path.suffix.lower() not in _READERS:
             raise ValueError(f"{path}: prompts come from {', '.join(_READERS)} or a directory of such files")
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+    found: list[Path] = []
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith(".") or entry.name.lower() in _JUNK:
+            continue
+        if entry.is_dir():
+            skipped["folders, whose files are not read"] += 1
+        elif entry.suffix.lower() in _READERS:
+            found.append(entry)
     if not found:
         raise ValueError(f"{path}: holds no {', '.join(_READERS)}")
     return found
 
 
-def _lines(path: Path, field: str | None) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield from filter(None, map(str.strip, file))
+def _lines(path: Path, field: str | None, skipped: Skipped) -> Iterator[str]:
+    for number, line in _numbered_lines(path):
+        caption = _cleaned(line, skipped)
+        if caption:
+            yield _of_sane_length(caption, f"{path}, line {number}")
 
 
-def _json_lines(path: Path, field: str | None) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    caption = _caption(json.loads(line), field)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                if caption:
-                    yield caption
+def _json_lines(path: Path, field: str | None, skipped: Skipped) -> Iterator[str]:
+    for number, line in _numbered_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            caption = _caption(json.loads(line), field, skipped)
+        except RecursionError as error:
+            raise ValueError(f"{where}: the record is nested too deeply") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if caption:
+            yield _of_sane_length(caption, where)
 
 
-def _parquet(path: Path, field: str | None) -> Iterator[str]:
+def _parquet(path: Path, field: str | None, skipped: Skipped) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    row = 0
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -80,32 +117,94 @@ def _parquet(path: Path, field: str | None) -> Iterator[str]:
             if column not in names:
                 raise ValueError(f"{path}: expected a column {field or ' or '.join(FIELDS)}, found {', '.join(names)}")
             for batch in file.iter_batches(columns=[column]):
-                for number, caption in enumerate(batch.column(0).to_pylist()):
-                    if caption is not None and not isinstance(caption, str):
-                        raise ValueError(f"{path}: column {column} holds {type(caption).__name__} at row {number}")
-                    if caption and caption.strip():
-                        yield caption.strip()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path}: {error}") from error
+                for value in batch.column(0).to_pylist():
+                    if value is None:
+                        skipped[NULL] += 1
+                    elif not isinstance(value, str):
+                        raise ValueError(f"{path}: column {column} holds {type(value).__name__} at row {row}")
+                    elif caption := _cleaned(value, skipped):
+                        yield _of_sane_length(caption, f"{path}, row {row}")
+                    row += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: column {column} is not UTF-8 after row {row}") from error
+    except ArrowException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
-_READERS: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
-    ".txt": _lines,
-    ".jsonl": _json_lines,
-    ".parquet": _parquet,
-}
+_READERS: dict[str, Reader] = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
 
 
-def _caption(record: Any, field: str | None) -> str:
-    names, blank = FIELDS if field is None else (field,), False
-    for name in names:
-        value = record
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str):
-            blank = True
-            if value.strip():
-                return value.strip()
-    if blank:
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read lines with their numbers, from 1 on. Raises ValueError, with the line, for text that cannot be decoded."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+    number = 0
+    # What is not UTF-8 becomes half surrogate pairs, which UTF-8 has none of, so that the line is known.
+    errors = "strict" if encoding == "utf-16" else "surrogateescape"
+    with path.open(encoding=encoding, errors=errors) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if any("\udc80" <= character <= "\udcff" for character in line):
+                    raise ValueError(f"{path}, line {number}: expected UTF-8, got other bytes; convert the file")
+                if "\0" in line:
+                    raise ValueError(
+                        f"{path}, line {number}: expected text, got a NUL character (UTF-16 needs a byte order mark)"
+                    )
+                yield number, line
+        except UnicodeError as error:
+            raise ValueError(f"{path}, line {number + 1}: expected UTF-16, got other bytes") from error
+
+
+def _cleaned(text: str, skipped: Skipped) -> str:
+    """Return a caption without blanks around it; "" for one that is left out."""
+    text = text.strip()
+    if not text:
+        skipped[BLANK] += 1
+    elif not _is_unicode(text):
+        skipped[NOT_TEXT] += 1
         return ""
-    raise ValueError(f"expected an object with {' or '.join(names)}, received {json.dumps(record)[:80]}")
+    return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _of_sane_length(caption: str, where: str) -> str:
+    if len(caption) > LONGEST:
+        raise ValueError(f"{where}: expected a caption of at most {LONGEST:,} characters, got {len(caption):,}")
+    return caption
+
+
+def _caption(record: Any, field: str | None, skipped: Skipped) -> str:
+    """Return the caption of a record; "" if it is left out. Raises ValueError if the record has no such field."""
+    if record is None:
+        skipped[NULL] += 1
+        return ""
+    names, empty = FIELDS if field is None else (field,), ""
+    for name in names:
+        found, value = _look_up(record, name)
+        if found and isinstance(value, str) and value.strip():
+            return _cleaned(value, skipped)
+        if found and (value is None or isinstance(value, str)):
+            empty = empty or (NULL if value is None else BLANK)
+    if empty:
+        skipped[empty] += 1
+        return ""
+    received = json.dumps(record)[:80]
+    raise ValueError(f"expected an object with {' or '.join(names)}, received {received}")
+
+
+def _look_up(record: Any, name: str) -> tuple[bool, Any]:
+    """Look up a name such as "Task2.Caption". Returns whether it is there, and its value."""
+    value = record
+    for key in name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return False, None
+        value = value[key]
+    return True, value
