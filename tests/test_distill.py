@@ -268,8 +268,8 @@ def by_one_process(tmp_path_factory, teacher_directory, prompts_file) -> tuple[l
     [
         ("DEEPSPEED", 1, 1, {}, "configured for DEEPSPEED; a run is shared by DDP or FSDP 2"),
         ("FSDP", 1, 1, {}, "configured for FSDP 1; set fsdp_version: 2"),
-        ("FSDP", 2, 1, {"optimizer": "adam8bit"}, "adam8bit does not work with FSDP"),
-        ("MULTI_GPU", 1, 4, {}, "configured to accumulate 4 gradients; set --accumulate instead"),
+        ("FSDP", 2, 1, {"optimizer": "adam8bit"}, "`optimizer` adam8bit does not work with FSDP"),
+        ("MULTI_GPU", 1, 4, {}, "configured to accumulate 4 gradients; set `accumulate` instead"),
     ],
 )
 def test_what_accelerate_can_and_a_run_cannot_is_refused(
@@ -482,7 +482,7 @@ def test_the_clip_loss_reaches_the_student_and_falls_to_nothing(tmp_path, clip):
 
 
 def test_the_clip_loss_needs_clip(tmp_path):
-    with pytest.raises(ValueError, match=r"clip_weight needs a CLIP model \(--clip\) and a tiny autoencoder"):
+    with pytest.raises(ValueError, match=r"`clip_weight` needs a CLIP model and a tiny autoencoder"):
         Distillation(tiny.emoji(), PROMPTS, tmp_path, dataclasses.replace(CONFIG, clip_weight=0.1))
 
 
@@ -548,14 +548,14 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
         (["--shared-up-blocks", "2"], "shared_up_blocks: expected 0 to 1 for a UNet of 2 up blocks, got 2"),
         (["--teacher", "{tmp}/none"], "no such pipeline directory"),
         (["--prompts", "{tmp}/none.txt"], "none.txt: No such file"),
-        (["--batch-size", "0"], "batch_size must be a positive number"),
-        (["--learning-rate", "nan"], "learning_rate must be a positive number"),
-        (["--ema-decay", "1.5"], "ema_decay must be at most 1"),
-        (["--t-max", "1000"], "t_max must be below the teacher's 1000 timesteps, got 1000"),
+        (["--batch-size", "0"], "--batch-size must be a whole number of at least 1, got 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be a number above 0, got nan"),
+        (["--ema-decay", "1.5"], "--ema-decay must be a number above 0 and at most 1, got 1.5"),
+        (["--t-max", "1000"], "--t-max must be below the teacher's 1000 timesteps, got 1000"),
         (["--init", "{tmp}/none.safetensors"], "no such checkpoint"),
         (["--preset", "{tmp}/none.json"], "none.json: No such file"),
         (["--out", f"{__file__}/out"], "Not a directory"),
-        (["--optimizer", "adam8bit"], "optimizer adam8bit needs bitsandbytes: pip install bitsandbytes"),
+        (["--optimizer", "adam8bit"], "--optimizer adam8bit needs bitsandbytes: pip install bitsandbytes"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

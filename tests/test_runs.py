@@ -71,7 +71,7 @@ def test_a_fingerprint_sees_names_shapes_and_values():
     same = files.fingerprint(linear(512, 512))
     assert files.fingerprint(linear(512, 512)) == same and len(same) == 16
     others = [linear(512, 512, change=1e-3), linear(256, 1024), nn.Sequential(linear(512, 512))]
-    assert same not in map(runs.fingerprint, others)
+    assert same not in map(files.fingerprint, others)
 
 
 class Counted:

@@ -73,7 +73,9 @@ def test_a_cache_of_something_else_is_made_anew(components, tmp_path, change):
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(components, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
-    with pytest.raises(ValueError, match=r"text embeddings of 150 prompts take 0\.0 GB, and 0\.0 GB are free.*no-text"):
+    with pytest.raises(
+        ValueError, match=r"text embeddings of 150 prompts take 0\.0 GB, and 0\.0 GB are free.*`text_cache` off"
+    ):
         cached(components, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -1,49 +1,75 @@
-"""Small helpers for files: atomic writes, fingerprints of weights and texts."""
+"""Files that are written whole or not at all, fingerprints of weights and texts, and errors as one line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn  # importing torch takes seconds that a command's --help need not wait for
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, and rename that file to `path` once it is complete and on the disk.
+
+    If the block raises, the temporary file is deleted and `path` stays as it was. A link is followed. The temporary
+    name is random, so that a file left behind by a killed process is never in the way, and as short for a long name.
+
+    Yields:
+        The temporary path; the block writes the file there.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("r+b") as file:
+            sync(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(file: IO[Any]) -> None:
+    """Wait until everything written to `file` is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """16 hex digits by which weights are known again: of all tensors the name, the shape and some 100 values."""
+    """Identify weights by 16 hex digits: a hash over the name, the shape and about 100 values of every tensor."""
     hashed = hashlib.sha256()
     for module in modules:
         for name, tensor in module.state_dict().items():
             values = tensor.detach().flatten()
-            values = values[:: values.numel() // 64 | 1]  # odd, so that it does not stay within a column
+            values = values[:: values.numel() // 64 | 1]  # an odd stride does not stay within one column
             hashed.update(f"{name} {list(tensor.shape)}".encode())
             hashed.update(values.double().cpu().numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 
 def digest(texts: Sequence[str]) -> str:
-    """16 hex digits by which texts, in their order, are known again."""
+    """Identify texts and their order by 16 hex digits."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        synced(file)
-    temporary.replace(path)
+def one_line(error: BaseException | str, length: int = 300) -> str:
+    """Put an error's message on one line of at most `length` characters; without a message, the error's type."""
+    return shortened(" ".join(str(error).split()), length) or type(error).__name__
 
 
-def synced(file: IO[Any]) -> None:
-    """Have on the disk what was written, before anything is that says so."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+def shortened(text: str, length: int = 100) -> str:
+    """Cut a text that is longer than `length` characters, and say so by three dots."""
+    return text if len(text) <= length else f"{text[: length - 4]} ..."

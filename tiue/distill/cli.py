@@ -1,4 +1,4 @@
-"""The command line of the trainer: parse, load, distil."""
+"""The command line of the trainer: parse, load, distill."""
 
 from __future__ import annotations
 
@@ -11,86 +11,41 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiue.distill.config import CHOICES, DistillConfig, preset_names, read_preset
+from tiue.distill.config import DistillConfig, preset_names, read_preset
+from tiue.files import one_line
+from tiue.settings import add_flags, given, with_flags
 
 _DESCRIPTION = """\
-Distil a text-to-image diffusion model into a student that draws in one pass: its encoder runs once, its decoder at N
-timesteps in parallel. Needed are a teacher (a diffusers pipeline directory) and captions; no pictures."""
+Distill a text-to-image diffusion model into a student that makes a picture in one pass: its encoder runs once, its
+decoder at N timesteps in parallel. You need a teacher (a diffusers pipeline directory) and captions; no pictures."""
 
 _EXAMPLE = """\
 files of a run:
-  config.json             the settings, and by what teacher, prompts and initial student are known again
-  losses.csv, tensorboard losses, gradient norms, mean and variance of the predicted noise, speed; every iteration
+  config.json             the settings, and fingerprints of the teacher, the prompts and the initial student
+  losses.csv, tensorboard losses, gradient norms, mean and variance of the predicted noise, speed; every update
   samples/                grids of the sample prompts, by the averaged student
-  checkpoints/            what the run goes on from
-  prompts/, text/         the captions without repetitions, and their text embeddings
+  checkpoints/            what the run resumes from
+  prompts/, text/         the captions, each once, and their text embeddings
   student.safetensors     at the end: the averaged student, for python -m export.onnx --ckpt
   report.md               at the end: settings, losses, plots
 
-stopping and going on:
-  The same command resumes from the newest checkpoint that is whole, to the same weights as without the stop.
-  SIGTERM and Ctrl-C write one first; a second Ctrl-C does not wait. Changed settings are refused, with the difference.
+stopping and resuming:
+  The same command resumes from the newest undamaged checkpoint, and ends with the same weights as an uninterrupted run.
+  SIGTERM and Ctrl-C write a checkpoint first; a second Ctrl-C does not wait. Changed settings are refused and named.
 
 several GPUs, several machines, FSDP:
-  accelerate config                     asks once what there is
-  accelerate launch -m tiue ...         the same flags; --batch-size is per process
+  accelerate config                     asks once what you have
+  accelerate launch -m tiue ...         takes the same flags; --batch-size is per process
 
 examples:
   python -m tiue --preset tiny --teacher DIR --prompts captions.txt --out runs/try
   accelerate launch -m tiue --preset sd21-base --teacher DIR --prompts journeydb/ --out runs/sd21
-  python -m tiue --preset sd21-base ... --dry-run     settings, parameters, memory and steps, and leave"""
-
-# Where the groups of DistillConfig's fields begin.
-_GROUPS = {
-    "steps": "the student",
-    "iterations": "the run",
-    "guidance": "the losses",
-    "fake_score": "the fake score",
-    "mixed_precision": "speed and memory",
-    "checkpoint_every": "files",
-}
-
-_HELP = {
-    "steps": "decoders N of the student, each at one DDIM timestep of the teacher; of several, as in 4,2,1, each "
-    "update draws one, and one student serves all",
-    "shared_up_blocks": "up blocks, coarsest first, that run once, with the encoder: faster, less like the teacher",
-    "share_encoder": "the method; without, N full UNets on the same noise: a control, which cannot be exported",
-    "iterations": "student updates",
-    "batch_size": "samples per process and micro-batch",
-    "accumulate": "micro-batches per update",
-    "learning_rate": "of the student (Adam, constant)",
-    "grad_clip": "largest gradient norm, of each network",
-    "ema_decay": "of the averaged student, which is what is saved, for each iteration",
-    "ema_every": "iterations between two averagings",
-    "seed": "the same seed, settings and machine give the same weights",
-    "guidance": "classifier-free guidance of the teacher in the VSD loss",
-    "fake_guidance": "of the fake score in the VSD loss; 1 draws the student towards the guided teacher",
-    "t_min": "smallest timestep at which VSD compares the scores",
-    "t_max": "largest such timestep",
-    "kl_weight": "weight of the KL term on the predicted noise; 0 leaves it out",
-    "clip_weight": "weight of the CLIP loss at the beginning, falling to 0 (paper: 0.1); with --clip and --tiny-vae",
-    "fake_score": "lora: the teacher with adapters; full: a trainable copy of it (more memory, follows faster)",
-    "fake_learning_rate": "of the fake score (Adam, constant)",
-    "fake_steps": "fake score updates per student update",
-    "lora_rank": "rank of the adapters",
-    "lora_alpha": "scale of the adapters",
-    "null_probability": "that the fake score trains a batch on the empty prompt",
-    "mixed_precision": "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs that have it",
-    "optimizer": "adam8bit keeps Adam's averages in 8 bits (bitsandbytes; not with FSDP)",
-    "text_cache": "compute text embeddings once and keep them on the disk, so that the text encoder leaves the GPU",
-    "gradient_checkpointing": "keep fewer activations and compute them again: less memory, slower",
-    "ema_on_cpu": "keep the averaged student in the computer's memory",
-    "channels_last": "convolutions' layout; faster on GPUs in half precision",
-    "compile": "torch.compile: slow first iterations, faster ones after",
-    "checkpoint_every": "iterations between checkpoints",
-    "sample_every": "iterations between sample grids",
-    "keep": "checkpoints kept on disk",
-}
-_ALIASES = {"kl_weight": ["--kl"]}
+  python -m tiue --preset sd21-base ... --dry-run     print settings, parameters, memory and epochs, and stop
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags: where things are, then every field of DistillConfig."""
+    """Make the parser: flags for files, then one for every setting of DistillConfig."""
     result = argparse.ArgumentParser(
         prog="python -m tiue",
         description=_DESCRIPTION,
@@ -109,50 +64,33 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--prompt-field",
         metavar="NAME",
-        help="where records have their caption (default: the first of prompt, caption, text, Task2.Caption)",
+        help="field that holds the caption (default: the first of prompt, caption, text, Task2.Caption)",
     )
     result.add_argument(
-        "--init", type=Path, metavar="FILE", help="begin from this student.safetensors, not from the teacher's weights"
+        "--init", type=Path, metavar="FILE", help="start from this student.safetensors instead of the teacher's weights"
     )
     result.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"settings, which flags override: {', '.join(preset_names())}, or a JSON file of your own",
+        help=f"settings, which flags override: {', '.join(preset_names())}, or your own JSON file",
     )
     result.add_argument(
         "--sample-prompts", type=Path, metavar="FILE", help="prompts of the sample grid (default: the first 8)"
     )
     result.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model of transformers, for --clip-weight")
     result.add_argument("--tiny-vae", type=Path, metavar="DIR", help="an AutoencoderTiny, for --clip-weight")
-    result.add_argument("--dry-run", action="store_true", help="print what the run would be, and leave")
-    group = result
-    for field in dataclasses.fields(DistillConfig):
-        name, default = field.name, field.default
-        if name in _GROUPS:
-            group = result.add_argument_group(_GROUPS[name])
-        flag, text = "--" + name.replace("_", "-"), _HELP[name]
-        if isinstance(default, bool):
-            shown = "on" if default else "off"
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=f"{text} (default {shown})"
-            )
-            continue
-        shown = _comma_separated(default) if isinstance(default, tuple) else default
-        group.add_argument(
-            flag,
-            *_ALIASES.get(name, ()),
-            type=_numbers if isinstance(default, tuple) else type(default),
-            choices=CHOICES.get(name),
-            metavar=None if name in CHOICES else "N",
-            help=f"{text} (default {shown})",
-        )
+    result.add_argument(
+        "--dry-run", action="store_true", help="print settings, parameters, memory and epochs, and stop"
+    )
+    add_flags(result, DistillConfig)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. All statuses but 0 say why in one line.
+    """Run the command; on failure, print one line that says why.
 
-    Returns 0; 1 if the training diverged; 2 if it cannot run; 128 and the number of the signal that stopped it.
+    Returns:
+        0; 1 if the training diverged; 2 if it cannot run; 128 plus the number of the signal that stopped it.
     """
     arguments = parser().parse_args(argv)
     logging.basicConfig(format="python -m tiue: %(message)s")
@@ -161,10 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     try:
         settings = read_preset(arguments.preset) if arguments.preset else {}
-        for field in dataclasses.fields(DistillConfig):
-            if (value := getattr(arguments, field.name)) is not None:
-                settings[field.name] = value
-        config = DistillConfig(**settings)
+        config = DistillConfig(**settings | given(arguments, DistillConfig))
         return _dry_run(arguments, config) if arguments.dry_run else _distill(arguments, config)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
@@ -205,7 +140,7 @@ def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> int:
 
 
 def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
-    # torch and diffusers take seconds: not for --help
+    # Imported late: torch and diffusers take seconds, which --help must not.
     from tiue.checkpoint import load_student
     from tiue.components import load_components
     from tiue.distill.clip import load_clip
@@ -231,17 +166,10 @@ def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
     return 0
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
-_numbers.__name__ = "list of whole numbers"  # how argparse calls it
-
-
 def _comma_separated(values: Sequence[object]) -> str:
     return ",".join(map(str, values))
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"python -m tiue: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"python -m tiue: error: {one_line(with_flags(message, DistillConfig), 2000)}", file=sys.stderr)
     return status

@@ -2,105 +2,136 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-CHOICES = {"fake_score": ("lora", "full"), "mixed_precision": ("no", "fp16", "bf16"), "optimizer": ("adam", "adam8bit")}
-_MAY_BE_ZERO = {"kl_weight", "clip_weight", "null_probability", "seed", "t_min", "guidance", "fake_guidance"}
-_MAY_BE_ZERO |= {"shared_up_blocks"}
-_FRACTIONS = {"ema_decay", "null_probability"}
+from tiue.settings import check, setting
+
 _PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Settings of `tiue.distill`. Defaults are the paper's for Stable Diffusion 2.1 base, on 8 processes."""
+    """Settings of a distillation. Defaults are the paper's for Stable Diffusion 2.1 base, on 8 processes.
 
-    # The student
-    steps: tuple[int, ...] = (4,)  # decoders, N; of several, each update draws one
-    shared_up_blocks: int = 0  # up blocks that run once, with the encoder; none in the paper
-    share_encoder: bool = True  # False: the control, N full UNets on the same noise; it cannot be exported
-    # The run
-    iterations: int = 66_500  # student updates
-    batch_size: int = 8  # samples per process and micro-batch
-    accumulate: int = 1  # micro-batches per update
-    learning_rate: float = 1e-6  # of the student, constant
-    grad_clip: float = 1.0  # largest gradient norm of each network
-    ema_decay: float = 0.999
-    ema_every: int = 1  # updates between two averagings
-    seed: int = 0
-    # The losses
-    guidance: float = 4.5  # classifier-free guidance of the teacher in VSD
-    fake_guidance: float = 4.5  # of the fake score; the paper's is the teacher's
-    t_min: int = 20  # VSD draws t from t_min..t_max
-    t_max: int = 980
-    kl_weight: float = 0.8
-    clip_weight: float = 0.0  # falls linearly to 0 over the run
-    # The fake score
-    fake_score: str = "lora"  # "lora": the teacher with adapters; "full": a trainable copy of it
-    fake_learning_rate: float = 1e-3
-    fake_steps: int = 1  # fake score updates per student update
-    lora_rank: int = 64
-    lora_alpha: int = 108
-    null_probability: float = 0.1  # that a fake score batch has the null text
-    # Speed and memory
-    mixed_precision: str = "no"
-    optimizer: str = "adam"  # "adam8bit": bitsandbytes, not with FSDP
-    text_cache: bool = True  # text embeddings are computed once and kept on the disk
-    gradient_checkpointing: bool = False
-    ema_on_cpu: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    # Files
-    checkpoint_every: int = 500  # iterations
-    sample_every: int = 500  # iterations
-    keep: int = 2  # checkpoints on disk
+    Raises:
+        ValueError: a setting is of another type or out of range, or settings contradict each other.
+    """
+
+    steps: tuple[int, ...] = setting(
+        (4,),
+        "decoders N of the student, each at one DDIM timestep of the teacher; with several counts, as in 4,2,1, each "
+        "update draws one, and one student serves all",
+        group="the student",
+        at_least=1,
+    )
+    shared_up_blocks: int = setting(
+        0, "up blocks, coarsest first, that run once, with the encoder: faster, less like the teacher", at_least=0
+    )
+    share_encoder: bool = setting(
+        True, "the method; off: N full UNets on the same noise, a control that cannot be exported"
+    )
+
+    iterations: int = setting(66_500, "updates of the student", group="the run", at_least=1)
+    batch_size: int = setting(8, "samples per process and micro-batch", at_least=1)
+    accumulate: int = setting(1, "micro-batches per update", at_least=1)
+    learning_rate: float = setting(1e-6, "learning rate of the student (constant)", above=0)
+    grad_clip: float = setting(1.0, "largest gradient norm of each network", above=0)
+    ema_decay: float = setting(
+        0.999, "decay per update of the student's average, which is what is saved", above=0, at_most=1
+    )
+    ema_every: int = setting(1, "updates between two averagings", at_least=1)
+    seed: int = setting(0, "the same seed, settings and machine give the same weights", at_least=0)
+
+    guidance: float = setting(
+        4.5, "classifier-free guidance of the teacher in the VSD loss", group="the losses", at_least=0
+    )
+    fake_guidance: float = setting(
+        4.5, "guidance of the fake score in the VSD loss; 1 leads the student to the guided teacher", at_least=0
+    )
+    t_min: int = setting(20, "smallest timestep at which VSD compares the scores", at_least=0)
+    t_max: int = setting(980, "largest timestep at which VSD compares the scores", at_least=0)
+    kl_weight: float = setting(
+        0.8, "weight of the KL term on the predicted noise; 0 leaves it out", at_least=0, aliases=["kl"]
+    )
+    clip_weight: float = setting(
+        0.0, "weight of the CLIP loss at the start, falling to 0 (paper: 0.1); needs a CLIP model", at_least=0
+    )
+
+    fake_score: str = setting(
+        "lora",
+        "lora: the teacher with adapters; full: a trainable copy of the teacher (more memory, follows faster)",
+        group="the fake score",
+        choices=["lora", "full"],
+    )
+    fake_learning_rate: float = setting(1e-3, "learning rate of the fake score (constant)", above=0)
+    fake_steps: int = setting(1, "updates of the fake score per update of the student", at_least=1)
+    lora_rank: int = setting(64, "rank of the adapters", at_least=1)
+    lora_alpha: int = setting(108, "scale of the adapters", at_least=1)
+    null_probability: float = setting(
+        0.1, "probability that the fake score trains a batch on the empty prompt", at_least=0, at_most=1
+    )
+
+    mixed_precision: str = setting(
+        "no",
+        "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs that have it",
+        group="speed and memory",
+        choices=["no", "fp16", "bf16"],
+    )
+    optimizer: str = setting(
+        "adam",
+        "adam8bit keeps Adam's averages in 8 bits (bitsandbytes; not with FSDP)",
+        choices=["adam", "adam8bit"],
+    )
+    text_cache: bool = setting(
+        True, "compute text embeddings once and keep them on the disk, so that the text encoder leaves the GPU"
+    )
+    gradient_checkpointing: bool = setting(False, "keep fewer activations and compute them again: less memory, slower")
+    ema_on_cpu: bool = setting(False, "keep the student's average in the computer's memory")
+    channels_last: bool = setting(False, "memory layout of convolutions; faster on GPUs in half precision")
+    compile: bool = setting(False, "torch.compile: slow first updates, faster ones after")
+
+    checkpoint_every: int = setting(500, "updates between checkpoints", group="files", at_least=1)
+    sample_every: int = setting(500, "updates between sample grids", at_least=1)
+    keep: int = setting(2, "checkpoints kept on the disk", at_least=1)
 
     def __post_init__(self):
-        steps = (self.steps,) if type(self.steps) is int else self.steps
-        if not isinstance(steps, tuple | list) or not steps or not all(type(n) is int and n > 0 for n in steps):
-            raise ValueError(f"steps must be positive whole numbers, got {self.steps!r}")
-        object.__setattr__(self, "steps", tuple(sorted(set(steps), reverse=True)))
-        for field in dataclasses.fields(self):
-            name, value, kind = field.name, getattr(self, field.name), type(field.default)
-            if kind is tuple:
-                continue
-            if type(value) is not kind and (kind, type(value)) != (float, int):  # nor is a bool an int here
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-            if kind is str:
-                if value not in CHOICES[name]:
-                    raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
-            elif kind is not bool and (not 0 <= value < math.inf or (value == 0 and name not in _MAY_BE_ZERO)):
-                expected = "a number from 0 on" if name in _MAY_BE_ZERO else "a positive number"
-                raise ValueError(f"{name} must be {expected}, got {value}")
-            if name in _FRACTIONS and value > 1:
-                raise ValueError(f"{name} must be at most 1, got {value}")
+        if type(self.steps) is int:
+            object.__setattr__(self, "steps", (self.steps,))
+        if isinstance(self.steps, list):  # JSON has no tuples
+            object.__setattr__(self, "steps", tuple(self.steps))
+        check(self)
+        if not self.steps:
+            raise ValueError("`steps` must name at least one number of steps, got none")
+        object.__setattr__(self, "steps", tuple(sorted(set(self.steps), reverse=True)))
         if self.t_min > self.t_max:
-            raise ValueError(f"t_min must not exceed t_max, got {self.t_min} and {self.t_max}")
+            raise ValueError(f"`t_min` must not exceed `t_max`, got {self.t_min} and {self.t_max}")
         if self.shared_up_blocks and not self.share_encoder:
-            raise ValueError("shared_up_blocks needs a shared encoder, which share_encoder=False has not")
+            raise ValueError("`shared_up_blocks` needs a shared encoder: turn `share_encoder` on, or leave it out")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> DistillConfig:
-        """The settings among `settings`, which may hold other things; defaults for those that are not there."""
-        names = {field.name for field in dataclasses.fields(cls)}
+        """Take the settings of a run out of a mapping that may hold other entries; missing ones have their defaults."""
+        names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in settings.items() if name in names})
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package: `presets/NAME.json`."""
+    """List the presets that come with the package, `presets/NAME.json`."""
     return sorted(path.stem for path in _PRESETS.glob("*.json"))
 
 
 def read_preset(preset: str | Path) -> dict[str, Any]:
-    """The settings that a preset names, a name of `preset_names` or a JSON file of DistillConfig fields.
+    """Read the settings that a preset names.
 
-    Raises ValueError for any other.
+    Args:
+        preset: a name of `preset_names`, or the path of a JSON file with fields of DistillConfig.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or names something else than settings.
     """
     path = _PRESETS / f"{preset}.json" if str(preset) in preset_names() else Path(preset)
     try:
@@ -108,9 +139,9 @@ def read_preset(preset: str | Path) -> dict[str, Any]:
     except OSError as error:
         known = f"; presets are {', '.join(preset_names())}" if not path.suffix else ""
         raise ValueError(f"{path}: {error.strerror}{known}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    known = {field.name for field in dataclasses.fields(DistillConfig)}
+    known = {field.name for field in fields(DistillConfig)}
     if not isinstance(settings, dict) or (unknown := settings.keys() - known):
         found = ", ".join(sorted(unknown)) if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"{path}: expected an object of settings, found {found}")

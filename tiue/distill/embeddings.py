@@ -98,7 +98,7 @@ def _claim(path: Path, note: Path, known: dict[str, object], shape: tuple[int, .
     if free < size:
         raise ValueError(
             f"{path.parent}: the text embeddings of {shape[0]:,} prompts take {size / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free: make space, or leave the text encoder at work with --no-text-cache"
+            f"{free / 1e9:.1f} GB are free: make space, or turn `text_cache` off"
         )
     with path.open("wb") as file:
         file.truncate(size)
@@ -119,7 +119,7 @@ def _fill(values: Tensor, encoded: Encoded, path: Path, accelerator: Accelerator
         values[first : rows.stop] = encoded.rows(rows).to(values.dtype).cpu()
         if (i + 1) % _NOTE_EVERY == 0 or i + 1 == len(batches):
             with path.open("r+b") as file:
-                files.synced(file)
+                files.sync(file)
             files.write_text(progress, str(i + 1))
 
 

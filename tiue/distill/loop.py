@@ -91,7 +91,7 @@ class Distillation:
     ):
         check_shared_up_blocks(teacher.unet, config.shared_up_blocks)
         if config.clip_weight and clip is None:
-            raise ValueError("clip_weight needs a CLIP model (--clip) and a tiny autoencoder (--tiny-vae)")
+            raise ValueError("`clip_weight` needs a CLIP model and a tiny autoencoder")
         self.config, self.out, self._teacher = config, out, teacher
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=out)
         _check_launch(self.accelerator, config)
@@ -100,7 +100,7 @@ class Distillation:
         self.scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
         self.abar = self.scheduler.alphas_cumprod.to(device)
         if config.t_max >= len(self.abar):
-            raise ValueError(f"t_max must be below the teacher's {len(self.abar)} timesteps, got {config.t_max}")
+            raise ValueError(f"`t_max` must be below the teacher's {len(self.abar)} timesteps, got {config.t_max}")
         torch.manual_seed(config.seed)  # the adapters' initial weights
         timesteps = {steps: ddim_timesteps(teacher.scheduler_config, steps) for steps in config.steps}
         self.schedules = {n: closed_form(teacher.scheduler_config, chosen) for n, chosen in timesteps.items()}
@@ -484,9 +484,9 @@ def _check_launch(accelerator: Accelerator, config: DistillConfig) -> None:
     if sharded and not accelerator.is_fsdp2:
         raise ValueError("accelerate is configured for FSDP 1; set fsdp_version: 2")
     if sharded and config.optimizer == "adam8bit":  # bitsandbytes would read past the end of a shard
-        raise ValueError("optimizer adam8bit does not work with FSDP: bitsandbytes takes no shards")
+        raise ValueError("`optimizer` adam8bit does not work with FSDP: bitsandbytes takes no shards")
     if (steps := accelerator.gradient_accumulation_steps) != 1:
-        raise ValueError(f"accelerate is configured to accumulate {steps} gradients; set --accumulate instead")
+        raise ValueError(f"accelerate is configured to accumulate {steps} gradients; set `accumulate` instead")
 
 
 def _student(

@@ -18,7 +18,7 @@ def make_optimizer(
     try:
         from bitsandbytes.optim import Adam8bit
     except ImportError as error:
-        raise ValueError("optimizer adam8bit needs bitsandbytes: pip install bitsandbytes") from error
+        raise ValueError("`optimizer` adam8bit needs bitsandbytes: pip install bitsandbytes") from error
     optimizer = Adam8bit(parameters, learning_rate)
     # Its step leaves every weight contiguous, which would be the end of channels_last.
     last = [p for p in parameters if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tiue.distill.config import DistillConfig
-from tiue.files import one_line, synced, write_text
+from tiue.files import one_line, write_text, written_whole
 
 # Settings that a resumed run may change, because they do not change the weights on the way.
 _FREE = {"checkpoint_every", "sample_every", "keep", "gradient_checkpointing", "ema_on_cpu"}
@@ -69,18 +69,16 @@ def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
     """
     directory = out / "checkpoints"
     directory.mkdir(exist_ok=True)
-    temporary, path = directory / "writing.tmp", directory / f"step-{step:08}.pt"
+    for unfinished in directory.glob(".*.tmp"):  # a killed process left it
+        unfinished.unlink()
+    path = directory / f"step-{step:08}.pt"
     try:
-        with temporary.open("wb") as file:
+        with written_whole(path) as temporary, temporary.open("wb") as file:
             torch.save({"step": step, **state}, file)
-            synced(file)
-        temporary.replace(path)
-    except RuntimeError as error:  # torch.save's, when it closes what the disk had no space for
+    except RuntimeError as error:  # torch.save raises it while it handles the full disk's OSError
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
     for old in checkpoints(out)[:-keep]:
         old.unlink()
     return path
@@ -117,10 +115,8 @@ class Log:
             with path.open(newline="") as file:
                 whole = [line for line in file if line.endswith("\n")]  # a run may have stopped within a row
             kept = [row for row in csv.reader(whole) if row and (row[0] == "step" or int(row[0]) <= first)]
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("w", newline="") as file:
+            with written_whole(path) as temporary, temporary.open("w", newline="") as file:
                 csv.writer(file).writerows(kept)
-            temporary.replace(path)
         self._file = path.open("a", newline="")
         self._rows = csv.writer(self._file)
         self._columns = kept[0][1:] if kept else list(columns)
