@@ -40,6 +40,11 @@ def pipe() -> Pipeline:
 
 
 @pytest.fixture(scope="session")
+def heavy_pipe() -> Pipeline:
+    return Pipeline.load(TINY.with_name("heavy"), device="cpu")
+
+
+@pytest.fixture(scope="session")
 def closed_form() -> Callable[..., np.ndarray]:
     """closed_form(z_T (C,h,w), prompt or text (L,D), steps) => z_0 (C,h,w)."""
 

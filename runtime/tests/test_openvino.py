@@ -57,9 +57,9 @@ def test_options(monkeypatch):
         ("openvino", Settings({"device_type": "GPU"}, precision="fp32"), "precision: follows from device_type"),
         ("openvino", Settings({"load_config": "{}"}, threads=1), "threads: follows from device_type and load_config"),
         ("openvino", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got openvino'),
-        ("cpu", Settings(threads=0), "threads: expected an integer of at least 1, or None for all CPUs, got 0"),
-        ("cpu", Settings(threads="4"), "threads: expected an integer of at least 1, or None for all CPUs, got '4'"),
-        ("cpu", Settings(threads=True), "threads: expected an integer of at least 1, or None for all CPUs, got True"),
+        ("cpu", Settings(threads=0), "threads: expected an integer from 1 to 4096, or None for all CPUs, got 0"),
+        ("cpu", Settings(threads="4"), "threads: expected an integer from 1 to 4096, or None for all CPUs, got '4'"),
+        ("cpu", Settings(threads=True), "threads: expected an integer from 1 to 4096, or None for all CPUs, got True"),
     ],
 )
 def test_settings_that_contradict_the_device(device, settings, message):

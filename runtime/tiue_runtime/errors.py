@@ -62,10 +62,14 @@ SHOWN = 100  # characters of a value in a message
 
 
 def shorten(value: object) -> str:
-    """Return a value as text for a message: of one line, and of at most SHOWN characters."""
+    """Return a value, as Python writes it, for a message: one line of at most SHOWN characters."""
     try:
-        text = value if isinstance(value, str) else repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or something nested as deeply
-        text = f"a {type(value).__name__} that is too large to show"
+        return clip(repr(value[: 4 * SHOWN] if isinstance(value, str | bytes) else value))
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or a value that is nested as deeply.
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def clip(text: str) -> str:
+    """Return text for a message: one line of at most SHOWN characters."""
     text = " ".join(text[: 4 * SHOWN].split())
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -11,7 +11,7 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_runtime.errors import RequestError
+from tiue_runtime.errors import RequestError, shorten
 
 SEED_LIMIT = 2**64
 
@@ -26,11 +26,14 @@ _MASK = np.uint64(_WORD)
 def check_seed(seed: object, count: int = 1) -> int:
     """Return `seed` when seed .. seed + count - 1 are integers in [0, 2**64). Raises RequestError."""
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
-        raise RequestError(f"seed: expected an integer in [0, 2**64), got {seed!r} ({type(seed).__name__})")
-    first = operator.index(seed)
+        raise RequestError(f"seed: expected an integer in [0, 2**64), got {shorten(seed)} ({type(seed).__name__})")
+    try:
+        first = operator.index(seed)
+    except TypeError as error:  # An array of several numbers.
+        raise RequestError(f"seed: expected an integer in [0, 2**64), got {shorten(seed)}") from error
     if not 0 <= first <= SEED_LIMIT - count:
         last = f", with seed + {count - 1} the seed of the last image" if count > 1 else ""
-        raise RequestError(f"seed: expected an integer in [0, 2**64){last}, got {first}")
+        raise RequestError(f"seed: expected an integer in [0, 2**64){last}, got {shorten(first)}")
     return first
 
 

@@ -23,7 +23,7 @@ from tiue_runtime.budget import Budget
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.decode import ImageDecoder
-from tiue_runtime.errors import LoadingError, OutOfMemoryError, RequestError
+from tiue_runtime.errors import LoadingError, OutOfMemoryError, RequestError, shorten
 from tiue_runtime.images import to_pil, to_unit
 from tiue_runtime.modes import Mode, lower_mode, timesteps_at_once
 from tiue_runtime.ort.cuda_graphs import CudaGraphs
@@ -106,8 +106,8 @@ class Pipeline:
         self.bundle = bundle
         self.device = str(device)
         self.vae = next(iter(manifest.vaes)) if vae is None else vae
-        if self.vae not in manifest.vaes:
-            raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {vae!r}")
+        if self.vae not in tuple(manifest.vaes):
+            raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {shorten(vae)}")
         self.variant = choose_variant(device, manifest.variants, variant)
         self._budget = Budget(manifest, self.variant, device)
         self.cuda_graphs = settings.cuda_graphs
@@ -301,7 +301,7 @@ class Pipeline:
                 output_type=output_type,
                 memory=memory,
                 vae_tiling=vae_tiling,
-                previews=callback is not None,
+                callback=callback,
             )
             if memory == "low":
                 first = self._text_encoder if request.prompts is not None else self._unet_encoder

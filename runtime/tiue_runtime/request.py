@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiue_runtime.bundle import Manifest
-from tiue_runtime.errors import RequestError
+from tiue_runtime.errors import RequestError, clip, shorten
+from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import Mode
 from tiue_runtime.noise import check_seed, gaussian
 
 Memory = Literal["auto", "low", Mode]
 OutputType = Literal["pil", "np", "latent"]
 Float32 = NDArray[np.float32]
+LARGEST = 2**20  # pictures, and pixels of a side
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Request:
         output_type: OutputType,
         memory: Memory,
         vae_tiling: bool | None,
-        previews: bool,
+        callback: object,
     ) -> "Request":
         """Check the arguments of `Pipeline.__call__` but memory; text_width is D, if known. Raises RequestError."""
+        if callback is not None and not callable(callback):
+            raise RequestError(f"callback: expected a function or None, got {shorten(callback)}")
         _one_of("output_type", output_type, get_args(OutputType))
         if not isinstance(vae_tiling, bool | None):  # pyright: ignore[reportUnnecessaryIsInstance] (untyped callers)
-            raise RequestError(f"vae_tiling: expected True, False or None, got {vae_tiling!r}")
+            raise RequestError(f"vae_tiling: expected True, False or None, got {shorten(vae_tiling)}")
         if (prompt is None) == (prompt_embeds is None):
             given = "neither" if prompt is None else "both"
             raise RequestError(f"prompt: expected either prompt or prompt_embeds, got {given}")
@@ -61,7 +65,7 @@ class Request:
         steps = manifest.default_steps if steps is None else steps
         if not _is_int(steps) or steps not in manifest.schedules:
             known = ", ".join(map(str, sorted(manifest.schedules)))
-            raise RequestError(f"steps: this bundle was trained for {known}, got {steps!r}")
+            raise RequestError(f"steps: this bundle was trained for {known}, got {shorten(steps)}")
         prompts = None if prompt is None else _prompts(prompt)
         embeds = None
         if prompts is None:
@@ -72,6 +76,7 @@ class Request:
             height = _size("height", height, manifest.default_height, manifest.size_multiple)
             width = _size("width", width, manifest.default_width, manifest.size_multiple)
             seeds = _seeds(seed, count)
+            _check_size(count, height, width, manifest)
             shape = (manifest.latent_channels, height // manifest.pixels_per_latent,
                      width // manifest.pixels_per_latent)  # fmt: skip
             # Each picture's noise is drawn alone, so that it does not depend on its batch.
@@ -84,7 +89,7 @@ class Request:
                 if pixels is not None and pixels != implied:
                     raise RequestError(f"{name}: latents of shape {noise.shape} make {implied}, got {pixels}")
                 _size(f"latents: {name} of the image", implied, implied, manifest.size_multiple)
-        if memory == "auto" and previews:
+        if memory == "auto" and callback is not None:
             memory = "sequential"  # the other modes have no preview of every step
         return cls(prompts, embeds, num_images, seeds, int(steps), noise, memory, vae_tiling)
 
@@ -94,6 +99,20 @@ def check_memory(memory: Memory, *, cuda_graphs: bool) -> None:
     _one_of("memory", memory, get_args(Memory))
     if memory == "low" and cuda_graphs:
         raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
+
+
+def _check_size(count: int, height: int, width: int, manifest: Manifest) -> None:
+    """Raise RequestError if the noise and the pictures alone, without any work, exceed the free memory."""
+    free = free_memory()
+    latents = manifest.latent_channels / manifest.pixels_per_latent**2
+    # Bytes of a pixel: z_T and z_0; then the decoder's image, the same in [0, 1], and the picture.
+    need = count * height * width * (2 * 4 * latents + 3 * (4 + 4 + 1))
+    if free is not None and need > free:
+        pictures = "1 picture" if count == 1 else f"{count} pictures"
+        raise RequestError(
+            f"num_images, height, width: {pictures} of {width}x{height} pixels need {need / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free; ask for fewer or smaller ones"
+        )
 
 
 def _prompts(prompt: object) -> list[str]:
@@ -108,7 +127,7 @@ def _prompts(prompt: object) -> list[str]:
         if not isinstance(item, str):
             raise RequestError(f"prompt[{i}]: expected a string, got {type(item).__name__}")
         if any("\ud800" <= character <= "\udfff" for character in item):
-            raise RequestError(f"prompt[{i}]: expected text, got bytes that are not UTF-8: {item!a}")
+            raise RequestError(f"prompt[{i}]: expected text, got bytes that are not UTF-8: {clip(ascii(item))}")
     return cast(list[str], items)
 
 
@@ -118,8 +137,8 @@ def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RequestError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        raise RequestError(f"{name}: expected one of {', '.join(allowed)}, got {shorten(value)}")
 
 
 def _is_int(value: object) -> bool:
@@ -127,8 +146,8 @@ def _is_int(value: object) -> bool:
 
 
 def _positive(name: str, value: int) -> int:
-    if not _is_int(value) or value < 1:
-        raise RequestError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if not _is_int(value) or not 1 <= value <= LARGEST:
+        raise RequestError(f"{name}: expected an integer from 1 to {LARGEST}, got {shorten(value)}")
     return int(value)
 
 
@@ -136,17 +155,26 @@ def _size(name: str, value: int | None, default: int, multiple: int) -> int:
     if value is None:
         return default
     if not _is_int(value):
-        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, got {value!r}")
+        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, got {shorten(value)}")
+    if value > LARGEST:
+        raise RequestError(f"{name}: expected at most {LARGEST} pixels, got {shorten(value)}")
     if value < multiple or value % multiple:
         below = max(value // multiple, 0) * multiple
         near = f"{below} or {below + multiple}" if below else f"{multiple}"
-        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, such as {near}, got {value}")
+        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, such as {near}, got {shorten(value)}")
     return int(value)
 
 
 def _array(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> Float32:
     """`value` as float32 of `shape`, where None is any size of at least 1."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # A foreign object's conversion may raise anything.
+        raise RequestError(
+            f"{name}: expected a numpy array, got {type(value).__name__}, which numpy cannot read: "
+            f"{clip(str(error))}. "
+            "Of a torch tensor pass .detach().float().cpu().numpy()"
+        ) from error
     fits = array.ndim == len(shape) and all(
         size >= 1 and wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
     )
@@ -154,9 +182,11 @@ def _array(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> F
         sizes = ",".join(
             letter if size is None else str(size) for letter, size in zip(axes.split(","), shape, strict=True)
         )
-        raise RequestError(f"{name}: expected shape ({sizes}), got {array.shape}")
+        raise RequestError(f"{name}: expected shape ({sizes}), got {shorten(array.shape)}")
     if array.dtype.kind != "f":
         raise RequestError(f"{name}: expected floating-point values, got {array.dtype}")
-    if not np.isfinite(array).all():
-        raise RequestError(f"{name}: expected finite values, got NaN or infinity")
-    return np.ascontiguousarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # Values beyond float32 become infinite, and are refused as such.
+        values = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise RequestError(f"{name}: expected values that are finite in float32, got NaN, infinity or larger ones")
+    return values

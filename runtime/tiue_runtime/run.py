@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Protocol
 
-from tiue_runtime.errors import Cancelled, RequestError
+from tiue_runtime.errors import Cancelled, RequestError, shorten
 
 
 class Flag(Protocol):
@@ -26,7 +26,7 @@ class Run:
         self.timings: dict[str, float] = {}
         self._asked: object = getattr(cancel, "is_set", cancel)
         if cancel is not None and not callable(self._asked):
-            raise RequestError(f"cancel: expected a threading.Event or a function, got {cancel!r}")
+            raise RequestError(f"cancel: expected a threading.Event or a function, got {shorten(cancel)}")
 
     def cancelled(self) -> bool:
         """Say whether the caller wants to stop."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tiue_runtime.bundle import CPU, CUDA, PORTABLE
-from tiue_runtime.errors import DeviceError
+from tiue_runtime.errors import DeviceError, shorten
 from tiue_runtime.host.machine import thread_count
 
 Precision = Literal["bf16", "fp32"]
@@ -125,7 +125,7 @@ def parse_device(text: object) -> Device:
             numbered = Device(kind).is_gpu and index.isascii() and index.isdigit()
             if numbered or not colon:
                 return Device(kind, int(index or 0))
-    raise DeviceError(f"device: {EXPECTED}, got {text!r}")
+    raise DeviceError(f"device: {EXPECTED}, got {shorten(text)}")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tiue_runtime.errors import (
     InferenceError,
     OutOfMemoryError,
     TiueError,
+    clip,
     is_out_of_memory,
-    shorten,
 )
 from tiue_runtime.host.memory import give_back
 from tiue_runtime.ort.cuda_graphs import WITHOUT, CudaGraphs, Recordings
@@ -264,14 +264,14 @@ class Graph:
         """
         known = {name: Declared(f"tensor({TENSORS[name][0]})", (None,) * TENSORS[name][1]) for name in inputs | outputs}
         may = known | dict(features or {})
-        unknown = shorten(", ".join(sorted(set(self.inputs) - inputs - set(features or {}))))
+        unknown = clip(", ".join(sorted(set(self.inputs) - inputs - set(features or {}))))
         if unknown:
             raise BundleError(
                 f"{self.name}: expected inputs among {', '.join(sorted(inputs | set(features or {})))}, got {unknown}"
             )
         absent = ((needed or set()) - set(self.inputs)) | (outputs - set(self.outputs))
         if absent:
-            names = shorten(", ".join((*self.inputs, *self.outputs)))
+            names = clip(", ".join((*self.inputs, *self.outputs)))
             raise BundleError(f"{self.name}: expected {', '.join(sorted(absent))}, got only {names}")
         for name, declared in (*self.inputs.items(), *self.outputs.items()):
             wanted = may.get(name)

@@ -12,7 +12,7 @@ from typing import SupportsIndex, get_args
 import numpy as np
 
 from tiue_runtime.bundle import CPU, PORTABLE
-from tiue_runtime.errors import BundleError, DeviceError
+from tiue_runtime.errors import BundleError, DeviceError, shorten
 from tiue_runtime.host.gpu import find_gpus
 from tiue_runtime.host.machine import has_bf16
 from tiue_runtime.ort import sessions
@@ -26,14 +26,16 @@ def choose_variant(device: Device, held: Collection[str], asked: str | None = No
     Raises BundleError if the one asked for is absent, DeviceError if it, or all there are, do not run there.
     """
     runs = KINDS[device.kind].variants
-    if asked is not None and asked not in held:
-        raise BundleError(f"variant: expected one that the bundle holds ({', '.join(held)}), got {asked!r}")
+    if asked is not None and asked not in tuple(held):
+        raise BundleError(f"variant: expected one that the bundle holds ({', '.join(held)}), got {shorten(asked)}")
     usable = [variant for variant in runs if variant in (held if asked is None else (asked,))]
     if not usable:
         offered = f"got {asked!r}" if asked else f"the bundle holds only {', '.join(held)}"
         raise DeviceError(f"variant: {device} runs {' or '.join(runs)} graphs, {offered}")
     return usable[0]
 
+
+MOST_THREADS = 4096
 
 # Options that follow from other arguments, by the argument.
 _OWNED = {"device_id": "device", "enable_cuda_graph": "cuda_graphs", "trt_cuda_graph_enable": "cuda_graphs"}
@@ -44,7 +46,11 @@ def check_settings(device: Device, settings: Settings) -> None:
     if settings.cuda_graphs and device.kind != "cuda":
         raise DeviceError(f'cuda_graphs: expected device="cuda", got {device}')
     if settings.threads is not None and not _is_count(settings.threads):
-        raise DeviceError(f"threads: expected an integer of at least 1, or None for all CPUs, got {settings.threads!r}")
+        expected = f"an integer from 1 to {MOST_THREADS}, or None for all CPUs"
+        raise DeviceError(f"threads: expected {expected}, got {shorten(settings.threads)}")
+    options: object = settings.provider_options
+    if not isinstance(options, Mapping):
+        raise DeviceError(f"provider_options: expected a dictionary, got {shorten(options)}")
     _check_openvino(device, settings)
     if settings.provider_options and device.kind not in OPTIONS:
         raise DeviceError(f"provider_options: {device} has none, got {', '.join(settings.provider_options)}")
@@ -54,7 +60,9 @@ def check_settings(device: Device, settings: Settings) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and operator.index(value) >= 1
+    return (
+        isinstance(value, SupportsIndex) and not isinstance(value, bool) and 1 <= operator.index(value) <= MOST_THREADS
+    )
 
 
 def _check_openvino(device: Device, settings: Settings) -> None:
@@ -67,7 +75,7 @@ def _check_openvino(device: Device, settings: Settings) -> None:
     expected = " or ".join(f'"{precision}"' for precision in get_args(Precision))
     if settings.precision not in get_args(Precision):
         raise DeviceError(
-            f"precision: expected {expected}, or None for the best of the CPU, got {settings.precision!r}"
+            f"precision: expected {expected}, or None for the best of the CPU, got {shorten(settings.precision)}"
         )
     if device.kind != "openvino":
         raise DeviceError(f'precision: expected device="openvino", got {device}, which computes as graphs are written')
