@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import SupportsIndex, get_args
+from typing import SupportsIndex, cast, get_args
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def check_settings(device: Device, settings: Settings) -> None:
     if settings.threads is not None and not _is_count(settings.threads):
         expected = f"an integer from 1 to {MOST_THREADS}, or None for all CPUs"
         raise DeviceError(f"threads: expected {expected}, got {shorten(settings.threads)}")
-    options: object = settings.provider_options
+    options = cast(object, settings.provider_options)
     if not isinstance(options, Mapping):
         raise DeviceError(f"provider_options: expected a dictionary, got {shorten(options)}")
     _check_openvino(device, settings)
