@@ -285,7 +285,7 @@ def _write_emoji(directory: Path) -> None:
     from tiue.checkpoint import load_student
 
     parts = load_student(EMOJI).components
-    (directory / "README.md").write_text(f"---\nlicense: {parts.licence}\n---\n# {parts.name}\n", encoding="utf-8")
+    (directory / "README.md").write_text(f"---\nlicense: {parts.license}\n---\n# {parts.name}\n", encoding="utf-8")
     StableDiffusionPipeline(
         parts.vae,
         parts.text_encoder,

@@ -31,7 +31,6 @@ from export.working_memory import give_back
 from export.writer import EXTERNAL_ABOVE, GraphWriter
 from tiue.checkpoint import Student
 from tiue.components import Components
-from tiue.schedule import closed_form
 
 
 @dataclass(frozen=True)
@@ -208,19 +207,16 @@ def _vaes(student: Student, options: Options) -> dict[str, str]:
 
 def _manifest(student: Student, options: Options) -> bundle.Manifest:
     components = student.components
-    vae, unet = components.vae.config, components.unet
-    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-    sample = unet.config["sample_size"]
-    height, width = (sample, sample) if isinstance(sample, int) else sample
+    geometry = components.geometry
     schedules: dict[int, bundle.Schedule] = {}
     for steps, timesteps in sorted(student.schedules.items()):
-        s = closed_form(components.scheduler_config, timesteps)
+        s = components.noise_schedule.closed_form(timesteps)
         schedules[steps] = bundle.Schedule(s.timesteps, s.noise_weight, s.step_weights)
     vaes = _vaes(student, options)
     decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
     return bundle.Manifest(
         name=options.name or components.name,
-        licence=components.licence,
+        licence=components.license,
         created_from={
             "base_model": student.base_model,
             "tiue": version("tiue"),
@@ -228,11 +224,11 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
             "weights": options.stored,
             "text_encoder": options.stored if options.text_encoder == "fp32" else options.text_encoder,
         },
-        latent_channels=unet.config["in_channels"],
-        pixels_per_latent=pixels_per_latent,
-        default_height=height * pixels_per_latent,
-        default_width=width * pixels_per_latent,
-        size_multiple=pixels_per_latent * 2**unet.num_upsamplers,
+        latent_channels=geometry.channels,
+        pixels_per_latent=geometry.pixels_per_latent,
+        default_height=geometry.height * geometry.pixels_per_latent,
+        default_width=geometry.width * geometry.pixels_per_latent,
+        size_multiple=geometry.multiple,
         vae_scaling_factor=1.0,  # each VAE's graph has its own scaling
         vae_shift_factor=0.0,
         text_length=components.tokenizer.model_max_length,

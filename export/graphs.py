@@ -20,7 +20,8 @@ from export.cuda import fuse
 from export.errors import ExportError
 from export.quiet import quiet
 from export.translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
-from tiue.hoist import HoistedDecoder, HoistedEncoder, hoist, share
+from tiue.components import latent_scaling
+from tiue.hoist import HoistedDecoder, HoistedEncoder, alias_weights, hoist
 from tiue.unet import TiUE
 
 OPSET = 18  # from 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel
@@ -91,7 +92,7 @@ class VaeDecoder(nn.Module):
         self.vae = _in_precision(vae, dtype, but=tail)
         if tail:
             self.vae.get_submodule(tail[0]).register_forward_pre_hook(_widen)
-        self.scale, self.shift = vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
+        self.scale, self.shift = latent_scaling(vae)
         if kl:
             self._fold(self.vae, vae)
 
@@ -203,7 +204,7 @@ def forget_graphs() -> None:
 
 def _in_precision(module: M, dtype: torch.dtype, but: Sequence[str] = ()) -> M:
     """A copy in a precision; the submodules named by `but` keep theirs. Shares weights that need not change."""
-    copy = share(module).eval()
+    copy = alias_weights(module).eval()
     kept = {name: copy.get_submodule(name) for name in but}
     for name in kept:
         copy.set_submodule(name, nn.Identity())

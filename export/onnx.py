@@ -26,7 +26,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from export.assemble import Options, check_target, export_bundle
     from export.errors import ParityError
     from export.parity import table
-    from export.source import is_declared, load_source
+    from export.source import load_source
     from tiue.components import load_tiny_vae
 
     source = arguments.ckpt  # not yet a Path, which would make the Hub id owner/name of ./owner/name
@@ -46,7 +46,7 @@ def _export(arguments: argparse.Namespace) -> int:
         check_target(out, arguments.overwrite)
         _progress(f"loading {source}")
         student = load_source(source, arguments.steps, arguments.base, arguments.shared_up_blocks)
-        if not is_declared(source):
+        if not student.declared:
             _show_warning(
                 f"{source} does not say what it was trained for, and is taken for a TiUE student of "
                 f"{max(student.schedules)} steps; a UNet that was not distilled so makes poor pictures"

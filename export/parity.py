@@ -29,6 +29,7 @@ from export.errors import ExportError, ParityError
 from export.translate import TO_CHANNELS_FIRST
 from export.working_memory import fit, measured
 from tiue.checkpoint import Student
+from tiue.components import decode_latents
 from tiue.hoist import hoist
 from tiue.text_encoder import encode_text, tokenize, uses_attention_mask
 
@@ -258,7 +259,7 @@ class _Case:
     def images(self) -> dict[str, Any]:
         """Pictures of the longest schedule's latents, by the graph that stands for the VAE."""
         z_0 = self.z_0[max(self.z_0)]
-        return {graph: _decode(vae, z_0) for graph, vae in self.vaes.items()}
+        return {graph: decode_latents(vae, z_0) for graph, vae in self.vaes.items()}
 
     def _text_rows(self, run: Any) -> Any:
         ids, mask = tokenize(self.student.components, self.prompts)
@@ -300,11 +301,6 @@ class _Case:
         made = run({bundle.LATENTS: self.made["z_0"]})[bundle.IMAGE]
         name = bundle.IMAGE if len(self.vaes) == 1 else f"{bundle.IMAGE}, {graph}"
         yield name, made, self.images[graph].numpy()
-
-
-def _decode(vae: Any, z_0: Any) -> Any:
-    scale, shift = vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
-    return vae.decode(z_0 / scale + shift, return_dict=False)[0]
 
 
 def _check_tokenizer(directory: Path, manifest: bundle.Manifest, student: Student) -> None:

@@ -15,7 +15,6 @@ from export.errors import ExportError
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, load_components
 from tiue.hub import is_hub_id
-from tiue.schedule import ddim_timesteps
 from tiue.unet import check_shared_up_blocks
 
 DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
@@ -61,11 +60,6 @@ def load_source(
     return student
 
 
-def is_declared(path_or_id: str | Path) -> bool:
-    """Whether a source says itself what it was trained for. Raises ExportError for a damaged file."""
-    return Path(path_or_id).is_file() and _is_student(Path(path_or_id))
-
-
 def _is_student(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as file:
@@ -78,10 +72,15 @@ def _undeclared(
     components: Components, steps: Sequence[int] | None, base_model: str, shared_up_blocks: int | None
 ) -> Student:
     """A student that does not say what it was trained for: DDIM's timesteps are taken for it."""
-    schedules = {n: ddim_timesteps(components.scheduler_config, n) for n in steps or [DEFAULT_STEPS]}
+    schedules = {n: components.noise_schedule.timesteps(n) for n in steps or [DEFAULT_STEPS]}
     check_shared_up_blocks(components.unet, shared_up_blocks or 0)
     return Student(
-        components, schedules[max(schedules)][0], schedules, base_model, shared_up_blocks=shared_up_blocks or 0
+        components,
+        encoder_timestep=schedules[max(schedules)][0],
+        schedules=schedules,
+        base_model=base_model,
+        shared_up_blocks=shared_up_blocks or 0,
+        declared=False,
     )
 
 
@@ -114,8 +113,7 @@ def _check_fit(components: Components) -> None:
     length, limit = components.tokenizer.model_max_length, text.max_position_embeddings
     if length > limit:
         raise ExportError(f"the tokenizer's model_max_length is {length}, the text encoder takes at most {limit}")
-    if unet["sample_size"] is None:
-        raise ExportError("the UNet's configuration has no sample_size, so there is no default image size")
+    _ = components.geometry  # refused here where the UNet has no default size
 
 
 def check_tiny_vae(tiny: AutoencoderTiny, components: Components) -> None:

@@ -51,7 +51,7 @@ def test_pipeline_is_written_sharded_and_loads(tmp_path, model, pad):
     assert pipelines.main([model, str(out), "--dtype", "fp16", "--max-shard-size", "9MB", "--scheduler", "ddpm"]) == 0
     assert len(list((out / "unet").glob("*.safetensors"))) > 1
     components = load_components(out)
-    assert (components.licence, components.scheduler_config["_class_name"]) == ("apache-2.0", "DDPMScheduler")
+    assert (components.license, components.scheduler_config["_class_name"]) == ("apache-2.0", "DDPMScheduler")
     ids, _ = tokenize(components, ["A red heart, 3D!"])
     assert ids.shape == (1, 77) and ids[0, 0] == 49406 and 49407 in ids[0] and ids[0, -1] == pad
     slow = CLIPTokenizer.from_pretrained(out / "tokenizer")("A red heart, 3D!", padding="max_length")
@@ -72,7 +72,7 @@ def test_taesd_is_an_autoencoder_alone(tmp_path):
 def test_the_default_model_as_a_pipeline_has_its_weights(tmp_path, capsys):
     written = load_components(pipelines.write_pipeline("emoji", tmp_path / "emoji"))
     shipped = load_student(pipelines.EMOJI).components
-    assert written.licence == shipped.licence
+    assert written.license == shipped.license
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = [c.unet(noise, 751, encode_text(c, ["a red heart"])).sample for c in (written, shipped)]

@@ -40,9 +40,9 @@ def test_saved_and_loaded_is_bit_equal(make, tmp_path):
         assert a.state_dict().keys() == b.state_dict().keys()
         assert all(torch.equal(a.state_dict()[name], tensor) for name, tensor in b.state_dict().items())
         assert not a.training
-    for name in ("encoder_timestep", "schedules", "base_model", "provenance", "shared_up_blocks"):
+    for name in ("encoder_timestep", "schedules", "base_model", "provenance", "shared_up_blocks", "declared"):
         assert getattr(loaded, name) == getattr(original, name)
-    assert (loaded.components.name, loaded.components.licence) == (original.components.name, "apache-2.0")
+    assert (loaded.components.name, loaded.components.license) == (original.components.name, "apache-2.0")
     prompts = ["a cat", "", "x" * 99]
     ids, mask = tokenize(loaded.components, prompts)
     expected_ids, expected_mask = tokenize(original.components, prompts)
@@ -59,6 +59,14 @@ def test_an_older_file_shares_no_up_blocks(path):
         metadata = {key: value for key, value in file.metadata().items() if key != "shared_up_blocks"}
     save_file(load_file(path), path, metadata)
     assert load_student(path).shared_up_blocks == 0
+
+
+def test_a_file_of_before_the_rename_has_its_license(path):
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["licence"] = metadata.pop("license")
+    save_file(load_file(path), path, metadata)
+    assert load_student(path).components.license == "apache-2.0"
 
 
 def test_the_tokenizer_of_clip_survives(golden_components, tmp_path):

@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -6,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-from tiue.components import ComponentsError, load_components
+from tiue import schedule
+from tiue.checkpoint import Student
+from tiue.components import ComponentsError, Geometry, decode_latents, load_components
 from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text, tokenize
 
@@ -24,12 +27,45 @@ def test_a_pipeline_directory_is_read_back(make, tmp_path):
         "---\nlicense: Apache-2.0 AND MIT \n---\n# Tiny\n"
     )
     loaded = load_components(tmp_path)
-    assert (loaded.name, loaded.licence) == (tmp_path.name, "Apache-2.0 AND MIT")
+    assert (loaded.name, loaded.license) == (tmp_path.name, "Apache-2.0 AND MIT")
     prompts = ["a cat", ""]
     assert torch.equal(encode_text(loaded, prompts), encode_text(original, prompts))
     for part in ("unet", "vae"):
         a, b = getattr(loaded, part).state_dict(), getattr(original, part).state_dict()
         assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_models_geometry_is_read_from_its_configurations():
+    assert tiny.sd15().geometry == Geometry(channels=4, height=8, width=8, pixels_per_latent=2, multiple=4)
+    assert tiny.with_unet(tiny.unet(sample_size=(8, 16))).geometry.latent_shape == (4, 8, 16)
+    with pytest.raises(ComponentsError, match="no sample_size"):
+        _ = tiny.with_unet(tiny.unet(sample_size=None)).geometry
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.18215, None), (1.5, 0.25)])
+@torch.no_grad()
+def test_latents_are_decoded_with_the_vaes_scale_and_shift(scale, shift):
+    vae, z = tiny.sd15().vae, torch.randn(2, 4, 4, 4)
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    assert torch.equal(decode_latents(vae, z), vae.decode(z / scale + (shift or 0)).sample)
+    tiny_vae = tiny.taesd()
+    assert torch.equal(decode_latents(tiny_vae, z), tiny_vae.decode(z).sample)
+
+
+def test_a_models_scheduler_is_built_once(directory, monkeypatch):
+    tiny.edit_json(directory / "scheduler" / "scheduler_config.json", beta_end=0.0123)  # no other test has read it
+    built, original = [], schedule.DDIMScheduler
+
+    def count(**options):
+        built.append(options)
+        return original(**options)
+
+    monkeypatch.setattr(schedule, "DDIMScheduler", count)
+    monkeypatch.setattr(schedule, "signature", lambda _: inspect.signature(original.__init__))
+    components = load_components(directory)
+    Student(components, 751, {4: [751, 501, 251, 1]}).tiue()
+    assert components.noise_schedule.timesteps(4) == [751, 501, 251, 1]
+    assert len(built) == 1
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from test_unet import UNETS, inputs
 from tolerances import REORDERED
 from torch import nn
 
-from tiue.hoist import hoist, share
+from tiue.hoist import alias_weights, hoist
 from tiue.schedule import closed_form
 from tiue.unet import TiUE
 
@@ -72,7 +72,7 @@ def test_the_student_stays_as_it_is():
 
 def test_shared_weights_take_no_memory():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    copy = share(module)
+    copy = alias_weights(module)
     assert copy[0].weight.data_ptr() == module[0].weight.data_ptr()
     assert copy[1].running_mean.data_ptr() == module[1].running_mean.data_ptr()
     copy[0].weight = nn.Parameter(torch.zeros(2, 2))

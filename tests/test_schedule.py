@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from tolerances import REORDERED
 
-from tiue.schedule import alphas_cumprod, closed_form, ddim_timesteps, ignored_options
+from tiue.schedule import NoiseSchedule, alphas_cumprod, closed_form, ddim_timesteps, ignored_options
 
 KINDS = list(itertools.product(("epsilon", "v_prediction"), ("leading", "trailing", "linspace"), (False, True)))
 
@@ -38,6 +38,16 @@ def test_the_sum_is_what_ddim_computes_step_by_step(kind, steps):
     assert list(schedule.timesteps) == scheduler.timesteps.tolist()
     summed = schedule.noise_weight * z_T + sum(w * e for w, e in zip(schedule.step_weights, eps, strict=True))
     torch.testing.assert_close(summed, z.float(), atol=REORDERED, rtol=REORDERED)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing, offset):
+    options = config(timestep_spacing=spacing, steps_offset=offset)
+    scheduler, own = DDIMScheduler.from_config(options), NoiseSchedule.from_config(options)
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        assert own.timesteps(steps) == scheduler.timesteps.tolist()
 
 
 def test_zero_terminal_snr_works_for_v_and_is_refused_for_epsilon():
@@ -111,6 +121,8 @@ def test_alphas_are_those_of_diffusers():
         ({"_class_name": "EDMEulerScheduler"}, 4, "EDMEulerScheduler has no DDIM equivalent"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, 4, "UniPCMultistepScheduler has no DDIM"),
         ({"beta_start": None}, 4, "no beta_start"),
+        ({"beta_start": "small"}, 4, "malformed configuration"),
+        ({"timestep_spacing": "karras"}, 4, "timestep_spacing 'karras' is not supported"),
         ({"beta_schedule": "sigmoid"}, 4, "beta_schedule 'sigmoid' is not supported"),
         ({"trained_betas": [0.1, 0.2]}, 4, "2 trained_betas for 1000"),
         ({}, 0, "between 1 and 1000"),

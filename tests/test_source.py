@@ -67,8 +67,13 @@ def test_a_unets_weights_take_the_rest_from_the_base(directory, tmp_path, no_hub
         assert tensor.dtype == torch.float32
     assert not student.components.unet.training
     assert torch.equal(student.components.vae.decoder.conv_in.weight, tiny.sd15().vae.decoder.conv_in.weight)
-    assert (student.components.name, student.base_model, student.components.licence) == ("one-way", "base", "unknown")
+    assert (student.components.name, student.base_model, student.components.license) == ("one-way", "base", "unknown")
     assert (student.encoder_timestep, student.schedules) == (751, {4: [751, 501, 251, 1], 1: [1]})
+
+
+def test_a_pipeline_does_not_declare_its_training_and_a_student_does(directory, student_file, no_hub):
+    assert not load_source(directory).declared
+    assert load_source(student_file).declared
 
 
 def test_a_unet_for_the_original_layout(tmp_path, no_hub):
@@ -215,7 +220,7 @@ def test_a_model_on_the_hub(fake_hub):
     assert fake_hub.downloaded() == {"README.md", UNET, VAE, TEXT}
     assert not (fake_hub.cache / "safety_checker").exists()
     assert (student.components.name, student.base_model) == ("model-1.5", "model-1.5")
-    assert student.components.licence == "mit"
+    assert student.components.license == "mit"
     assert torch.equal(student.components.unet.conv_in.weight, tiny.sd15().unet.conv_in.weight)
 
 

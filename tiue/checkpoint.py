@@ -1,7 +1,7 @@
 """`student.safetensors`: one self-contained file with everything a student needs.
 
 Tensors are prefixed `unet.`, `text_encoder.` and `vae.`. The metadata holds configurations, schedules,
-tokenizer, licence and provenance as JSON.
+tokenizer, license and provenance as JSON.
 """
 
 import json
@@ -23,7 +23,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiue.components import Components, ComponentsError, class_named
-from tiue.schedule import closed_form
 from tiue.unet import TiUE
 from tiue.weights import WeightsError, fill
 
@@ -46,6 +45,7 @@ class Student:
     provenance: dict[str, Any] = field(default_factory=dict)  # JSON: how it was trained
     shared_up_blocks: int = 0  # up blocks that belong to the encoder
     share_encoder: bool = True  # False: a control, whose encoder was trained to run at every timestep
+    declared: bool = True  # False: made of a pipeline, which does not say which schedules it was trained for
 
     def tiue(self, steps: int | None = None) -> TiUE:
         """The network for one of the schedules; the longest by default.
@@ -57,7 +57,7 @@ class Student:
         steps = max(self.schedules) if steps is None else steps
         if steps not in self.schedules:
             raise ValueError(f"the student was trained for {sorted(self.schedules)} steps, not {steps}")
-        schedule = closed_form(self.components.scheduler_config, self.schedules[steps])
+        schedule = self.components.noise_schedule.closed_form(self.schedules[steps])
         return TiUE(self.components.unet, schedule, self.encoder_timestep, self.shared_up_blocks)
 
 
@@ -90,7 +90,7 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
         "tokenizer": json.loads(components.tokenizer.backend_tokenizer.to_str()),
         "tokenizer_settings": _tokenizer_settings(components.tokenizer),
         "name": components.name,
-        "licence": components.licence,
+        "license": components.license,
         "base_model": student.base_model,
         "encoder_timestep": student.encoder_timestep,
         "schedules": student.schedules,
@@ -170,7 +170,7 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
         ),
         scheduler_config=metadata["scheduler"],
         name=metadata["name"],
-        licence=metadata["licence"],
+        license=metadata["license"] if "license" in metadata else metadata["licence"],  # the key was renamed
     )
     student = Student(
         components=components,

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from tiue import hub
-from tiue.schedule import alphas_cumprod, ignored_options
+from tiue.schedule import NoiseSchedule, ignored_options
 from tiue.unet import check_supported
 from tiue.weights import WeightsError, choose_weights, fill, tensor_names
 
@@ -42,16 +42,68 @@ class ComponentsError(ValueError):
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """The shapes of a model's latents and pictures."""
+
+    channels: int  # C, of latents
+    height: int  # h of the size that the model was made for, in latents
+    width: int  # w of it, in latents
+    pixels_per_latent: int
+    multiple: int  # sides of pictures are multiples of this, in pixels
+
+    @classmethod
+    def from_configs(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> "Geometry":
+        """Read the geometry from the configurations of a UNet and a VAE.
+
+        Raises:
+            ComponentsError: the UNet's configuration has no default size.
+        """
+        size = unet.get("sample_size")
+        if size is None:
+            raise ComponentsError("the UNet's configuration has no sample_size, so there is no default image size")
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = 2 ** (len(vae["block_out_channels"]) - 1)
+        halvings = len(unet["block_out_channels"]) - 1  # the UNet halves a side this often, and doubles it again
+        return cls(unet["in_channels"], height, width, pixels, pixels * 2**halvings)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the size that the model was made for."""
+        return self.channels, self.height, self.width
+
+
+@dataclass(frozen=True)
 class Components:
     """A text-to-image model, in parts. Modules are in evaluation mode, float32, on the CPU, as loaded."""
 
     unet: UNet2DConditionModel
-    text_encoder: PreTrainedModel  # CLIPTextModel, BertModel ...: its first output is the text [B,L,D]
+    text_encoder: PreTrainedModel  # CLIPTextModel, BertModel ...: its first output is the text (B, L, D)
     vae: AutoencoderKL | AutoencoderTiny
     tokenizer: PreTrainedTokenizerFast
     scheduler_config: dict[str, Any]
     name: str
-    licence: str
+    license: str
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The noise process that `scheduler_config` describes. Raises ValueError as `NoiseSchedule.from_config`."""
+        return NoiseSchedule.from_config(self.scheduler_config)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shapes of latents and pictures. Raises ComponentsError as `Geometry.from_configs`."""
+        return Geometry.from_configs(self.unet.config, self.vae.config)
+
+
+def latent_scaling(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float]:
+    """Return the (scale, shift) with which a VAE's own latents are z / scale + shift for the UNet's z."""
+    return vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
+
+
+def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w), as the UNet makes them => image (B, 3, H, W) in [-1, 1]."""
+    scale, shift = latent_scaling(vae)
+    return vae.decode(latents / scale + shift, return_dict=False)[0]
 
 
 def load_components(
@@ -90,7 +142,7 @@ def load_components(
         tokenizer=tokenizer,
         scheduler_config=scheduler_config,
         name=Path(directory).resolve().name if unet_file is None else Path(unet_file).stem,
-        licence=_licence(root) if unet_file is None else "unknown",  # the rest's licence says nothing of the UNet's
+        license=_license(root) if unet_file is None else "unknown",  # the base's license says nothing of the UNet's
     )
 
 
@@ -177,7 +229,7 @@ def _read_unet(root: Path) -> dict[str, Any]:
 def _read_scheduler(root: Path) -> dict[str, Any]:
     config = _read_json(root, "scheduler/scheduler_config.json")
     try:
-        alphas_cumprod(config)
+        NoiseSchedule.from_config(config)
     except ValueError as error:
         raise ComponentsError(f"{root / 'scheduler'}: {error}") from error
     if ignored := ignored_options(config):
@@ -271,8 +323,8 @@ def _one_line(error: Exception, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def _licence(root: Path) -> str:
-    """The licence that a model card's front matter declares, or "unknown"."""
+def _license(root: Path) -> str:
+    """Return the license that a model card's front matter declares, or "unknown"."""
     card = root / "README.md"
     found = card.is_file() and re.search(r"^license:[ \t]*(\S.*?)\s*$", card.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else "unknown"

@@ -41,7 +41,7 @@ def hoist(tiue: TiUE, timesteps: Sequence[int]) -> tuple["HoistedEncoder", "Hois
     """
     with torch.no_grad():
         first = tiue.shared_up_blocks
-        copy = TiUE(share(tiue.unet), tiue.schedule, tiue.encoder_timestep, first)
+        copy = TiUE(alias_weights(tiue.unet), tiue.schedule, tiue.encoder_timestep, first)
         unet = copy.unet
         temb = tiue.embed(torch.tensor(list(timesteps)), tiue.unet.dtype)
         hidden = 0  # channels that depend on the timestep
@@ -124,7 +124,7 @@ class _WeightedSum(nn.Module):
         return self.conv(summed) + self.bias * weight.sum()
 
 
-def share(module: M) -> M:
+def alias_weights(module: M) -> M:
     """A copy of a module that may be changed, whose weights take no memory of their own until they are."""
     tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return deepcopy(module, tensors | {id(b): b.detach() for b in module.buffers()})

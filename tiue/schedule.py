@@ -4,21 +4,27 @@ With eta = 0 and no clipping, a DDIM step is linear, z <- a_i z + b_i eps_i. All
 
     z_0 = w_0 z_T + sum_i w_i eps_i,    w_0 = prod_j a_j,    w_i = b_i prod_{j>i} a_j,
 
-and nothing at run time needs a scheduler. Where the network predicts v instead of eps the step is linear in v
-just the same, and the weights multiply v.
+and nothing at run time needs a scheduler. Where the network predicts v instead of eps, the step is linear in v,
+and the weights multiply v.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from inspect import signature
 from itertools import pairwise
 from math import sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
 _CLIPPING = ("clip_sample", "thresholding")  # scheduler options that make a step nonlinear
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
+# Schedulers of other processes. Some of their configurations still hold betas, left from an earlier scheduler.
+_WITHOUT_BETAS = ("FlowMatch", "EDM", "CogVideoX")
 
 
 @dataclass(frozen=True)
@@ -30,74 +36,106 @@ class Schedule:
     step_weights: tuple[float, ...]  # w_1 ... w_N
 
 
-def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> torch.Tensor:
-    """abar_t for every training timestep, float64 [T].
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise process that a model was trained with, and where DDIM's steps lie on it."""
 
-    The values are those of diffusers (which computes them in float32), so they are the ones the teacher knew.
-    """
-    return _ddim(scheduler_config).alphas_cumprod.double()
+    abar: tuple[float, ...]  # alphas_cumprod of every training timestep
+    final_abar: float  # abar after the last step
+    prediction_type: str  # "epsilon" or "v_prediction"
+    spacing: str  # "leading", "trailing" or "linspace"
+    steps_offset: int  # added to "leading" timesteps
+
+    @classmethod
+    def from_config(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Read any scheduler's configuration that has betas (DDIM, PNDM, DDPM, Euler, UniPC ...).
+
+        Options that are missing are those of DDIMScheduler. Clipping has no place in a sum: see `ignored_options`.
+
+        Raises:
+            ValueError: the scheduler has no betas, or its network predicts something that DDIM is not linear in.
+        """
+        return _read(json.dumps(dict(scheduler_config), sort_keys=True, default=list))
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """abar_t of every training timestep, float64 (T)."""
+        return torch.tensor(self.abar, dtype=torch.float64)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """Return the `steps` timesteps, descending, that diffusers' DDIMScheduler takes.
+
+        Raises:
+            ValueError: `steps` is not between 1 and the number of training timesteps.
+        """
+        trained = len(self.abar)
+        if not 1 <= steps <= trained:
+            raise ValueError(f"steps must be between 1 and {trained}, got {steps}")
+        if self.spacing == "leading":
+            return [i * (trained // steps) + self.steps_offset for i in reversed(range(steps))]
+        if self.spacing == "trailing":
+            return [int(t) - 1 for t in np.round(np.arange(trained, 0, -trained / steps))]
+        return [int(t) for t in np.linspace(0, trained - 1, steps).round()[::-1]]
+
+    def closed_form(self, steps: int | Sequence[int]) -> Schedule:
+        """Compute the schedule of `steps` in float64.
+
+        Args:
+            steps: a number of DDIM steps, or the descending timesteps themselves.
+
+        Raises:
+            ValueError: the timesteps do not fit the scheduler.
+        """
+        timesteps = self.timesteps(steps) if isinstance(steps, int) else [int(t) for t in steps]
+        trained = len(self.abar)
+        if not timesteps or any(not 0 <= t < trained for t in timesteps):
+            raise ValueError(f"timesteps must lie in 0..{trained - 1}, got {timesteps}")
+        if any(later >= t for t, later in pairwise(timesteps)):
+            raise ValueError(f"timesteps must be descending, got {timesteps}")
+        step = _STEPS[self.prediction_type]
+        noise_weight, step_weights = 1.0, []
+        for t, previous in zip(timesteps, self._arrivals(timesteps), strict=True):
+            if self.abar[t] == 0.0 and self.prediction_type == "epsilon":
+                raise ValueError(f"epsilon prediction says nothing at timestep {t}: zero terminal SNR needs v")
+            a, b = step(self.abar[t], self.abar[previous] if previous >= 0 else self.final_abar)
+            noise_weight *= a
+            step_weights = [w * a for w in step_weights] + [b]
+        return Schedule(tuple(timesteps), noise_weight, tuple(step_weights))
+
+    def _arrivals(self, timesteps: list[int]) -> list[int]:
+        """Return the timestep that each step lands on; negative means the end of the chain.
+
+        DDIMScheduler lands T // N below t_i. With "linspace" spacing, and with "trailing" when N does not divide T,
+        that is not t_{i+1}. We follow it, so that a student samples like its teacher. A step from timesteps that are
+        not DDIM's own lands on the next timestep.
+        """
+        if timesteps == self.timesteps(len(timesteps)):
+            stride = len(self.abar) // len(timesteps)
+            return [t - stride for t in timesteps]
+        return [*timesteps[1:], -1]
+
+
+def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> torch.Tensor:
+    """Return abar_t of every training timestep, float64 (T). Raises ValueError as `NoiseSchedule.from_config`."""
+    return NoiseSchedule.from_config(scheduler_config).alphas_cumprod
 
 
 def ddim_timesteps(scheduler_config: Mapping[str, Any], steps: int) -> list[int]:
-    """The `steps` timesteps, descending, that diffusers' DDIMScheduler takes with this configuration.
-
-    Any scheduler's configuration will do that has betas (PNDM, DDPM, Euler, UniPC ...): they, the spacing and the
-    offset are read from it.
-    Raises ValueError if `steps` is not between 1 and the number of training timesteps.
-    """
-    scheduler = _ddim(scheduler_config)
-    trained = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= trained:
-        raise ValueError(f"steps must be between 1 and {trained}, got {steps}")
-    scheduler.set_timesteps(steps)
-    return [int(t) for t in scheduler.timesteps]
+    """Return `NoiseSchedule.timesteps` of a configuration."""
+    return NoiseSchedule.from_config(scheduler_config).timesteps(steps)
 
 
 def closed_form(scheduler_config: Mapping[str, Any], steps: int | Sequence[int]) -> Schedule:
-    """The schedule of `steps`: a number of DDIM steps, or the descending timesteps themselves.
-
-    Weights are computed in float64. A configuration's clipping has no place in a sum: see `ignored_options`.
-    Raises ValueError if the timesteps do not fit the scheduler, or the scheduler not DDIM (see `_ddim`).
-    """
-    scheduler = _ddim(scheduler_config)
-    timesteps = ddim_timesteps(scheduler_config, steps) if isinstance(steps, int) else [int(t) for t in steps]
-    abar = scheduler.alphas_cumprod.double().tolist()
-    final = float(scheduler.final_alpha_cumprod)
-    if not timesteps or any(not 0 <= t < len(abar) for t in timesteps):
-        raise ValueError(f"timesteps must lie in 0..{len(abar) - 1}, got {timesteps}")
-    if any(later >= t for t, later in pairwise(timesteps)):
-        raise ValueError(f"timesteps must be descending, got {timesteps}")
-
-    step = _STEPS[scheduler.config.prediction_type]
-    noise_weight, step_weights = 1.0, []
-    for t, previous in zip(timesteps, _arrivals(scheduler_config, timesteps), strict=True):
-        if abar[t] == 0.0 and scheduler.config.prediction_type == "epsilon":
-            raise ValueError(f"epsilon prediction says nothing at timestep {t}: zero terminal SNR needs v")
-        a, b = step(abar[t], abar[previous] if previous >= 0 else final)
-        noise_weight *= a
-        step_weights = [w * a for w in step_weights] + [b]
-    return Schedule(tuple(timesteps), noise_weight, tuple(step_weights))
+    """Return `NoiseSchedule.closed_form` of a configuration."""
+    return NoiseSchedule.from_config(scheduler_config).closed_form(steps)
 
 
 def ignored_options(scheduler_config: Mapping[str, Any]) -> list[str]:
-    """The options of a configuration that clip a sampler's steps, which are therefore left out here.
+    """Return the options of a configuration that clip a sampler's steps. A closed form leaves them out.
 
     Stable Diffusion is sampled without them: diffusers' own pipeline sets clip_sample to false.
     """
     return [option for option in _CLIPPING if scheduler_config.get(option)]
-
-
-def _arrivals(scheduler_config: Mapping[str, Any], timesteps: list[int]) -> list[int]:
-    """The timestep each step lands on; negative means the end of the chain.
-
-    DDIMScheduler lands T // N below t_i. With "linspace" spacing, and with "trailing" when N does not divide
-    T, that is not t_{i+1}; we do as it does, so that a student samples like its teacher. Timesteps other than
-    its own land on the next.
-    """
-    if timesteps == ddim_timesteps(scheduler_config, len(timesteps)):
-        stride = len(alphas_cumprod(scheduler_config)) // len(timesteps)
-        return [t - stride for t in timesteps]
-    return [*timesteps[1:], -1]
 
 
 def _epsilon_step(abar: float, abar_next: float) -> tuple[float, float]:
@@ -113,27 +151,32 @@ def _v_step(abar: float, abar_next: float) -> tuple[float, float]:
 
 
 _STEPS = {"epsilon": _epsilon_step, "v_prediction": _v_step}
+_SPACINGS = ("leading", "trailing", "linspace")
 
 
-_BETAS = ("beta_start", "beta_end", "beta_schedule")
-# Their processes are others, even where a configuration still has the betas of the one it was made from.
-_WITHOUT_BETAS = ("FlowMatch", "EDM", "CogVideoX")
+@lru_cache(maxsize=16)  # a model's configuration is asked for many times, and building a scheduler takes milliseconds
+def _read(scheduler_config: str) -> NoiseSchedule:
+    scheduler = _ddim(json.loads(scheduler_config))
+    config = scheduler.config
+    return NoiseSchedule(
+        # The values are those of diffusers, which computes them in float32, so they are the ones the teacher knew.
+        abar=tuple(scheduler.alphas_cumprod.double().tolist()),
+        final_abar=float(scheduler.final_alpha_cumprod),
+        prediction_type=config.prediction_type,
+        spacing=config.timestep_spacing,
+        steps_offset=config.steps_offset,
+    )
 
 
 def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
-    """DDIMScheduler with the betas, spacing and offset of any scheduler's configuration, and without clipping.
-
-    What is not given is as DDIMScheduler has it. Raises ValueError if there are no betas, or if the network
-    predicts something that DDIM is not linear in.
-    """
-    name = scheduler_config.get("_class_name", "DDIMScheduler")
-    own_betas = scheduler_config.get("trained_betas")
+    """Make a DDIMScheduler, without clipping, from any scheduler's configuration. Raises ValueError."""
+    name = str(scheduler_config.get("_class_name", "DDIMScheduler"))
     if name.startswith(_WITHOUT_BETAS) or scheduler_config.get("use_flow_sigmas"):
         raise ValueError(
             f"{name} has no DDIM equivalent: expected a scheduler with betas (DDIM, PNDM, DDPM, Euler ...)"
         )
     absent = [key for key in _BETAS if scheduler_config.get(key) is None]
-    if absent and own_betas is None:
+    if absent and scheduler_config.get("trained_betas") is None:
         raise ValueError(f"{name} has no DDIM equivalent: its configuration has no {absent[0]}")
     accepted = signature(DDIMScheduler.__init__).parameters
     config = {key: value for key, value in scheduler_config.items() if key in accepted}
@@ -142,10 +185,15 @@ def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
     except NotImplementedError as error:
         expected = "linear, scaled_linear or squaredcos_cap_v2"
         raise ValueError(f"beta_schedule {config['beta_schedule']!r} is not supported: expected {expected}") from error
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} has a malformed configuration: {' '.join(str(error).split())[:100]}") from error
     trained, betas = scheduler.config.num_train_timesteps, len(scheduler.betas)
     if trained != betas:
         raise ValueError(f"the scheduler has {betas} trained_betas for {trained} num_train_timesteps")
     if scheduler.config.prediction_type not in _STEPS:
         found = scheduler.config.prediction_type
         raise ValueError(f"prediction_type {found!r} is not supported: expected one of {sorted(_STEPS)}")
+    if scheduler.config.timestep_spacing not in _SPACINGS:
+        found = scheduler.config.timestep_spacing
+        raise ValueError(f"timestep_spacing {found!r} is not supported: expected one of {sorted(_SPACINGS)}")
     return scheduler

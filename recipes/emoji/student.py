@@ -97,7 +97,7 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
     if not path.exists():
         pipeline = load_teacher(teacher)
         pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
-        components = replace(load_components(teacher), name="emoji", licence=LICENCE)
+        components = replace(load_components(teacher), name="emoji", license=LICENCE)
         timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
         student = Student(components, timesteps[0], {len(timesteps): timesteps}, base_model="emoji teacher")
         model = student.tiue().to(loop.device())

@@ -500,7 +500,7 @@ def _student(
         return Student(components, first, schedules, teacher.name, **sharing)
     if initial.encoder_timestep != first or any(initial.schedules.get(n) != s for n, s in schedules.items()):
         raise ValueError(f"the initial student has schedules {initial.schedules}, this run needs {schedules}")
-    kept = {name: getattr(initial.components, name) for name in ("unet", "name", "licence")}
+    kept = {name: getattr(initial.components, name) for name in ("unet", "name", "license")}
     components = dataclasses.replace(teacher, **kept)
     return dataclasses.replace(initial, components=components, schedules=schedules, **sharing)
 
