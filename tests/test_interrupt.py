@@ -179,3 +179,11 @@ def test_errors_of_one_item_end_the_rest():
     assert seen == [1, 2]
     interrupt.for_each(seen.append, [7, 8, 9], at_once=2)
     assert sorted(seen) == [1, 2, 7, 8, 9]
+
+
+def test_a_timeout_reaches_a_graph_that_runs(pipe):
+    begun = time.monotonic()
+    with pytest.raises(Cancelled, match="unet_decoder"):
+        pipe(PROMPT, memory="parallel", timeout=0.3)
+    assert time.monotonic() - begun < AT_ONCE
+    assert pipe(PROMPT, memory="sequential", timeout=60).images

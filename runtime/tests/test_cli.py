@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -195,3 +196,22 @@ def test_python_dash_m(tiny):
     assert (done.returncode, done.stderr) == (0, "")
     done = subprocess.run([*command[:3], "--version"], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("tiue-runtime 0.")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_terminal_that_cannot_show_a_name_stops_nothing(tiny, tmp_path, encoding):
+    out = tmp_path / "\u753b\u50cf \u2764.png"
+    command = [sys.executable, "-m", "tiue_runtime", "generate", "a \u2764", "--bundle", str(tiny), "--out", str(out)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, "--num-images", "3"], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert len(done.stdout.splitlines()) == 4
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback(tiny):
+    command = [sys.executable, "-m", "tiue_runtime", "info", "--json", "--bundle", str(tiny)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""

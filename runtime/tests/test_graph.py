@@ -327,7 +327,7 @@ def test_graphs_that_cannot_be_recorded(gpu, tiny):
 def test_a_failure_on_the_recording_thread(gpu, tiny):
     pipe = Pipeline.load(tiny, device="cuda", cuda_graphs=True)
     with pytest.raises(InferenceError, match="vae_decoder failed on cuda"):
-        pipe._decode_image.graph({"latents": np.zeros((1, 2), np.float32)})
+        pipe.graphs.vae_decoder({"latents": np.zeros((1, 2), np.float32)})
 
 
 def test_tensorrt_first_then_cuda(gpu, tiny, tmp_path, monkeypatch):

@@ -73,9 +73,9 @@ def test_modes_go_down_to_one_timestep():
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_partial_mode_runs_two_timesteps_at_once(pipe, monkeypatch, close, steps):
-    graph = Scarce(pipe._unet_decoder)
+    graph = Scarce(pipe.graphs.unet_decoder)
     expected = pipe(HEART, seed=7, steps=steps, output_type="latent").images
-    monkeypatch.setattr(pipe, "_unet_decoder", graph)
+    monkeypatch.setattr(pipe.graphs, "unet_decoder", graph)
     calls = []
     result = pipe(HEART, seed=7, steps=steps, memory="partial", output_type="latent",
                   callback=lambda *call: calls.append(call))  # fmt: skip
@@ -95,8 +95,8 @@ def test_partial_mode_runs_two_timesteps_at_once(pipe, monkeypatch, close, steps
 )
 def test_running_out_of_memory_goes_one_mode_lower(pipe, monkeypatch, close, asked, most, used, rows):
     expected = pipe([HEART, STAR], seed=7, output_type="np").images
-    graph = Scarce(pipe._unet_decoder, most)
-    monkeypatch.setattr(pipe, "_unet_decoder", graph)
+    graph = Scarce(pipe.graphs.unet_decoder, most)
+    monkeypatch.setattr(pipe.graphs, "unet_decoder", graph)
     with pytest.warns(UserWarning) as caught:
         result = pipe([HEART, STAR], seed=7, memory=asked, output_type="np")
     close(result.images, expected)
@@ -109,17 +109,17 @@ def test_running_out_of_memory_goes_one_mode_lower(pipe, monkeypatch, close, ask
 
 
 def test_the_lowest_mode_names_the_stage_and_the_remedy(heavy_pipe, monkeypatch):
-    monkeypatch.setattr(heavy_pipe, "_unet_decoder", Scarce(heavy_pipe._unet_decoder, most=0))
+    monkeypatch.setattr(heavy_pipe.graphs, "unet_decoder", Scarce(heavy_pipe.graphs.unet_decoder, most=0))
     message = r'unet_decoder ran out .*: make smaller pictures, fewer at once, with memory="low", load with vae="tiny"$'
     with pytest.raises(OutOfMemoryError, match=message):
         heavy_pipe(HEART, seed=7, memory="sequential", height=8, width=8)
 
 
-@pytest.mark.parametrize("graph", ["_text_encoder", "_unet_encoder"])
+@pytest.mark.parametrize("graph", ["text_encoder", "unet_encoder"])
 def test_other_graphs_have_no_lower_mode(pipe, monkeypatch, graph):
-    scarce = Scarce(getattr(pipe, graph), most=0)
-    monkeypatch.setattr(pipe, graph, scarce)
-    with pytest.raises(OutOfMemoryError, match=f"^{graph[1:]} ran out of memory on cpu: make smaller pictures"):
+    scarce = Scarce(getattr(pipe.graphs, graph), most=0)
+    monkeypatch.setattr(pipe.graphs, graph, scarce)
+    with pytest.raises(OutOfMemoryError, match=f"^{graph} ran out of memory on cpu: make smaller pictures"):
         pipe(HEART)
 
 
@@ -160,7 +160,7 @@ def test_what_a_graph_keeps_is_not_asked_for_again(heavy, free):
     manifest = Bundle.load(heavy).manifest
     free(0)
     budget = Budget(manifest, "portable", CPU)
-    budget.succeeded("unet_decoder", 4, 100)
+    budget.held("unet_decoder", 4, 100)
     assert [budget.fits("unet_decoder", rows, 100) for rows in (3, 4, 5)] == [True, True, False]
     assert not budget.fits("vae_decoder", 1, 1)
 
@@ -168,7 +168,7 @@ def test_what_a_graph_keeps_is_not_asked_for_again(heavy, free):
 @pytest.mark.parametrize("name", ["unet_decoder", "vae_decoder"])
 def test_after_a_shortage_the_cpu_keeps_nothing(heavy, monkeypatch, free, name):
     pipe = Pipeline.load(heavy, device="cpu")
-    graph = {"unet_decoder": pipe._unet_decoder, "vae_decoder": pipe._decode_image.graph}[name]
+    graph = {"unet_decoder": pipe.graphs.unet_decoder, "vae_decoder": pipe.graphs.vae_decoder}[name]
     session, first = graph.session(), iter([True])
     run = session.run_with_iobinding
 
@@ -182,7 +182,7 @@ def test_after_a_shortage_the_cpu_keeps_nothing(heavy, monkeypatch, free, name):
     with pytest.warns(UserWarning, match=f"{name} ran out of memory on cpu"):
         pipe(HEART, seed=1, num_images=2, height=32, width=32, memory="parallel")
     free(0)
-    held = {graph: pipe._budget.fits(graph, 1, 1) for graph in ("unet_decoder", "vae_decoder")}
+    held = {graph: pipe.graphs.budget.fits(graph, 1, 1) for graph in ("unet_decoder", "vae_decoder")}
     assert held == {"unet_decoder": name != "unet_decoder", "vae_decoder": name != "vae_decoder"}
 
 
@@ -192,15 +192,15 @@ def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatc
     whole = heavy_pipe(HEART, **size)
     assert whole.tile is None
     latents = 128 * 160
-    graph = Scarce(heavy_pipe._decode_image.graph, most=1)
-    monkeypatch.setattr(heavy_pipe._decode_image, "graph", graph)
+    graph = Scarce(heavy_pipe.graphs.vae_decoder, most=1)
+    monkeypatch.setattr(heavy_pipe.graphs, "vae_decoder", graph)
     with pytest.warns(UserWarning, match="^vae_decoder ran out of memory on cpu: decoding 1 at once$") as caught:
         result = heavy_pipe(HEART, **size)
     np.testing.assert_array_equal(result.images, whole.images)
     assert (result.tile, rows_of(graph), len(caught)) == (None, [2, 1, 1], 1)
 
-    graph = Scarce(heavy_pipe._decode_image.graph, latents=latents - 1)
-    monkeypatch.setattr(heavy_pipe._decode_image, "graph", graph)
+    graph = Scarce(heavy_pipe.graphs.vae_decoder, latents=latents - 1)
+    monkeypatch.setattr(heavy_pipe.graphs, "vae_decoder", graph)
     with pytest.warns(UserWarning) as caught:
         result = heavy_pipe(HEART, **size)
     close(result.images, whole.images)
@@ -211,8 +211,8 @@ def test_pictures_are_decoded_one_at_a_time_then_in_tiles(heavy_pipe, monkeypatc
     ]
     assert caught[1].filename == __file__
 
-    graph = Scarce(heavy_pipe._decode_image.graph, latents=32 * 32)
-    monkeypatch.setattr(heavy_pipe._decode_image, "graph", graph)
+    graph = Scarce(heavy_pipe.graphs.vae_decoder, latents=32 * 32)
+    monkeypatch.setattr(heavy_pipe.graphs, "vae_decoder", graph)
     with pytest.warns(UserWarning, match="tiles of 64x64"):
         result = heavy_pipe(HEART, vae_tiling=True, **size)
     close(result.images, whole.images)
@@ -223,7 +223,7 @@ def test_the_estimate_decides_how_pictures_are_decoded(heavy, close, free):
     pipe = Pipeline.load(heavy, device="cpu")
     size = {"num_images": 2, "seed": 1, "height": 160, "width": 128, "memory": "sequential", "output_type": "np"}
     picture = 80 * 64 * pipe.bundle.manifest.memory["portable"]["vae_decoder"].per_latent / memory.USABLE
-    graph = pipe._decode_image.graph = Scarce(pipe._decode_image.graph)
+    graph = pipe.graphs.vae_decoder = Scarce(pipe.graphs.vae_decoder)
     free(int(0.9 * picture))
     with pytest.warns(UserWarning, match="would run out of memory on cpu, by the bundle's estimate: decoding in tiles"):
         tiled = pipe(HEART, **size)
@@ -241,7 +241,7 @@ def test_the_estimate_decides_how_pictures_are_decoded(heavy, close, free):
 
 def test_of_requests_at_once_none_counts_on_what_is_kept(heavy, free):
     pipe = Pipeline.load(heavy, device="cpu")
-    budget, run = pipe._budget, ("unet_decoder", 1, 256)
+    budget, run = pipe.graphs.budget, ("unet_decoder", 1, 256)
     free(None)
     pipe(HEART, seed=1, height=32, width=32, memory="sequential", output_type="latent")
     free(0)
@@ -249,7 +249,7 @@ def test_of_requests_at_once_none_counts_on_what_is_kept(heavy, free):
         assert budget.fits(*run)
         with budget.request():
             assert not budget.fits(*run)
-    budget.released("unet_decoder")
+    budget.freed("unet_decoder")
     assert not budget.fits(*run)
 
 
@@ -261,7 +261,7 @@ def test_what_the_decoder_keeps_does_not_drive_the_picture_into_tiles(heavy, fre
     decoder = uses["unet_decoder"].bytes(4, 80 * 64) / memory.USABLE
     image = uses["vae_decoder"].bytes(1, 80 * 64) / memory.USABLE
     asked = []
-    pipe._unet_decoder = Watched(pipe._unet_decoder, asked)
+    pipe.graphs.unet_decoder = Watched(pipe.graphs.unet_decoder, asked)
 
     def gives_back(bytes_free):
         asked.clear()
@@ -271,8 +271,8 @@ def test_what_the_decoder_keeps_does_not_drive_the_picture_into_tiles(heavy, fre
 
     assert not gives_back(1.01 * (decoder + image))
     assert not gives_back(1.01 * image)  # what the first picture took is kept for this one
-    pipe._budget.released("unet_decoder")
-    pipe._budget.released("vae_decoder")
+    pipe.graphs.budget.freed("unet_decoder")
+    pipe.graphs.budget.freed("vae_decoder")
     assert gives_back(1.01 * image)
 
 
@@ -297,7 +297,7 @@ def test_tiling_when_asked_for_and_when_refused(heavy_pipe, monkeypatch, free, c
     assert tiled.tile == (128, 128)
     close(tiled.images, heavy_pipe(HEART, vae_tiling=False, **size).images)
     assert heavy_pipe(HEART, vae_tiling=True, **{**size, "height": 128}).tile is None
-    monkeypatch.setattr(heavy_pipe._decode_image, "graph", Scarce(heavy_pipe._decode_image.graph, latents=0))
+    monkeypatch.setattr(heavy_pipe.graphs, "vae_decoder", Scarce(heavy_pipe.graphs.vae_decoder, latents=0))
     with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, allow vae_tiling, load with vae="tiny"$'):
         heavy_pipe(HEART, vae_tiling=False, **size)
 
@@ -324,7 +324,7 @@ from tiue_runtime.ort.graph import Graph
 
 directory, stage, mib, memory = sys.argv[1:]
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # each thread would reserve address space at its own time
-Budget.fits = lambda *_: True  # so that it runs out of memory, whatever the estimate
+Budget.fits = lambda *_, **__: True  # so that it runs out of memory, whatever the estimate
 
 class Options(onnxruntime.SessionOptions):
     """Without the arena, which grows by what happens to be left and so would make the limits below a matter of luck."""
@@ -392,7 +392,7 @@ def test_a_real_shortage_in_the_image_decoder(heavy):
 
 def test_no_layout_of_memory_is_kept_from_a_larger_run(heavy_pipe):
     # With it, 4 timesteps in parallel make one alone take the memory of 4 (ONNX Runtime 1.32).
-    for graph in (heavy_pipe._unet_decoder, heavy_pipe._decode_image.graph):
+    for graph in (heavy_pipe.graphs.unet_decoder, heavy_pipe.graphs.vae_decoder):
         assert not graph._session.get_session_options().enable_mem_pattern
 
 
@@ -513,11 +513,11 @@ def test_memory_of_a_gpu_without_a_driver():
 
 
 def graphs_of(pipe):
-    return pipe._text_encoder, pipe._unet_encoder, pipe._unet_decoder, pipe._decode_image.graph
+    return tuple(pipe.graphs)
 
 
 def loaded(pipe):
-    return [graph.name for graph in graphs_of(pipe) if graph._session is not None]
+    return [graph.name for graph in pipe.graphs if graph.loaded]
 
 
 @pytest.fixture
@@ -548,7 +548,7 @@ def test_low_memory_for_one_request(tiny, monkeypatch, request_of):
         run = graph._run
         monkeypatch.setattr(graph, "_run", lambda *args, run=run: held.append(loaded(pipe)) or run(*args))
     pipe(**request_of, seed=1, steps=2, memory="low")
-    order = [graph.name for graph in graphs if "prompt" in request_of or graph is not pipe._text_encoder]
+    order = [graph.name for graph in graphs if "prompt" in request_of or graph is not pipe.graphs.text_encoder]
     assert held == [[name] for name in order for _ in range(2 if name == "unet_decoder" else 1)]
     assert loaded(pipe) == []
 

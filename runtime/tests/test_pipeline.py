@@ -177,7 +177,7 @@ def test_generate_has_one_pipeline_for_all_memory_modes(kept, tiny):
     for memory, graphs in (("low", 0), (None, 4), ("low", 0), ("sequential", 4)):
         tiue_runtime.generate(HEART, bundle=tiny, device="cpu", memory=memory)
         [pipe] = kept.values()
-        assert sum(graph._session is not None for graph in pipe._graphs()) == graphs
+        assert sum(graph.loaded for graph in pipe.graphs) == graphs
 
 
 def test_generate_loads_a_bundle_again_that_was_written_again(kept, copy):
@@ -219,7 +219,7 @@ def test_the_cpu_loads_two_graphs_at_a_time(tiny, monkeypatch):
 
     monkeypatch.setattr(graph_module, "create_session", create_session)
     pipe = Pipeline.load(tiny, device="cpu")
-    assert all(loaded.loaded for loaded in pipe._graphs())
+    assert all(loaded.loaded for loaded in pipe.graphs)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +277,16 @@ class Overflowing:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("graph, output", [("text_encoder", "text"), ("unet_decoder", "contribution")])
 def test_overflow_names_the_stage_and_the_remedy(pipe, monkeypatch, graph, output, value):
-    monkeypatch.setattr(pipe, f"_{graph}", Overflowing(getattr(pipe, f"_{graph}"), output, value))
+    monkeypatch.setattr(pipe.graphs, graph, Overflowing(getattr(pipe.graphs, graph), output, value))
     message = rf"{graph}: {output} has NaN or infinity on cpu\. Look for damaged weights with `tiue-runtime verify`"
     with pytest.raises(InferenceError, match=message):
         pipe(HEART, seed=1)
 
 
 def test_features_that_are_not_finite_are_laid_to_the_encoder(pipe, monkeypatch):
-    name = next(iter(pipe._unet_encoder.outputs))
-    monkeypatch.setattr(pipe, "_unet_encoder", Overflowing(pipe._unet_encoder, name, np.nan))
-    monkeypatch.setattr(pipe, "_unet_decoder", Overflowing(pipe._unet_decoder, "contribution", np.nan))
+    name = next(iter(pipe.graphs.unet_encoder.outputs))
+    monkeypatch.setattr(pipe.graphs, "unet_encoder", Overflowing(pipe.graphs.unet_encoder, name, np.nan))
+    monkeypatch.setattr(pipe.graphs, "unet_decoder", Overflowing(pipe.graphs.unet_decoder, "contribution", np.nan))
     with pytest.raises(InferenceError, match=rf"unet_encoder: {name} has NaN or infinity on cpu"):
         pipe(HEART, seed=1)
 
@@ -301,8 +301,7 @@ def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remed
     manifest = Bundle.load(directory).manifest
     write_bundle(directory, replace(manifest, created_from={**manifest.created_from, "precision": "fp16"}))
     pipe = Pipeline.load(directory, device="cpu")
-    decoder = pipe._decode_image
-    decoder.graph = Overflowing(decoder.graph, "image", np.nan)
+    pipe.graphs.vae_decoder = Overflowing(pipe.graphs.vae_decoder, "image", np.nan)
     with pytest.raises(InferenceError, match=rf"vae_decoder: image has NaN or infinity on cpu\. {remedy}$"):
         pipe(HEART, seed=1, height=8, width=8, output_type=output_type)
 
@@ -322,8 +321,8 @@ def test_the_remedy_of_overflow_is_that_of_the_variant(edit, monkeypatch, varian
 
     pipe = Pipeline.load(edit(add), device="cpu")
     assert pipe.variant == "cpu"
-    pipe.variant = variant  # no GPU is here
-    monkeypatch.setattr(pipe, "_unet_encoder", Overflowing(pipe._unet_encoder, "mid", np.nan))
+    monkeypatch.setattr(pipe.graphs, "variant", variant)  # No GPU is here.
+    monkeypatch.setattr(pipe.graphs, "unet_encoder", Overflowing(pipe.graphs.unet_encoder, "mid", np.nan))
     with pytest.raises(InferenceError, match=rf"mid has NaN or infinity on cpu\. {remedy}"):
         pipe(HEART, seed=1)
 

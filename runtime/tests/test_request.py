@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 from tiue_runtime.errors import RequestError
+from tiue_runtime.options import RequestOptions, complete, described
 
 Z = np.zeros((1, 4, 4, 6), dtype=np.float32)
 TEXT = np.zeros((1, 8, 3), dtype=np.float32)
@@ -117,6 +118,7 @@ STRANGE: dict[str, list[object]] = {
     "vae_tiling": [1, "yes", np.array([True, False]), []],
     "callback": [5, "print", [print]],
     "cancel": [5, "stop", [print]],
+    "timeout": [0, -1, np.nan, True, "1", [1]],
 }
 
 
@@ -156,3 +158,12 @@ def test_the_last_seed_of_all_works(pipe):
 
 def test_a_tuple_of_prompts_and_an_empty_prompt_are_prompts(pipe):
     assert len(pipe(("a red heart", ""), seed=1).images) == 2
+
+
+def test_options_of_a_request_are_written_once(pipe):
+    with pytest.raises(TypeError, match="hight"):
+        pipe("a", hight=8)
+    options = described(RequestOptions)
+    assert all(option.help for _, option in options.values())
+    assert complete(RequestOptions, {"steps": 2})["steps"] == 2
+    assert complete(RequestOptions, {})["num_images"] == 1

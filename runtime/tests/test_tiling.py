@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.noise import gaussian
-from tiue_runtime.tiling import Plan, decode, plans, windows
+from tiue_runtime.tiling import Plan, decode_parts, plans, windows
 
 SCALE = 2
 
@@ -27,7 +27,7 @@ def test_tiles_of_a_local_decoder_make_the_whole_picture(close, height, width, t
     latents = gaussian(1, (2, 4, height, width))
     plan = Plan(1, min(tile, height), min(tile, width), tiled=True)
     seen = []
-    image = decode(lambda part: seen.append(part.shape) or nearest(part), latents, plan, SCALE)
+    image = decode_parts(lambda part: seen.append(part.shape) or nearest(part), latents, plan, SCALE)
     close(image, nearest(latents))
     assert image.dtype == np.float32
     assert set(seen) == {(1, 4, plan.height, plan.width)}  # one tile of one size at a time
@@ -47,7 +47,7 @@ def test_windows_cover_the_axis_and_add_up(size, tile):
 
 def test_a_blend_is_linear_between_two_tiles_and_exact_away_from_it():
     tiles = iter((0.0, 1.0))
-    image = decode(lambda part: np.full((1, 3, 32, 32), next(tiles), np.float32), gaussian(1, (1, 4, 16, 28)),
+    image = decode_parts(lambda part: np.full((1, 3, 32, 32), next(tiles), np.float32), gaussian(1, (1, 4, 16, 28)),
                    Plan(1, 16, 16, tiled=True), SCALE)  # fmt: skip
     row = image[0, 0, 0]  # tiles of 16 of 28 latents share 4, which are 8 pixels from 24 on
     np.testing.assert_array_equal(row[:24], 0)
@@ -58,7 +58,7 @@ def test_a_blend_is_linear_between_two_tiles_and_exact_away_from_it():
 def test_one_picture_at_a_time_is_exact():
     latents = gaussian(1, (3, 4, 8, 8))
     seen = []
-    image = decode(lambda part: seen.append(len(part)) or nearest(part), latents, Plan(1, 8, 8), SCALE)
+    image = decode_parts(lambda part: seen.append(len(part)) or nearest(part), latents, Plan(1, 8, 8), SCALE)
     np.testing.assert_array_equal(image, nearest(latents))
     assert seen == [1, 1, 1]
 

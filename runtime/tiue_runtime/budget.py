@@ -57,12 +57,12 @@ class Budget:
         kept = self._held.get(graph, 0) if self._requests <= 1 else 0
         return (self._need(graph, rows, latents) or 0) - kept
 
-    def succeeded(self, graph: str, rows: int, latents: int) -> None:
-        """Note a run that fitted, of a graph that keeps its memory for the next one."""
+    def held(self, graph: str, rows: int, latents: int) -> None:
+        """Note a run whose memory its graph holds for the next one."""
         self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
 
-    def released(self, graph: str) -> None:
-        """Note that a graph gave back what it kept."""
+    def freed(self, graph: str) -> None:
+        """Note that a graph gave its memory back."""
         self._held.pop(graph, None)
 
     def fastest_mode(self, graph: str, steps: int, images: int, latents: int) -> Mode:

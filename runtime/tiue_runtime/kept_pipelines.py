@@ -12,8 +12,9 @@ from PIL.Image import Image
 
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.bundle.find import find_bundle
-from tiue_runtime.pipeline import Options, Pipeline, Vae
-from tiue_runtime.request import Memory
+from tiue_runtime.modes import Memory
+from tiue_runtime.options import RequestOptions, Vae
+from tiue_runtime.pipeline import Pipeline
 
 
 def generate(
@@ -22,7 +23,7 @@ def generate(
     bundle: str | Path | None = None,
     device: str = "auto",
     vae: Vae | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[RequestOptions],
 ) -> list[Image]:
     """Make pictures of a prompt with a pipeline that stays loaded; options are those of `Pipeline.__call__`.
 

@@ -1,21 +1,74 @@
-"""Memory modes: how many timesteps the decoder runs at once."""
+"""Memory modes: how many timesteps one run of the decoder takes, from the fastest mode to the smallest."""
 
-from typing import Literal
+import warnings
+from collections.abc import Callable, Generator
+from typing import Literal, TypeVar
 
-Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least
+from tiue_runtime.errors import LoadingError, OutOfMemoryError
 
+Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least memory
+Memory = Literal["auto", "low", Mode]
 
-# Timesteps per run of the decoder; None is all.
-MODES: dict[Mode, int | None] = {"parallel": None, "partial": 2, "sequential": 1}
+MODES: dict[Mode, int | None] = {"parallel": None, "partial": 2, "sequential": 1}  # timesteps at once; None is all
+
+Computed = TypeVar("Computed")
 
 
 def timesteps_at_once(mode: Mode, steps: int) -> int:
-    """k, the timesteps of one decoder run."""
+    """Return k, the number of timesteps of one decoder run."""
     return min(MODES[mode] or steps, steps)
 
 
 def lower_mode(mode: Mode, steps: int) -> Mode | None:
-    """The next mode that takes fewer timesteps at once, None at the end."""
+    """Return the next mode that takes fewer timesteps at once, or None at the end."""
     modes = list(MODES)
     now = timesteps_at_once(mode, steps)
     return next((m for m in modes[modes.index(mode) :] if timesteps_at_once(m, steps) < now), None)
+
+
+class Ladder:
+    """The modes of one request: it starts on a rung and goes down after a run that did not fit into memory.
+
+    Args:
+        mode: the first one to try.
+        steps: N, all timesteps of the request.
+    """
+
+    def __init__(self, mode: Mode, steps: int) -> None:
+        self.mode: Mode = mode
+        self.steps = steps
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a run takes one timestep, whose prediction is then known alone."""
+        return self.mode == "sequential"
+
+    def runs(self, compute: Callable[[slice], Computed]) -> Generator[tuple[slice, Computed]]:
+        """Call `compute` for parts of the timesteps, one after another, until all are done.
+
+        Args:
+            compute: takes a slice of 0 .. N. If it raises OutOfMemoryError, it is called again in the next lower mode,
+                with a warning.
+
+        Yields:
+            Each slice and its result.
+
+        Raises:
+            OutOfMemoryError: the lowest mode did not fit, or a graph could not be loaded.
+        """
+        first = 0
+        while first < self.steps:
+            now = slice(first, min(first + timesteps_at_once(self.mode, self.steps), self.steps))
+            try:
+                computed = compute(now)
+            except LoadingError:
+                raise  # It would fail in a lower mode, too.
+            except OutOfMemoryError as error:
+                lower = lower_mode(self.mode, self.steps)
+                if lower is None:
+                    raise
+                warnings.warn(f"{error} in {self.mode} mode: going on in {lower} mode", stacklevel=4)
+                self.mode = lower
+                continue
+            yield now, computed
+            first = now.stop

@@ -1,9 +1,9 @@
 """What a caller asked for, checked and made complete before any graph runs."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from tiue_runtime.bundle import Manifest
 from tiue_runtime.errors import RequestError, clip, shorten
 from tiue_runtime.host.memory import free_memory
-from tiue_runtime.modes import Mode
+from tiue_runtime.modes import Memory
 from tiue_runtime.noise import check_seed, gaussian
+from tiue_runtime.options import OutputType
 
-Memory = Literal["auto", "low", Mode]
-OutputType = Literal["pil", "np", "latent"]
 Float32 = NDArray[np.float32]
 LARGEST = 2**20  # pictures, and pixels of a side
+LITTLE = 2**26  # bytes, for which asking the system how much is free would take longer than the noise
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,26 @@ class Request:
         manifest: Manifest,
         text_width: int | None,
         prompt: str | Sequence[str] | None,
-        *,
-        num_images: int,
-        seed: int | None,
-        steps: int | None,
-        height: int | None,
-        width: int | None,
-        latents: Any,
-        prompt_embeds: Any,
         output_type: OutputType,
-        memory: Memory,
-        vae_tiling: bool | None,
-        callback: object,
+        options: Mapping[str, Any],
     ) -> "Request":
-        """Check the arguments of `Pipeline.__call__` but memory; text_width is D, if known. Raises RequestError."""
-        if callback is not None and not callable(callback):
-            raise RequestError(f"callback: expected a function or None, got {shorten(callback)}")
+        """Check the arguments of `Pipeline.__call__` and complete them.
+
+        Args:
+            manifest: of the bundle.
+            text_width: D of text (B, L, D), if known.
+            prompt: a string, a sequence of strings, or None.
+            output_type: one of OutputType.
+            options: RequestOptions, complete; memory is checked already.
+
+        Raises:
+            RequestError: a value is wrong. The message begins with its name.
+        """
+        num_images, seed, steps = options["num_images"], options["seed"], options["steps"]
+        height, width, vae_tiling = options["height"], options["width"], options["vae_tiling"]
+        latents, prompt_embeds = options["latents"], options["prompt_embeds"]
         _one_of("output_type", output_type, get_args(OutputType))
-        if not isinstance(vae_tiling, bool | None):  # pyright: ignore[reportUnnecessaryIsInstance] (untyped callers)
+        if not isinstance(vae_tiling, bool | None):
             raise RequestError(f"vae_tiling: expected True, False or None, got {shorten(vae_tiling)}")
         if (prompt is None) == (prompt_embeds is None):
             given = "neither" if prompt is None else "both"
@@ -89,8 +91,9 @@ class Request:
                 if pixels is not None and pixels != implied:
                     raise RequestError(f"{name}: latents of shape {noise.shape} make {implied}, got {pixels}")
                 _size(f"latents: {name} of the image", implied, implied, manifest.size_multiple)
-        if memory == "auto" and callback is not None:
-            memory = "sequential"  # the other modes have no preview of every step
+        memory: Memory = options["memory"]
+        if memory == "auto" and options["callback"] is not None:
+            memory = "sequential"  # The other modes have no preview of every step.
         return cls(prompts, embeds, num_images, seeds, int(steps), noise, memory, vae_tiling)
 
 
@@ -103,10 +106,10 @@ def check_memory(memory: Memory, *, cuda_graphs: bool) -> None:
 
 def _check_size(count: int, height: int, width: int, manifest: Manifest) -> None:
     """Raise RequestError if the noise and the pictures alone, without any work, exceed the free memory."""
-    free = free_memory()
     latents = manifest.latent_channels / manifest.pixels_per_latent**2
     # Bytes of a pixel: z_T and z_0; then the decoder's image, the same in [0, 1], and the picture.
     need = count * height * width * (2 * 4 * latents + 3 * (4 + 4 + 1))
+    free = free_memory() if need > LITTLE else None
     if free is not None and need > free:
         pictures = "1 picture" if count == 1 else f"{count} pictures"
         raise RequestError(

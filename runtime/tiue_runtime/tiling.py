@@ -66,7 +66,7 @@ def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> li
     return whole if tiling is False else whole + tiles
 
 
-def decode(run: Callable[[Float32], Float32], latents: Float32, plan: Plan, scale: int) -> Float32:
+def decode_parts(run: Callable[[Float32], Float32], latents: Float32, plan: Plan, scale: int) -> Float32:
     """latents (B,C,h,w) => image (B,3,H,W), by `run`, which does the same for a part of them.
 
     scale: pixels per latent, H = scale * h. Besides the result, one part at a time is in memory.

@@ -1,16 +1,20 @@
 """The command line: `tiue-runtime` and `python -m tiue_runtime`."""
 
 import argparse
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, cast
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
+from tiue_runtime.options import LoadOptions, RequestOptions, choices, described
 
+T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 130
 
@@ -24,6 +28,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0, or 2 after one line on stderr about what the user can fix."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A redirected stdout on Windows is not UTF-8. No prompt and no file name may stop the command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -31,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             return command(arguments)
+    except BrokenPipeError:
+        # The reader of stdout, such as head, has gone. Python must not try to write to it when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (TiueError, OSError) as error:
         _say("error", error)
         return _USER_ERROR
@@ -51,26 +63,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.png import check_png_path, save_png
 
-    paths = _numbered(Path(arguments.out), arguments.num_images)
+    paths = _numbered(Path(arguments.out), arguments.num_images or 1)
     for path in paths:
         check_png_path(path)
-    pipeline = Pipeline.load(
-        arguments.bundle,
-        device=arguments.device,
-        vae=arguments.vae,
-        variant=arguments.variant,
-        precision=arguments.precision,
-        memory=arguments.memory,
-    )
-    result = pipeline(
-        arguments.prompt,
-        num_images=arguments.num_images,
-        seed=arguments.seed,
-        steps=arguments.steps,
-        height=arguments.height,
-        width=arguments.width,
-        vae_tiling=arguments.vae_tiling,
-    )
+    options = _given(arguments, RequestOptions)
+    pipeline = Pipeline.load(arguments.bundle, memory=options.get("memory") or "auto", **_given(arguments, LoadOptions))
+    result = pipeline(arguments.prompt, **options)
     for path, image, seed in zip(paths, result.images, result.seeds, strict=True):
         text = {
             "prompt": arguments.prompt,
@@ -136,20 +134,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from tiue_runtime.tools.bench import bench
 
-    rows = bench(
-        arguments.bundle,
-        arguments.device,
-        runs=arguments.runs,
-        steps=arguments.steps,
-        height=arguments.height,
-        width=arguments.width,
-        memory=arguments.memory,
-        vae=arguments.vae,
-        vae_tiling=arguments.vae_tiling,
-        variant=arguments.variant,
-        cuda_graphs=arguments.cuda_graphs,
-        precision=arguments.precision,
-    )
+    loading = _given(arguments, LoadOptions)
+    loading["cuda_graphs"] = arguments.cuda_graphs
+    rows = bench(arguments.bundle, runs=arguments.runs, loading=loading, request=_given(arguments, RequestOptions))
     _print_rows(rows)
     return 0
 
@@ -179,10 +166,9 @@ def _parser() -> _Parser:
     generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them as PNG")
     generate.add_argument("prompt", help='what to draw, such as "a red heart"')
     generate.add_argument("--out", required=True, metavar="FILE.png", help="where to save; several get -1, -2, ...")
-    generate.add_argument("--seed", type=int, help="the same seed gives the same picture (default: a new one)")
-    generate.add_argument("--num-images", type=int, default=1, metavar="N", help="with seeds seed .. seed+N-1")
     _bundle_flag(generate)
-    _run_flags(generate)
+    _option_flags(generate, RequestOptions)
+    _option_flags(generate, LoadOptions)
 
     info = _command(commands, "info", _info, "show what a bundle is: licence, sizes, step counts, origin")
     _bundle_flag(info)
@@ -199,7 +185,8 @@ def _parser() -> _Parser:
     bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
     bench.add_argument("--cuda-graphs", action="store_true", help="record the kernels once and replay them (cuda)")
     _bundle_flag(bench)
-    _run_flags(bench)
+    _option_flags(bench, RequestOptions)
+    _option_flags(bench, LoadOptions)
     return parser
 
 
@@ -222,40 +209,23 @@ def _bundle_flag(parser: _Parser) -> None:
     )
 
 
-def _run_flags(parser: _Parser) -> None:
-    from tiue_runtime.bundle import VAE_KINDS, VARIANTS
-    from tiue_runtime.ort.devices import Precision
-    from tiue_runtime.request import Memory
+def _option_flags(parser: _Parser, options: type) -> None:
+    """Add a flag for every option that is written in a TypedDict of options.py."""
+    for name, (kind, option) in described(options).items():
+        if not option.flag:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=option.help)
+            continue
+        listed = choices(kind, option) or None
+        parse = {int: int, float: float}.get(kind, str)
+        metavar = option.metavar if option.metavar or listed else None
+        parser.add_argument(flag, type=parse, choices=listed, metavar=metavar, help=option.help)
 
-    parser.add_argument("--steps", type=int, help="a step count of the bundle (default: the bundle's)")
-    parser.add_argument("--width", type=int, help="pixels (default: the bundle's)")
-    parser.add_argument("--height", type=int, help="pixels (default: the bundle's)")
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, openvino, cuda, tensorrt or tensorrt-rtx, or cuda:1 and so on; one asked for by name is never "
-        "replaced",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        help="what openvino computes in (default: bf16 where the CPU multiplies in it, else fp32)",
-    )
-    parser.add_argument(
-        "--memory",
-        choices=get_args(Memory),
-        default="auto",
-        help="parallel: all steps in one batch; partial: two at once; sequential: one by one; auto (default): the "
-        "first of them that fits; low: one by one, and each graph is loaded only for its turn",
-    )
-    parser.add_argument(
-        "--vae", choices=VAE_KINDS, help="kl: the full image decoder; tiny: a small, fast one (default: the bundle's)"
-    )
-    parser.add_argument(
-        "--variant", choices=VARIANTS, help="the bundle's graphs to run (default: the best for the device)"
-    )
-    parser.add_argument(
-        "--vae-tiling",
-        action=argparse.BooleanOptionalAction,
-        help="decode large pictures in tiles, in less memory (default: where memory is short)",
-    )
+
+def _given(arguments: argparse.Namespace, options: type[T]) -> T:
+    """Return the options that the user gave, as keyword arguments."""
+    values = vars(arguments)
+    named = {name: values[name] for name in described(options) if values.get(name) is not None}
+    return cast(T, named)

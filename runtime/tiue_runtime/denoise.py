@@ -1,0 +1,62 @@
+"""The method: the encoder runs once, the decoder at N timesteps, and a weighted sum is the picture.
+
+    F     = encoder(z_T, c)                     once, at the timestep folded into its graph
+    eps_i = decoder(F, t_i, c)                  k timesteps in one run
+    z_0   = w_0 z_T + sum_i w_i eps_i
+
+z_T is noise, c the text, z_0 the latents of the picture. There is no sampling loop: no eps_i depends on another.
+Source: arXiv 2505.21960; docs/method.md derives the sum.
+"""
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiue_runtime.bundle import Manifest
+from tiue_runtime.graphs import Halves
+from tiue_runtime.modes import Ladder
+from tiue_runtime.run import Run
+
+Float32 = NDArray[np.float32]
+
+
+def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, ladder: Ladder, run: Run) -> Float32:
+    """Turn noise into latents.
+
+    Args:
+        halves: encoder and decoder.
+        manifest: holds the weights of the sum for the ladder's number of timesteps.
+        z_T: noise, float32 (B, C, h, w).
+        text: text embeddings, float32 (B, L, D).
+        ladder: says how many timesteps one run of the decoder takes.
+        run: hears of every step.
+
+    Returns:
+        z_0, float32 (B, C, h, w).
+    """
+    steps, schedule = ladder.steps, manifest.schedules[ladder.steps]
+    rows = np.array(manifest.step_rows(steps), dtype=np.int64)
+    w = np.array(schedule.step_weights, dtype=np.float32)
+
+    features = halves.encode(z_T, text)
+
+    def decode(now: slice) -> Float32:
+        # A prediction that comes alone is taken without its weight, so that it can be previewed.
+        return halves.decode(features, rows[now], np.ones(1, np.float32) if ladder.one_by_one else w[now])
+
+    z = np.float32(schedule.noise_weight) * z_T
+    for now, contribution in ladder.runs(decode):
+        if ladder.one_by_one:
+            eps = contribution
+            # As if eps were right for all timesteps that are left.
+            run.step(now.stop, steps, partial(_ahead, z, w[now.start :].sum(), eps))
+            contribution = w[now] * eps
+        z = z + contribution
+    if not ladder.one_by_one:
+        run.step(steps, steps, z.copy)
+    return z
+
+
+def _ahead(z: Float32, weight: np.float32, eps: Float32) -> Float32:
+    return np.add(z, weight * eps, dtype=np.float32)

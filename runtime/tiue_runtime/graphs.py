@@ -1,0 +1,222 @@
+"""The graphs of a pipeline: loaded together, or each for its turn; checked; run; and what each of them holds."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiue_runtime import bundle as contract
+from tiue_runtime.budget import Budget
+from tiue_runtime.bundle import Bundle
+from tiue_runtime.errors import OutOfMemoryError
+from tiue_runtime.modes import Memory
+from tiue_runtime.ort.cuda_graphs import CudaGraphs
+from tiue_runtime.ort.devices import KINDS, Device, Settings
+from tiue_runtime.ort.engines import with_cache
+from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.interrupt import for_each
+from tiue_runtime.ort.sessions import first_line
+from tiue_runtime.run import Run
+
+Float32 = NDArray[np.float32]
+
+_GIVEN = {contract.LATENTS, contract.TEXT}
+_STEPS = {contract.STEP_INDEX, contract.STEP_WEIGHT}
+_LOAD_TINY = 'load with vae="tiny"'
+
+
+class Graphs:
+    """Text encoder, UNet encoder, UNet decoder and image decoder of a bundle, in the order in which they run.
+
+    Args:
+        bundle: where they are.
+        device: where they run.
+        variant: which of the bundle's graphs.
+        settings: of their sessions.
+        vae: the kind of image decoder.
+        memory: with "low", graphs are loaded in each request, when their turn comes.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: Device, variant: str, settings: Settings, vae: str, memory: Memory
+    ) -> None:
+        self._bundle, self._device, self.variant, self._settings, self._vae = bundle, device, variant, settings, vae
+        # Where graphs are loaded one by one in any case, there is nothing to gain from waiting.
+        self._load_now = memory != "low" and KINDS[device.kind].loads_at_once == 1
+        self.budget = Budget(bundle.manifest, variant, device)
+        self.cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
+        expect = Graph.expect
+        self.text_encoder = self._graph(
+            contract.TEXT_ENCODER,
+            lambda g: expect(g, {contract.INPUT_IDS, contract.ATTENTION_MASK}, {contract.TEXT}),
+        )
+        # The checks must not hold self: a reference cycle would keep the sessions alive until garbage collection.
+        encoder = self.unet_encoder = self._graph(contract.UNET_ENCODER, lambda g: expect(g, _GIVEN, set()))
+        self.unet_decoder = self._graph(
+            contract.UNET_DECODER,
+            lambda g: expect(g, _GIVEN | _STEPS, {contract.CONTRIBUTION}, needed=_STEPS, features=encoder.outputs),
+        )
+        self.vae_name = bundle.manifest.vaes[vae]
+        self.vae_decoder = self._graph(self.vae_name, lambda g: expect(g, {contract.LATENTS}, {contract.IMAGE}))
+        if memory != "low":
+            self.load()
+
+    def _graph(self, name: str, check: Callable[[Graph], object]) -> Graph:
+        path = self._bundle.graph_path(name, self.variant)
+        settings = with_cache(self._settings, self._device, self._bundle.directory, path)
+        recording = self.cuda_graphs
+        if name == contract.TEXT_ENCODER:
+            # It makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes recording.
+            settings, recording = replace(settings, cuda_graphs=False), None
+        with self._loading():
+            return Graph(path, self._device, settings, recording, check=check, load=self._load_now)
+
+    def __iter__(self) -> Iterator[Graph]:
+        return iter((self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder))
+
+    def load(self) -> None:
+        """Load the graphs that are not loaded. Raises BundleError, DeviceError, OutOfMemoryError."""
+        missing = [graph for graph in self if not graph.loaded]
+        with self._loading():
+            for_each(Graph.session, missing, KINDS[self._device.kind].loads_at_once)
+
+    def unload(self, *graphs: Graph) -> None:
+        """Free graphs and the memory that they hold."""
+        for graph in graphs:
+            graph.unload()
+        for graph, name in ((self.unet_decoder, contract.UNET_DECODER), (self.vae_decoder, self.vae_name)):
+            if graph in graphs:
+                self.budget.freed(name)
+
+    @contextmanager
+    def request(self, run: Run, *, low: bool) -> "Generator[Turns]":
+        """Prepare the graphs for a request, and free them after it if it takes low memory."""
+        if not low:
+            self.load()  # Before free memory is looked up, if an earlier request freed them.
+        try:
+            with self.budget.request(), self.cuda_graphs.turn() if self.cuda_graphs else nullcontext():
+                yield Turns(self, run, low=low)
+        finally:
+            if low:
+                self.unload(*self)
+
+    @contextmanager
+    def _loading(self) -> Generator[None]:
+        """Name the remedy if memory does not suffice for all graphs."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            without = " and without cuda_graphs" if self.cuda_graphs else ""
+            raise self.out_of_memory(error, f'load with memory="low"{without}') from error
+
+    def out_of_memory(self, error: Exception, *remedies: str) -> OutOfMemoryError:
+        """Return the error to raise when memory is exhausted."""
+        helps = (*remedies, _LOAD_TINY) if self._tiny_is_left() else remedies
+        return OutOfMemoryError(f"{first_line(error)}: {', '.join(helps)}")
+
+    def overflow_remedy(self, *, vae: bool = False) -> str:
+        """Return what helps when a graph computes values that are not finite."""
+        manifest, variant = self._bundle.manifest, self.variant
+        precision = manifest.created_from.get("precision", "fp32")
+        if variant == contract.CUDA and contract.PORTABLE in manifest.variants:
+            remedy = 'Its cuda graphs overflowed: load with variant="portable"'
+        elif precision != "fp32" and variant != contract.CPU:  # The cpu graphs compute in fp32 in any case.
+            remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
+        else:
+            remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
+        return remedy + (f", or {_LOAD_TINY}" if vae and self._tiny_is_left() else "")
+
+    def _tiny_is_left(self) -> bool:
+        """Say whether the bundle has a smaller image decoder than this one."""
+        return contract.TINY in self._bundle.manifest.vaes and self._vae != contract.TINY
+
+    @property
+    def text_width(self) -> int | None:
+        """D of text (B, L, D), if a graph declares it."""
+        before = [graph for graph in self if graph.loaded]
+        text = self.unet_encoder.inputs.get(contract.TEXT) or self.unet_decoder.inputs.get(contract.TEXT)
+        width = text.shape[-1] if text else None
+        self.unload(*(graph for graph in self if graph.loaded and graph not in before))
+        return width if isinstance(width, int) else None
+
+
+class Turns:
+    """The graphs in one request, each run when its turn comes."""
+
+    def __init__(self, graphs: Graphs, run: Run, *, low: bool) -> None:
+        self.graphs, self.run, self.low = graphs, run, low
+
+    def __call__(self, stage: str, graph: Graph, feed: Mapping[str, Any], **options: bool) -> dict[str, Any]:
+        """Run a graph as a stage of the request. With low memory, no other graph stays loaded."""
+        if self.low:
+            self.graphs.unload(*(other for other in self.graphs if other is not graph and other.loaded))
+        with self.run.stage(stage):
+            return graph(feed, cancelled=self.run.cancelled, **options)
+
+
+class Halves:
+    """The two halves of the UNet in one request, as functions of arrays."""
+
+    def __init__(self, turns: Turns, steps: int, *, decoded: bool) -> None:
+        """Take the halves.
+
+        Args:
+            turns: runs their graphs.
+            steps: N, how many timesteps `decode` will be asked for in all.
+            decoded: whether the image decoder follows.
+        """
+        self._turns, self._left, self._decoded = turns, steps, decoded
+        self._shape: tuple[int, ...] = ()
+
+    def encode(self, latents: Float32, text: Float32) -> dict[str, Any]:
+        """Run the encoder. Returns everything that the decoder takes, on the device."""
+        graph = self._turns.graphs.unet_encoder
+        known = graph.place({contract.LATENTS: latents, contract.TEXT: text})
+        features = self._turns(contract.UNET_ENCODER, graph, known, keep_on_device=not self._turns.low)
+        self._shape = latents.shape
+        return {**known, **features}
+
+    def decode(self, features: Mapping[str, Any], rows: NDArray[np.int64], weights: Float32) -> Float32:
+        """Run the decoder at k timesteps.
+
+        Args:
+            features: from `encode`.
+            rows: int64 (k,), rows of the manifest's decoder_timesteps.
+            weights: float32 (k,), w_i.
+
+        Returns:
+            sum_i w_i eps_i over these timesteps, float32 (B, C, h, w).
+        """
+        graphs = self._turns.graphs
+        graph, budget = graphs.unet_decoder, graphs.budget
+        count, _, height, width = self._shape
+        this_run = contract.UNET_DECODER, len(rows) * count, height * width
+        # Free the decoder's memory now if, with it held, the image decoder would have to work in tiles.
+        release = graph.releases and self._decoded and len(rows) == self._left
+        release = release and not budget.fits(graphs.vae_name, 1, height * width, before=this_run)
+        feed = {**features, contract.STEP_INDEX: rows, contract.STEP_WEIGHT: weights}
+        try:
+            contribution = self._turns(contract.UNET_DECODER, graph, feed, release=release)[contract.CONTRIBUTION]
+        except OutOfMemoryError:
+            budget.freed(contract.UNET_DECODER)
+            raise
+        if not np.isfinite(contribution).all():
+            self._check_features(features)  # The decoder is not to blame for its inputs.
+        graph.check_output(contract.CONTRIBUTION, contribution, self._shape, graphs.overflow_remedy())
+        if release:
+            budget.freed(contract.UNET_DECODER)
+        elif graph.keeps:
+            budget.held(*this_run)
+        self._left -= len(rows)
+        return contribution
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        """Raise InferenceError if features, on the device or not, are not finite."""
+        graphs = self._turns.graphs
+        for name in graphs.unet_encoder.outputs:
+            value = features[name]
+            array = cast(Float32, value if isinstance(value, np.ndarray) else value.numpy())
+            graphs.unet_encoder.check_output(name, array, array.shape, graphs.overflow_remedy())
