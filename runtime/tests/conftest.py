@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -84,3 +86,27 @@ def edit(copy: Path) -> Callable[[Callable[[dict[str, Any]], Any]], Path]:
         return copy
 
     return apply
+
+
+@pytest.fixture
+def onnxruntime_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """onnxruntime_with(name=value, ...) is ONNX Runtime with other values for some names, until the test ends."""
+    import onnxruntime
+
+    def replace(**names: object) -> ModuleType:
+        fake = ModuleType("onnxruntime")
+        fake.__dict__.update({**vars(onnxruntime), **names})
+        monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+        return fake
+
+    return replace
+
+
+@pytest.fixture
+def another_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A second wheel of ONNX Runtime beside the installed one; returns its name."""
+    info = tmp_path / "wheels/onnxruntime_directml-1.20.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-directml\nVersion: 1.20.0\n")
+    monkeypatch.syspath_prepend(info.parent)
+    return "onnxruntime-directml"

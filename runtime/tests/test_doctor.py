@@ -1,11 +1,12 @@
 import ctypes
+import warnings
 from types import SimpleNamespace
 
 import onnxruntime
 import pytest
 from tiue_runtime.host import gpu
 from tiue_runtime.host.gpu import Gpu
-from tiue_runtime.ort import placement, sessions
+from tiue_runtime.ort import placement
 from tiue_runtime.ort.devices import Device
 from tiue_runtime.tools import doctor
 
@@ -110,31 +111,32 @@ def test_a_machine_without_gpu(monkeypatch):
     assert not {"gpu driver", "gpu wheels"} & set(rows)
 
 
-def test_every_provider_is_tried(monkeypatch):
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider", "AzureExecutionProvider"]
-    monkeypatch.setattr(doctor, "available_providers", lambda: providers)
-    monkeypatch.setattr(doctor, "probe", lambda device: "" if device.kind == "cpu" else "no driver")
+def test_every_provider_is_tried(onnxruntime_with):
+    def without_driver(*arguments, providers, **options):
+        if providers[0][0] == "CUDAExecutionProvider":
+            raise RuntimeError("no driver")
+        return onnxruntime.InferenceSession(*arguments, providers=providers, **options)
 
-    def preload(ort, device):
-        print("Failed to load libcublas.so.13")
-
-    monkeypatch.setattr(doctor, "preload_libraries", preload)
-    monkeypatch.setattr(doctor, "_loaded_libraries", lambda: ["libcudart.so.13"])
-    rows, problems = doctor.examine()
+    onnxruntime_with(
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider", "AzureExecutionProvider"],
+        InferenceSession=without_driver,
+        preload_dlls=lambda: print("Failed to load libcublas.so.13"),
+    )
+    with pytest.warns(UserWarning, match="CUDA could not be started: no driver"):
+        rows, problems = doctor.examine()
     assert rows["provider cpu"] == "yes: CPUExecutionProvider starts"
-    assert rows["provider cuda"] == "no: CUDAExecutionProvider does not start: no driver"
+    assert str(rows["provider cuda"]).startswith("no: device: 'cuda' could not be started: no driver")
     tensorrt = "no: TensorrtExecutionProvider is not installed; tiue-runtime[tensorrt] brings it"
     assert rows["provider tensorrt"] == tensorrt
-    assert rows["preloaded"] == "libcudart.so.13; Failed to load libcublas.so.13"
+    assert "Failed to load libcublas.so.13" in str(rows["preloaded"])
     assert rows["other providers"] == "AzureExecutionProvider (built in, not used)"
     assert problems == []
 
 
-def test_two_wheels_are_a_problem_and_no_crash(monkeypatch, tiny):
-    monkeypatch.setattr(sessions, "installed_wheels", lambda: {"onnxruntime": "1.30", "onnxruntime-gpu": "1.30"})
+def test_two_wheels_are_a_problem_and_no_crash(another_wheel, tiny):
     _, problems = doctor.examine(tiny, "cpu")
     assert len(problems) == 1  # said once, though two parts of the examination meet it
-    assert "are installed together" in problems[0] and "pip uninstall -y onnxruntime onnxruntime-gpu" in problems[0]
+    assert "are installed together" in problems[0] and another_wheel in problems[0].partition("pip uninstall -y")[2]
 
 
 @pytest.mark.skipif(
@@ -158,18 +160,19 @@ def test_nodes_that_a_gpu_leaves_to_the_cpu():
     parts = [part(cpu, "Shape"), part(cuda, "Conv", "Add"), part(cpu, "Gather", "Shape"), part(cuda, "Conv")]
     session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
     expected = "CUDAExecutionProvider 3, CPUExecutionProvider 3 (2 Shape, 1 Gather)"
-    assert doctor._placement(session, Device("cuda")) == expected
+    assert doctor.count_nodes(session, Device("cuda")) == expected
     older = SimpleNamespace()
-    assert doctor._placement(older, Device("cuda")) == "not reported by this version of ONNX Runtime"
+    assert doctor.count_nodes(older, Device("cuda")) == "not reported by this version of ONNX Runtime"
 
 
-def test_the_device_is_chosen_for_the_bundle(monkeypatch, edit):
+def test_the_device_is_chosen_for_the_bundle(onnxruntime_with, edit):
     def only_cpu(content):
         content["variants"] = {"cpu": content["variants"]["portable"]}
 
-    monkeypatch.setattr(sessions, "available_providers", lambda: [Device("openvino").provider, Device("cpu").provider])
-    monkeypatch.setattr(placement, "probe", lambda device: "")
-    rows, problems = doctor.examine(edit(only_cpu))
+    onnxruntime_with(get_available_providers=lambda: [Device("openvino").provider, Device("cpu").provider])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # OpenVINO's row says that it does not start here
+        rows, problems = doctor.examine(edit(only_cpu))
     assert problems == [] and rows["device auto"] == Device("cpu")
     assert rows["placement of"] == "tiny, cpu graphs, on cpu"
 
@@ -182,17 +185,22 @@ def test_problems_of_a_placement(tiny, copy):
     assert problems[-1].startswith("device: expected")
 
 
-def test_why_a_provider_does_not_start(monkeypatch, tmp_path):
-    module = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
-    monkeypatch.setitem(sessions.sys.modules, "onnxruntime", module)
+def test_why_a_provider_does_not_start(monkeypatch, onnxruntime_with, tmp_path):
+    def refuse(*arguments, **options):
+        raise RuntimeError("gave CPU")
+
+    onnxruntime_with(__file__=str(tmp_path / "__init__.py"), InferenceSession=refuse, preload_dlls=lambda: None)
+    monkeypatch.setattr(gpu, "find_gpus", lambda: "there is no NVIDIA driver")
     (tmp_path / "capi").mkdir()
-    for name in ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll"):
-        (tmp_path / "capi" / name).touch()
-    monkeypatch.setattr(placement, "find_gpus", lambda: "there is no NVIDIA driver")
-    monkeypatch.setattr(placement.ctypes, "CDLL", missing)
-    why = placement._with_reason("gave CPU", Device("cuda"))
-    assert why.startswith("gave CPU (there is no NVIDIA driver; ") and "cannot open shared object file" in why
-    monkeypatch.setattr(placement, "find_gpus", lambda: [Gpu("RTX", GIB, (8, 9))])
-    monkeypatch.setattr(placement.ctypes, "CDLL", lambda name: None)
-    assert placement._with_reason("gave CPU", Device("cuda")) == "gave CPU"
-    assert placement._with_reason("gave CPU", Device("cpu")) == "gave CPU"
+    libraries = [
+        tmp_path / "capi" / name for name in ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll")
+    ]
+    for library in libraries:
+        library.touch()  # too short to be a library
+    why = placement.probe(Device("cuda"))
+    assert why.startswith("gave CPU (there is no NVIDIA driver; ") and "onnxruntime_providers_cuda" in why
+    monkeypatch.setattr(gpu, "find_gpus", lambda: [Gpu("RTX", GIB, (8, 9))])
+    for library in libraries:
+        library.unlink()
+    assert placement.probe(Device("cuda")) == "gave CPU"
+    assert placement.probe(Device("cpu")) == "gave CPU"

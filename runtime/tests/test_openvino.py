@@ -98,12 +98,12 @@ class Multiplying:
     ],
 )
 def test_the_precision_is_the_one_that_openvino_shows(monkeypatch, flag, bf16, asked, granted):
-    def start(model, device, settings, *, whole):
-        assert whole and settings.precision == "bf16"
+    def start(model, device, settings, *, must_take_all):
+        assert must_take_all and settings.precision == "bf16"
         return Multiplying(bf16)
 
     monkeypatch.setattr(sessions, "start_session", start)
-    monkeypatch.setattr(placement, "has_bf16", lambda: flag)
+    monkeypatch.setattr(machine, "has_bf16", lambda: flag)
     assert placement.settle_precision(OPENVINO, Settings(precision=asked)).precision == granted
 
 
@@ -114,7 +114,7 @@ def test_bf16_that_openvino_would_compute_in_float32_is_refused(monkeypatch):
 
 
 def test_precision_of_other_devices_is_not_settled(monkeypatch):
-    monkeypatch.setattr(placement, "has_bf16", lambda: True)
+    monkeypatch.setattr(machine, "has_bf16", lambda: True)
     for device, given in (("cpu", {}), ("cuda", {}), ("openvino", {"device_type": "GPU"})):
         settings = Settings(given)
         assert placement.settle_precision(Device(device), settings) is settings
@@ -157,7 +157,7 @@ def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, varia
     kinds = "cuda", "openvino", "cpu"
     monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in kinds])
     monkeypatch.setattr(placement, "probe", lambda device: "")
-    monkeypatch.setattr(placement, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(machine, "has_bf16", lambda: bf16)
     assert placement.choose_device("auto", variants=variants) == Device(expected)
 
 
@@ -173,7 +173,7 @@ def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, varia
     ],
 )
 def test_auto_on_a_cpu(imitated, monkeypatch, edit, held, asked, bf16, expected):
-    monkeypatch.setattr(placement, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(machine, "has_bf16", lambda: bf16)
     monkeypatch.setattr(placement, "_rounds", lambda *_: True)
     bundle = edit(lambda content: content.update(variants=dict.fromkeys(held, content["variants"]["portable"])))
     pipe = Pipeline.load(bundle, device="auto", variant=asked)
@@ -184,9 +184,9 @@ def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
     """ONNX Runtime lists OpenVINO first for a graph of which it runs no node: tiny's vae_decoder, too small for it."""
     start = sessions.start_session
 
-    def without_openvino(model, device, settings, *, whole=False):
-        if whole:
-            raise RuntimeError(f"nodes are assigned to the default CPU EP, but {sessions._NOT_WHOLE} by the user.")
+    def without_openvino(model, device, settings, *, must_take_all=False):
+        if must_take_all:
+            raise RuntimeError(f"nodes are assigned to the default CPU EP, but {sessions.LEFT_NODES} by the user.")
         session = start(model, Device("cpu"), settings)
         monkeypatch.setattr(session, "get_providers", lambda: [OPENVINO.provider, "CPUExecutionProvider"])
         return session
@@ -201,7 +201,7 @@ def imitated(monkeypatch):
     """Sessions that say they run on OpenVINO, where no CUDA is, and run on the CPU; imitated(session) sees each."""
     start, seen = sessions.start_session, []
 
-    def on_the_cpu(model, device, settings, *, whole=False):
+    def on_the_cpu(model, device, settings, *, must_take_all=False):
         session = start(model, Device("cpu"), settings)
         monkeypatch.setattr(session, "get_providers", lambda: [device.provider])
         for see in seen:
@@ -210,7 +210,7 @@ def imitated(monkeypatch):
 
     monkeypatch.setattr(sessions, "start_session", on_the_cpu)
     monkeypatch.setattr(sessions, "available_providers", lambda: [OPENVINO.provider, Device("cpu").provider])
-    monkeypatch.setattr(placement, "has_bf16", lambda: False)
+    monkeypatch.setattr(machine, "has_bf16", lambda: False)
     return seen.append
 
 
@@ -300,7 +300,7 @@ def test_the_default_model(precision):
         Pipeline.load("emoji", device="openvino", precision=precision),
     )
     graphs = tuple(actual.graphs)
-    assert all(sessions.is_whole(graph._session) for graph in graphs)
+    assert all(sessions.took_all(graph._session) for graph in graphs)
     for size, count, memory in ((64, 1, "parallel"), (96, 3, "sequential"), (64, 2, "partial"), (64, 1, "parallel")):
         options = {"num_images": count, "seed": 3, "height": size, "memory": memory, "output_type": "np"}
         ours, theirs = expected(HEART, **options).images, actual(HEART, **options).images

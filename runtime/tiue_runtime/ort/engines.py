@@ -1,4 +1,4 @@
-"""Where files are kept that providers compile from a bundle: TensorRT's engines take minutes to build."""
+"""The directories of files that providers compile from a bundle. TensorRT's engines take minutes to build."""
 
 import hashlib
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from tiue_runtime.bundle import MANIFEST
 from tiue_runtime.errors import DeviceError
-from tiue_runtime.ort.devices import KINDS, Device, Settings
+from tiue_runtime.ort.devices import Device, Settings
 from tiue_runtime.ort.sessions import load_onnxruntime
 
 VARIABLE = "TIUE_CACHE"
 
 
 def cache_root() -> Path:
-    """The directory of the environment variable TIUE_CACHE, else `tiue` in the user's cache directory."""
+    """Return the directory of the environment variable TIUE_CACHE, else `tiue` in the user's cache directory."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
     if sys.platform == "win32":
@@ -27,13 +27,22 @@ def cache_root() -> Path:
 
 
 def with_cache(settings: Settings, device: Device, bundle: Path, graph: Path) -> Settings:
-    """`settings` with a directory, made here, for what `device` compiles from one graph file of a bundle directory.
+    """Return `settings` with a directory for files that `device` compiles from one graph. The directory is made.
 
-    It depends on the content of bundle.json, which holds the sha256 of every file, so another content never meets old
-    engines; on the device, because engines fit one GPU; and on the version of ONNX Runtime, because they fit one
-    version. Devices that compile nothing get none. Raises DeviceError.
+    Its path depends on the content of bundle.json, which holds the sha256 of every file, so new content never meets
+    old engines. It also depends on the device and on the version of ONNX Runtime, because engines fit one of each.
+    Devices that compile nothing get no directory.
+
+    Args:
+        settings: of a session.
+        device: where it will run.
+        bundle: the directory of the bundle.
+        graph: a graph file in it.
+
+    Raises:
+        DeviceError: the directory cannot be made.
     """
-    if not KINDS[device.kind].compiles:
+    if not device.row.compiles:
         return settings
     content = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
     place = str(device).replace(":", "-")  # Windows has no colons in file names

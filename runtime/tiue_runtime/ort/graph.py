@@ -21,7 +21,7 @@ from tiue_runtime.errors import (
 )
 from tiue_runtime.host.memory import give_back
 from tiue_runtime.ort.cuda_graphs import WITHOUT, CudaGraphs, Recordings
-from tiue_runtime.ort.devices import KINDS, Device, Settings
+from tiue_runtime.ort.devices import Device, Settings
 from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.sessions import create_session, first_line, load_onnxruntime, run_options, shrinking
 
@@ -71,11 +71,11 @@ class Graph:
         self._outputs: dict[str, Declared] = {}
         self._recordings = None if cuda_graphs is None else Recordings(self.session(), device.place, cuda_graphs)
         # Whether the memory of a run stays with the graph for its next one, and so does not count as free.
-        self.keeps = KINDS[device.kind].gives_back != "after each run" or cuda_graphs is not None
+        self.keeps = device.row.gives_back != "after each run" or cuda_graphs is not None
         self._entries: Mapping[str, str] = {}  # of the options of every run
         if self._recordings is not None:
             self._entries = WITHOUT
-        elif KINDS[device.kind].gives_back == "after each run":
+        elif device.row.gives_back == "after each run":
             # Each session has an arena of its own: what one keeps, the others lack.
             self._entries = shrinking(device)
         if load:
@@ -112,7 +112,7 @@ class Graph:
     @property
     def releases(self) -> bool:
         """Whether a run can give back the memory that the graph would keep."""
-        return self.keeps and KINDS[self.device.kind].gives_back in ("on request", "by reloading")
+        return self.keeps and self.device.row.gives_back in ("on request", "by reloading")
 
     @property
     def inputs(self) -> Mapping[str, Declared]:
@@ -154,7 +154,7 @@ class Graph:
             BundleError, DeviceError, LoadingError: loading failed.
         """
         self.session(cancelled)  # An error of loading is no error of the run.
-        gives_back = KINDS[self.device.kind].gives_back
+        gives_back = self.device.row.gives_back
         entries = shrinking(self.device) if release and gives_back == "on request" else self._entries
         options = run_options(entries)
 
@@ -233,7 +233,7 @@ class Graph:
             raise
         except Exception as error:  # ONNX Runtime's own exceptions share no other base
             if is_out_of_memory(error):
-                gives_back = KINDS[self.device.kind].gives_back
+                gives_back = self.device.row.gives_back
                 if gives_back == "on request":
                     # Before it fails, the arena takes most of what is left. From now on it gives back after each run
                     # the memory that the run no longer needs, as it does on a GPU from the first run.

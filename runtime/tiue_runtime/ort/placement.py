@@ -1,62 +1,152 @@
-"""Where the graphs of a bundle run: device, variant, precision and settings."""
+"""Where the graphs of a bundle run: device, variant, precision and settings, decided by one function."""
 
 import ctypes
 import operator
 import sys
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import SupportsIndex, cast, get_args
+from typing import SupportsIndex, cast
 
 import numpy as np
 
-from tiue_runtime.bundle import CPU, PORTABLE
-from tiue_runtime.errors import BundleError, DeviceError, shorten
-from tiue_runtime.host.gpu import find_gpus
-from tiue_runtime.host.machine import has_bf16
+from tiue_runtime.bundle import PORTABLE
+from tiue_runtime.errors import BundleError, DeviceError, clip, shorten
+from tiue_runtime.host import gpu, machine
 from tiue_runtime.ort import sessions
-from tiue_runtime.ort.devices import KINDS, OPTIONS, Device, Precision, Settings, parse_device
+from tiue_runtime.ort.devices import AUTO, KINDS, OWNED, Device, Precision, Settings, parse_device
 from tiue_runtime.ort.sessions import first_line, installed_wheels, replace_wheels
+
+MOST_THREADS = 4096
+
+# An ONNX model, y = Identity(x) on one float: the cheapest proof that a provider starts.
+PROBE_MODEL = bytes.fromhex(
+    "080812003a3b0a100a017812017922084964656e74697479120570726f62655a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a02080142040a001012"
+)
+
+# y = a @ b on 16x16 floats: OpenVINO computes it in the precision that it was asked for, or in float32.
+PRODUCT_MODEL = bytes.fromhex(
+    "08083a590a110a01610a016212017922064d61744d756c120570726f62655a130a0161120e0a0c080112080a0208100a0208105a130a01"
+    "62120e0a0c080112080a0208100a02081062130a0179120e0a0c080112080a0208100a02081042040a001012"
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how the graphs of one variant of a bundle run. `place` makes it."""
+
+    device: Device
+    variant: str  # of the bundle
+    settings: Settings  # of every session; a graph may need others, for example a directory for compiled files
+
+    @property
+    def precision(self) -> Precision | None:
+        """The precision that the device was asked for and has shown; None: it computes as the graphs are written."""
+        return self.settings.precision
+
+
+def place(
+    device: str = "auto",
+    variants: Collection[str] = (PORTABLE,),
+    *,
+    variant: str | None = None,
+    provider_options: Mapping[str, object] | None = None,
+    precision: Precision | None = None,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
+) -> Placement:
+    """Decide where graphs run, and prove that they can.
+
+    Args:
+        device: "cpu", "openvino", "cuda", "cuda:1" and so on; such a device is granted or refused. Or "auto": CUDA,
+            else OpenVINO, where a session starts on it; else the CPU, with a warning if ONNX Runtime was built for one
+            of them. "auto" passes over devices that run none of the variants. It passes over OpenVINO, too, where the
+            CPU does not multiply in bf16 and there are graphs for ONNX Runtime's CPU provider, which are faster then.
+        variants: the variants that the bundle holds.
+        variant: one of them, or None for the best that runs on the device.
+        provider_options: options of ONNX Runtime's provider, which win over those chosen here. They need a device by
+            name.
+        precision: the precision that the device computes in, where it has a choice: "bf16", "fp32", or None for bf16
+            where the CPU multiplies in it, else fp32. It needs a device by name.
+        threads: CPU threads of a session, from 1 to MOST_THREADS, or None for all that this process may use.
+        cuda_graphs: whether runs shall be recorded. Where "auto" chooses a device that cannot, they are not.
+
+    Returns:
+        The device, with the settings of its sessions.
+
+    Raises:
+        BundleError: the bundle does not hold the variant.
+        DeviceError: the device is not there or does not start, or a setting contradicts it. The error tells which
+            devices there are and what to install.
+    """
+    if variant is not None and variant not in tuple(variants):
+        raise BundleError(f"variant: expected one that the bundle holds ({_some(variants)}), got {shorten(variant)}")
+    settings = Settings({} if provider_options is None else provider_options, cuda_graphs, precision, threads)
+    chosen = choose_device(device, settings, variants if variant is None else (variant,))
+    if device == "auto":
+        settings = replace(settings, cuda_graphs=cuda_graphs and chosen.row.cuda_graphs)
+        check_settings(chosen, settings)
+    return Placement(chosen, choose_variant(chosen, variants, variant), settle_precision(chosen, settings))
 
 
 def choose_variant(device: Device, held: Collection[str], asked: str | None = None) -> str:
-    """The variant, among those a bundle holds, whose graphs run on `device`: the one asked for, else the best.
+    """Choose the variant, among those that a bundle holds, whose graphs run on a device: `asked`, else the best.
 
-    Raises BundleError if the one asked for is absent, DeviceError if it, or all there are, do not run there.
+    Raises:
+        BundleError: the bundle does not hold the one asked for.
+        DeviceError: it, or all there are, do not run on the device.
     """
-    runs = KINDS[device.kind].variants
+    runs = device.row.variants
     if asked is not None and asked not in tuple(held):
-        raise BundleError(f"variant: expected one that the bundle holds ({', '.join(held)}), got {shorten(asked)}")
+        raise BundleError(f"variant: expected one that the bundle holds ({_some(held)}), got {shorten(asked)}")
     usable = [variant for variant in runs if variant in (held if asked is None else (asked,))]
     if not usable:
-        offered = f"got {asked!r}" if asked else f"the bundle holds only {', '.join(held)}"
+        offered = f"got {asked!r}" if asked else f"the bundle holds only {_some(held)}"
         raise DeviceError(f"variant: {device} runs {' or '.join(runs)} graphs, {offered}")
     return usable[0]
 
 
-MOST_THREADS = 4096
-
-# Options that follow from other arguments, by the argument.
-_OWNED = {"device_id": "device", "enable_cuda_graph": "cuda_graphs", "trt_cuda_graph_enable": "cuda_graphs"}
-
-
 def check_settings(device: Device, settings: Settings) -> None:
-    """Raise DeviceError for settings that `device` cannot have."""
-    if settings.cuda_graphs and device.kind != "cuda":
-        raise DeviceError(f'cuda_graphs: expected device="cuda", got {device}')
+    """Check settings against the device that they are for.
+
+    Raises:
+        DeviceError: the device cannot have them.
+    """
+    kind = device.row
+    if settings.cuda_graphs and not kind.cuda_graphs:
+        raise DeviceError(f"cuda_graphs: expected device={_kinds_with('cuda_graphs')}, got {device}")
     if settings.threads is not None and not _is_count(settings.threads):
         expected = f"an integer from 1 to {MOST_THREADS}, or None for all CPUs"
         raise DeviceError(f"threads: expected {expected}, got {shorten(settings.threads)}")
     options = cast(object, settings.provider_options)
     if not isinstance(options, Mapping):
         raise DeviceError(f"provider_options: expected a dictionary, got {shorten(options)}")
-    _check_openvino(device, settings)
-    if settings.provider_options and device.kind not in OPTIONS:
-        raise DeviceError(f"provider_options: {device} has none, got {', '.join(settings.provider_options)}")
+    _check_precision(device, settings)
+    if settings.provider_options and kind.options is None:
+        raise DeviceError(f"provider_options: {device} has none, got {_some(settings.provider_options)}")
     for name in settings.provider_options:
-        if name in _OWNED:
-            raise DeviceError(f"provider_options: {name} follows from {_OWNED[name]}=, pass that instead")
+        if name in OWNED:
+            raise DeviceError(f"provider_options: {name} follows from {OWNED[name]}=, pass that instead")
+
+
+def _check_precision(device: Device, settings: Settings) -> None:
+    if device.row.takes_over(settings.provider_options):
+        for name in ("precision", "threads"):
+            if getattr(settings, name) is not None:
+                raise DeviceError(f"{name}: follows from device_type and load_config of provider_options, pass either")
+    if settings.precision is None:
+        return
+    precisions = device.row.precisions
+    if not precisions:
+        expected = f"device={_kinds_with('precisions')}"
+        raise DeviceError(f"precision: expected {expected}, got {device}, which computes as graphs are written")
+    if settings.precision not in precisions:
+        expected = " or ".join(f'"{precision}"' for precision in precisions)
+        raise DeviceError(
+            f"precision: expected {expected}, or None for the best of the CPU, got {shorten(settings.precision)}"
+        )
 
 
 def _is_count(value: object) -> bool:
@@ -65,112 +155,87 @@ def _is_count(value: object) -> bool:
     )
 
 
-def _check_openvino(device: Device, settings: Settings) -> None:
-    if device.kind == "openvino" and settings.own_openvino:
-        for name in ("precision", "threads"):
-            if getattr(settings, name) is not None:
-                raise DeviceError(f"{name}: follows from device_type and load_config of provider_options, pass either")
-    if settings.precision is None:
-        return
-    expected = " or ".join(f'"{precision}"' for precision in get_args(Precision))
-    if settings.precision not in get_args(Precision):
-        raise DeviceError(
-            f"precision: expected {expected}, or None for the best of the CPU, got {shorten(settings.precision)}"
-        )
-    if device.kind != "openvino":
-        raise DeviceError(f'precision: expected device="openvino", got {device}, which computes as graphs are written')
+def _kinds_with(name: str) -> str:
+    """Name the kinds of device whose row has something under `name`."""
+    return " or ".join(f'"{kind}"' for kind, row in KINDS.items() if getattr(row, name))
 
 
-# An ONNX model, y = Identity(x) on one float: the cheapest way to see whether a provider really starts.
-_PROBE = bytes.fromhex(
-    "080812003a3b0a100a017812017922084964656e74697479120570726f62655a0f0a0178120a0a08080112040a020801"
-    "620f0a0179120a0a08080112040a02080142040a001012"
-)
-
-
-# y = a @ b on 16x16 floats: OpenVINO computes it in the precision it was asked for, or in float32.
-_MATMUL = bytes.fromhex(
-    "08083a590a110a01610a016212017922064d61744d756c120570726f62655a130a0161120e0a0c080112080a0208100a0208105a130a01"
-    "62120e0a0c080112080a0208100a02081062130a0179120e0a0c080112080a0208100a02081042040a001012"
-)
+def _some(names: Collection[object]) -> str:
+    return clip(", ".join(map(str, names)))
 
 
 def choose_device(
     device: str = "auto", settings: Settings | None = None, variants: Collection[str] = (PORTABLE,)
 ) -> Device:
-    """Turn "auto", "cpu", "openvino", "cuda", "cuda:N", "tensorrt" and so on into a device that works here.
+    """Turn "auto", "cpu", "cuda:1" and so on into a device that works here; see `place`.
 
-    "auto" is CUDA, else OpenVINO, where a session really starts on it, else the CPU, with a warning if ONNX Runtime was
-    built for one of them. Those that run none of `variants` are passed over, and so is OpenVINO where the CPU does not
-    multiply in bf16 and there are graphs for ONNX Runtime's CPU provider, which are the faster then.
-    Any other device is granted, with the provider options of `settings`, or refused with a DeviceError that says what
-    is available and what to install.
-
-    variants: the graphs to choose from, those of a bundle.
+    Raises:
+        DeviceError: the device is not there or does not start, or a setting contradicts it.
     """
     settings = settings or Settings()
     if device == "auto":
         if settings.provider_options:
             raise DeviceError('provider_options: expected the device they are for, got device="auto"')
         if settings.precision is not None:
-            raise DeviceError('precision: expected device="openvino", got device="auto"')
+            raise DeviceError(f'precision: expected device={_kinds_with("precisions")}, got device="auto"')
         return _choose_any(variants)
     chosen = parse_device(device)
     check_settings(chosen, settings)
-    kind = KINDS[chosen.kind]
     available = sessions.available_providers()
     if chosen.provider not in available:
         raise DeviceError(
             f"device: {device!r} needs {chosen.provider}, but the installed ONNX Runtime "
             f"({', '.join(installed_wheels()) or 'unknown wheel'}) has only {', '.join(available)}. "
-            f"Replace it: {replace_wheels(kind.extra)}"
+            f"Replace it: {replace_wheels(chosen.row.extra)}"
         )
-    if chosen.kind != "cpu":
-        problem = probe(chosen, settings.provider_options)
-        if problem:
-            raise DeviceError(f"device: {device!r} could not be started: {problem.rstrip('.')}. {kind.remedy}.")
+    problem = probe(chosen, settings.provider_options)
+    if problem:
+        raise DeviceError(f"device: {device!r} could not be started: {problem.rstrip('.')}. {chosen.row.remedy}.")
     return chosen
 
 
 def _choose_any(variants: Collection[str]) -> Device:
     available = sessions.available_providers()
-    for device in (Device("cuda"), Device("openvino")):
-        if device.provider not in available or set(variants).isdisjoint(KINDS[device.kind].variants):
+    *others, last = map(Device, AUTO)
+    for device in others:
+        kind = device.row
+        if kind.provider not in available or set(variants).isdisjoint(kind.variants):
             continue
-        # The UNet of Stable Diffusion 2.1, 4 steps: 15.3 s with its CPU graphs, 16.8 s on OpenVINO in float32, which
-        # also loads more slowly and takes more memory.
-        if device.kind == "openvino" and CPU in variants and not has_bf16():
+        if kind.slower_than in variants and not machine.has_bf16():
             continue
         problem = probe(device)
         if not problem:
             return device
-        name = {"cuda": "CUDA", "openvino": "OpenVINO"}[device.kind]
-        warnings.warn(f"running on the CPU, because {name} could not be started: {problem}", stacklevel=4)
-    return Device("cpu")
+        warnings.warn(f"running on the CPU, because {kind.title} could not be started: {problem}", stacklevel=4)
+    return last
 
 
 def settle_precision(device: Device, settings: Settings) -> Settings:
-    """`settings` with the precision that OpenVINO will compute in, and has shown to; those of other devices unchanged.
+    """Fill in the precision that the device computes in, and prove it. Devices without a choice: unchanged.
 
-    It is the one asked for, else bf16 where the CPU multiplies in it. OpenVINO itself computes in float32, without a
-    word, what it is asked to compute in bf16 on a CPU without. Raises DeviceError.
+    The precision is the one asked for, else bf16 where the CPU multiplies in it. On a CPU without, OpenVINO itself
+    computes in float32, without a word, although it is asked for bf16.
+
+    Raises:
+        DeviceError: bf16 was asked for and is not what the device computes in.
     """
-    if device.kind != "openvino" or settings.own_openvino or settings.precision == "fp32":
+    takes_over = device.row.takes_over(settings.provider_options)
+    if device.row.proof != "product" or takes_over or settings.precision == "fp32":
         return settings
     asked = settings.precision == "bf16"
-    granted = (asked or has_bf16()) and _rounds(device, replace(settings, precision="bf16"))
+    granted = (asked or machine.has_bf16()) and _rounds(device, replace(settings, precision="bf16"))
     if asked and not granted:
         raise DeviceError(
-            "precision: OpenVINO computes in float32 on this CPU, which has no instructions for bf16 "
+            f"precision: {device.row.title} computes in float32 on this CPU, which has no instructions for bf16 "
             '(avx512_bf16, amx_bf16), got "bf16". Load with "fp32" or without'
         )
     return replace(settings, precision="bf16" if granted else "fp32")
 
 
 def _rounds(device: Device, settings: Settings) -> bool:
-    """Whether a matrix product really loses what bf16, with 8 significant bits, cannot hold. Raises DeviceError."""
+    """Whether a matrix product loses the bits that bf16, with 8 significant bits, cannot hold. Raises DeviceError."""
     try:
-        session = sessions.start_session(_MATMUL, device, settings, whole=True)
+        session = sessions.start_session(PRODUCT_MODEL, device, settings, must_take_all=device.row.must_take_all)
         a, b = np.full((16, 16), 1 + 2**-10, dtype=np.float32), np.eye(16, dtype=np.float32)
         return bool((session.run(None, {"a": a, "b": b})[0] == 1).all())
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
@@ -178,13 +243,15 @@ def _rounds(device: Device, settings: Settings) -> bool:
 
 
 def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
-    """Start a session of almost nothing on `device`. Returns what went wrong, or "" when it was granted."""
-    # TensorRT shall load, but need not spend seconds to build an engine of one node.
-    small = {"trt_min_subgraph_size": 1000} if device.kind == "tensorrt" else {}
+    """Prove that a device works: start a session of one node on it.
+
+    Returns:
+        The problem, or "" if the device was granted.
+    """
     try:
-        session = sessions.start_session(_PROBE, device, Settings(provider_options={**small, **(options or {})}))
-        granted: list[str] = session.get_providers()
-    except Exception as error:  # whatever it is, it is the answer
+        settings = Settings(provider_options={**device.row.probe_options, **(options or {})})
+        granted: list[str] = sessions.start_session(PROBE_MODEL, device, settings).get_providers()
+    except Exception as error:  # every failure is an answer here
         return _with_reason(first_line(error), device)
     if granted[0] == device.provider:
         return ""
@@ -193,9 +260,9 @@ def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
 
 def _with_reason(problem: str, device: Device) -> str:
     """Add the reasons that ONNX Runtime only prints: there is no GPU, or a library is missing."""
-    gpus = find_gpus() if device.is_gpu else ""
+    gpus = gpu.find_gpus() if device.is_gpu else ""
     reasons = [gpus] if isinstance(gpus, str) and gpus else []
-    name = KINDS[device.kind].library
+    name = device.row.library
     module = sys.modules.get("onnxruntime")
     if name and module is not None and module.__file__:
         for library in (f"lib{name}.so", f"{name}.dll"):
@@ -204,6 +271,6 @@ def _with_reason(problem: str, device: Device) -> str:
                 if path.is_file():
                     ctypes.CDLL(str(path))
             except OSError as error:
-                if "undefined symbol" not in str(error):  # which ONNX Runtime itself would have defined
+                if "undefined symbol" not in str(error):  # ONNX Runtime itself would have defined it
                     reasons.append(first_line(error))
     return f"{problem} ({'; '.join(reasons)})" if reasons else problem

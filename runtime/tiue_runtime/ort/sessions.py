@@ -1,7 +1,7 @@
-"""ONNX Runtime, in one place: which device, which session, and the proof that the device was granted.
+"""ONNX Runtime's sessions: the import, the options, and the check that a session runs where it was asked to.
 
-Asking ONNX Runtime for a provider it cannot give only prints a warning and runs on the CPU. Here an explicit
-device is granted or refused. What devices there are is in providers.py.
+ONNX Runtime runs on the CPU, with a printed warning, where it cannot give the provider that it was asked for. Here,
+another device than the one asked for is an error. `devices` lists the devices.
 """
 
 import contextlib
@@ -24,15 +24,16 @@ WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime
 INSTALL = 'pip install "tiue-runtime[cpu]" (or "tiue-runtime[cuda]" for an NVIDIA GPU)'
 
 
-# Where this entry is 1, a session is refused if nodes of its graph are left to the CPU provider, in these words.
-_WHOLE = "session.disable_cpu_ep_fallback"
-_NOT_WHOLE = "fallback to CPU EP has been explicitly disabled"
+# Where this entry is 1, ONNX Runtime refuses a graph of which nodes are left to the CPU provider, in these words.
+_MUST_TAKE_ALL = "session.disable_cpu_ep_fallback"
+LEFT_NODES = "fallback to CPU EP has been explicitly disabled"
 
 
 def available_providers() -> list[str]:
-    """The providers the installed ONNX Runtime was built with, and those that installed plugins bring.
+    """List the providers of the installed ONNX Runtime, and those that installed plugins bring.
 
-    Raises DeviceError.
+    Raises:
+        DeviceError: ONNX Runtime cannot be imported.
     """
     built_in = list(load_onnxruntime().get_available_providers())
     plugins = [kind.provider for kind in KINDS.values() if kind.plugin and importlib.util.find_spec(kind.plugin)]
@@ -40,7 +41,7 @@ def available_providers() -> list[str]:
 
 
 def installed_wheels() -> dict[str, str]:
-    """The installed wheels that provide `onnxruntime`, with their versions."""
+    """Return the installed wheels that provide `onnxruntime`, with their versions."""
     found: dict[str, str] = {}
     for name in WHEELS:
         with contextlib.suppress(PackageNotFoundError):
@@ -49,13 +50,17 @@ def installed_wheels() -> dict[str, str]:
 
 
 def replace_wheels(extra: str) -> str:
-    """The command that leaves exactly the wheel of one extra."""
+    """Return the command that leaves exactly the wheel of one extra."""
     installed = " ".join(installed_wheels() or WHEELS[:1])
     return f'pip uninstall -y {installed} && pip install "tiue-runtime[{extra}]"'
 
 
 def load_onnxruntime() -> Any:
-    """Import onnxruntime, late. Raises DeviceError if it is missing, broken, or installed twice."""
+    """Import onnxruntime, late: the only import of it in this package.
+
+    Raises:
+        DeviceError: it is missing, broken, or installed twice.
+    """
     wheels = installed_wheels()
     if len(wheels) > 1:
         found = " and ".join(f"{name} {number}" for name, number in wheels.items())
@@ -77,9 +82,12 @@ def load_onnxruntime() -> Any:
 
 
 def create_session(path: Path, device: Device, settings: Settings | None = None) -> Any:
-    """An ONNX Runtime session of the graph in `path` that really runs on `device`.
+    """Create a session of the graph in `path` that runs on `device`.
 
-    Raises BundleError for a bad graph, DeviceError for a refused device or setting, LoadingError.
+    Raises:
+        BundleError: the graph is bad.
+        DeviceError: the device or a setting was refused.
+        LoadingError: memory ran out.
     """
     settings = settings or Settings()
     try:
@@ -104,14 +112,14 @@ def create_session(path: Path, device: Device, settings: Settings | None = None)
 
 
 def _start_graph(path: Path, device: Device, settings: Settings) -> Any:
-    """Create a session, with a warning where nodes are left to the CPU by a device that takes our graphs whole."""
+    """Create a session. Warn if a device that has kernels for all our nodes leaves some to the CPU."""
     model = os.fspath(path)
-    if not KINDS[device.kind].whole:
+    if not device.row.must_take_all:
         return start_session(model, device, settings)
     try:
-        return start_session(model, device, settings, whole=True)
+        return start_session(model, device, settings, must_take_all=True)
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
-        if _NOT_WHOLE not in str(error):
+        if LEFT_NODES not in str(error):
             raise
     session = start_session(model, device, settings)
     if session.get_providers()[0] == device.provider:
@@ -122,13 +130,13 @@ def _start_graph(path: Path, device: Device, settings: Settings) -> Any:
     return session
 
 
-def is_whole(session: Any) -> bool:
-    """Whether a session was refused any node on the CPU provider that its device might have left."""
-    return session.get_session_options().get_session_config_entry(_WHOLE) == "1"
+def took_all(session: Any) -> bool:
+    """Whether a session was created under the condition that its device takes all nodes."""
+    return session.get_session_options().get_session_config_entry(_MUST_TAKE_ALL) == "1"
 
 
 def run_options(entries: Mapping[str, str]) -> Any:
-    """Make options of one run of a session. ONNX Runtime was checked when the session was made."""
+    """Make the options of one run of a session, which `load_onnxruntime` made possible."""
     options = importlib.import_module("onnxruntime").RunOptions()
     for key, value in entries.items():
         options.add_run_config_entry(key, value)
@@ -140,47 +148,65 @@ def shrinking(device: Device) -> dict[str, str]:
     return {"memory.enable_memory_arena_shrinkage": f"gpu:{device.index}" if device.is_gpu else "cpu:0"}
 
 
-def start_session(model: str | bytes, device: Device, settings: Settings, *, whole: bool = False) -> Any:
-    """Create a session. It may run elsewhere than on `device`, unless `whole`: the caller looks."""
-    ort = load_onnxruntime()
+def start_session(model: str | bytes, device: Device, settings: Settings, *, must_take_all: bool = False) -> Any:
+    """Create a session. It may run elsewhere than on `device`: the caller looks.
+
+    Args:
+        model: a path, or the model itself.
+        device: where it should run.
+        settings: how the session is set up.
+        must_take_all: refuse a graph of which the device leaves nodes to the CPU.
+
+    Returns:
+        ONNX Runtime's InferenceSession.
+
+    Raises:
+        DeviceError: ONNX Runtime cannot be imported, or a plugin does not find the device.
+        Exception: anything that ONNX Runtime raises.
+    """
+    ort, kind = load_onnxruntime(), device.row
+    options = _session_options(ort, device, settings, must_take_all)
+    providers: list[tuple[str, dict[str, str]]] | None = provider_options(device, settings)
+    # ONNX Runtime prints to stdout what it cannot load. To redirect it is no work for several threads at once.
+    with contextlib.redirect_stdout(sys.stderr) if kind.library or kind.plugin else contextlib.nullcontext():
+        if device.is_gpu:
+            preload_libraries(ort, device)
+        if kind.plugin and device.provider not in ort.get_available_providers():
+            options.add_provider_for_devices([_plugin_device(ort, device)], providers[0][1])
+            providers = None
+        session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=False)
+    session.disable_fallback()  # A run that fails must not move to the CPU.
+    return session
+
+
+def _session_options(ort: Any, device: Device, settings: Settings, must_take_all: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.cpu_threads
     # Four sessions whose idle threads spin take the cores from each other (70 against 22 ms a picture of the default
     # model on 2 cores), and from the application.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # ONNX Runtime looks up how an earlier run laid out its memory by the XOR of all dimensions of the inputs. Square
-    # latents of any size have the same, and so has any number of timesteps: small runs would take what large ones took.
+    # latents of any size have the same, and so has any number of timesteps: small runs would take the memory of large
+    # ones.
     options.enable_mem_pattern = False
-    options.log_severity_level = 4  # errors are raised too, and other messages are no use to a caller
-    options.add_session_config_entry(_WHOLE, str(int(whole)))
+    options.log_severity_level = 4  # Errors are raised, too, and a caller has no use for other messages.
+    options.add_session_config_entry(_MUST_TAKE_ALL, str(int(must_take_all)))
     if settings.record_placement:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if device.kind == "cuda":
-        # Weights outside the arena, so that shrinking it after a run leaves little more than them.
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    providers = provider_options(device, settings)
-    if device.kind == "cpu":
-        session = ort.InferenceSession(model, sess_options=options, providers=providers)
-    else:
-        with contextlib.redirect_stdout(sys.stderr):  # where ONNX Runtime prints what it cannot load
-            if device.is_gpu:
-                preload_libraries(ort, device)
-            if KINDS[device.kind].plugin and device.provider not in ort.get_available_providers():
-                options.add_provider_for_devices([_plugin_device(ort, device)], providers[0][1])
-                providers = None
-            session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=False)
-    session.disable_fallback()  # a failing run shall fail, not move to the CPU
-    return session
+    for key, value in device.row.session_entries.items():
+        options.add_session_config_entry(key, value)
+    return options
 
 
 def preload_libraries(ort: Any, device: Device) -> None:
     """Load the libraries of a GPU from the wheels that bring them, where the system's loader does not look."""
     ort.preload_dlls()  # of CUDA and cuDNN
-    spec = importlib.util.find_spec("tensorrt_libs") if device.kind == "tensorrt" else None
+    package, *names = device.row.preloads or ("",)
+    spec = importlib.util.find_spec(package) if package else None
     for folder in spec.submodule_search_locations or [] if spec else []:
-        for name in ("nvinfer", "nvonnxparser"):  # the second needs the first
+        for name in names:
             for library in (*Path(folder).glob(f"lib{name}.so.*"), *Path(folder).glob(f"{name}_*.dll")):
-                with contextlib.suppress(OSError):  # then the provider does not start and says what it lacks
+                with contextlib.suppress(OSError):  # The provider will not start, and says what it lacks.
                     ctypes.CDLL(str(library))
 
 
@@ -188,10 +214,10 @@ _registering = Lock()
 
 
 def _plugin_device(ort: Any, device: Device) -> Any:
-    """ONNX Runtime's handle of a device whose provider is a plugin, registered at its first use. Raises DeviceError."""
+    """Return ONNX Runtime's handle of a plugin's device. Register the plugin at its first use. Raises DeviceError."""
     with _registering:
         if not _plugin_devices(ort, device):
-            plugin = importlib.import_module(KINDS[device.kind].plugin)
+            plugin = importlib.import_module(device.row.plugin)
             ort.register_execution_provider_library(device.provider, plugin.get_library_path())
         found = _plugin_devices(ort, device)
     if device.index >= len(found):
@@ -204,7 +230,7 @@ def _plugin_devices(ort: Any, device: Device) -> list[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its type; of OpenVINO's the last, after where in its code it was."""
+    """Return an exception's first line, or its type. OpenVINO's begin with places in its code: the last line."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__

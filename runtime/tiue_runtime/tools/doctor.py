@@ -1,4 +1,4 @@
-"""What is installed here, whether it can make pictures, and which provider would do which part of the work."""
+"""A report of this installation: versions, devices, bundles, and the provider of each node of a bundle's graphs."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import platform
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from tiue_runtime.bundle.find import find_bundle, installed_bundles
 from tiue_runtime.errors import TiueError
 from tiue_runtime.host.gpu import driver_version, find_gpus
 from tiue_runtime.host.machine import thread_count
-from tiue_runtime.ort.devices import KINDS, Device, Settings
+from tiue_runtime.ort.devices import KINDS, Device
 from tiue_runtime.ort.engines import cache_root, with_cache
-from tiue_runtime.ort.placement import choose_device, choose_variant, probe, settle_precision
+from tiue_runtime.ort.placement import Placement, place
 from tiue_runtime.ort.sessions import (
     available_providers,
     create_session,
     installed_wheels,
-    is_whole,
     load_onnxruntime,
     preload_libraries,
+    took_all,
 )
 
 # Beginnings of wheels and of shared libraries that ONNX Runtime works with on a GPU.
@@ -37,10 +38,15 @@ Rows = dict[str, object]
 
 
 def examine(bundle: str | Path | None = None, device: str | None = None) -> tuple[Rows, list[str]]:
-    """Returns rows of facts to print, and the problems found, none when everything is fine.
+    """Examine this installation.
 
-    bundle, device: with either, its graphs are loaded to see on which provider their nodes run; the default of the
-        other is that of `Pipeline.load`. With TensorRT that takes minutes.
+    Args:
+        bundle: a directory or a name, as in `Pipeline.load`.
+        device: as in `Pipeline.load`. With a bundle or a device, graphs are loaded to see on which provider their
+            nodes run. With TensorRT that takes minutes.
+
+    Returns:
+        Rows of facts to print, and the problems. Without problems, pictures can be made here.
     """
     rows: Rows = {
         "tiue-runtime": __version__,
@@ -71,17 +77,17 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
         rows["default bundle"] = chosen.directory if chosen else "none, see below"
     variants = chosen.manifest.variants if chosen else (PORTABLE,)
     try:
-        auto = rows["device auto"] = choose_device("auto", variants=variants)
+        auto = place(variants=variants)
+        rows["device auto"] = auto.device
         if chosen and (bundle is not None or device is not None):
-            where = auto if device is None else choose_device(device, variants=variants)
-            rows |= _placement_rows(chosen, where)
+            rows |= _placement_rows(chosen, auto if device is None else place(device, variants))
     except TiueError as error:
         problems.append(str(error))
     return rows, list(dict.fromkeys(problems))
 
 
 def _telemetry() -> str:
-    """Say whether ONNX Runtime may report its use: the package has it off unless the user turned it on."""
+    """Say whether ONNX Runtime may report its use. This package turns that off, unless the user turned it on."""
     value = os.environ.get("ORT_DISABLE_TELEMETRY", "")
     off = value.lower() in ("1", "true", "yes", "on")  # ONNX Runtime takes any other value for no
     return f"{'off' if off else 'ON'}, by ORT_DISABLE_TELEMETRY={value}"
@@ -103,22 +109,25 @@ def _provider_rows() -> Rows:
     """One row per kind of device and per provider that none stands for. Raises DeviceError."""
     ort, available = load_onnxruntime(), available_providers()
     rows: Rows = {}
-    if Device("cuda").provider in available:
+    gpus = [Device(name) for name, kind in KINDS.items() if kind.is_gpu and kind.library and kind.provider in available]
+    if gpus:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            preload_libraries(ort, Device("tensorrt"))
-        messages = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
+            for device in gpus:
+                preload_libraries(ort, device)
+        messages = dict.fromkeys(line.strip() for line in said.getvalue().splitlines() if line.strip())
         rows["preloaded"] = "; ".join([", ".join(_loaded_libraries()) or "nothing", *messages])
     for name, kind in KINDS.items():
         row = f"provider {name}"
         if kind.provider not in available:
             rows[row] = f"no: {kind.provider} is not installed; tiue-runtime[{kind.extra}] brings it"
+            continue
+        try:
+            precision = place(name, kind.variants).precision
+        except TiueError as error:
+            rows[row] = f"no: {error}"
         else:
-            problem = probe(Device(name))
-            rows[row] = f"no: {kind.provider} does not start: {problem}" if problem else f"yes: {kind.provider} starts"
-            precision = None if problem else settle_precision(Device(name), Settings()).precision
-            if precision:
-                rows[row] = f"{rows[row]} and computes in {precision}"
+            rows[row] = f"yes: {kind.provider} starts{f' and computes in {precision}' if precision else ''}"
     others = [provider for provider in available if provider not in {kind.provider for kind in KINDS.values()}]
     return rows | ({"other providers": f"{', '.join(others)} (built in, not used)"} if others else {})
 
@@ -132,39 +141,37 @@ def _loaded_libraries() -> list[str]:
     return sorted({Path(path).name for path in paths if Path(path).name.startswith(_GPU_LIBRARIES)})
 
 
-def _placement_rows(bundle: Bundle, device: Device) -> Rows:
-    """How many nodes of each graph run on which provider. Raises BundleError, DeviceError."""
-    manifest = bundle.manifest
-    variant = choose_variant(device, manifest.variants)
-    chosen = settle_precision(device, Settings(record_placement=True))
-    computed = f" in {chosen.precision}" if chosen.precision else ""
-    rows: Rows = {"placement of": f"{manifest.name}, {variant} graphs, on {device}{computed}"}
-    if KINDS[device.kind].compiles:
+def _placement_rows(bundle: Bundle, placement: Placement) -> Rows:
+    """Count the nodes of each graph by their provider. Raises BundleError, DeviceError."""
+    manifest, device = bundle.manifest, placement.device
+    computed = f" in {placement.precision}" if placement.precision else ""
+    rows: Rows = {"placement of": f"{manifest.name}, {placement.variant} graphs, on {device}{computed}"}
+    if device.row.compiles:
         rows["compiled graphs"] = f"kept below {cache_root()}"
     for graph in manifest.graphs:
-        path = bundle.graph_path(graph, variant)
-        settings = with_cache(chosen, device, bundle.directory, path)
+        path = bundle.graph_path(graph, placement.variant)
+        settings = with_cache(replace(placement.settings, record_placement=True), device, bundle.directory, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of nodes on the CPU, which are shown here
             session = create_session(path, device, settings)
-        rows[f"nodes of {graph}"] = _placement(session, device)
+        rows[f"nodes of {graph}"] = count_nodes(session, device)
     return rows
 
 
-def _placement(session: Any, device: Device) -> str:
-    """Such as "CUDAExecutionProvider 540, CPUExecutionProvider 5 (3 Gather, 2 Shape)"."""
+def count_nodes(session: Any, device: Device) -> str:
+    """Count a session's nodes, such as "CUDAExecutionProvider 540, CPUExecutionProvider 5 (3 Gather, 2 Shape)"."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        if not KINDS[device.kind].whole:
+        if not device.row.must_take_all:
             return "not reported by this version of ONNX Runtime"
-        part = "all" if is_whole(session) else "not all"
+        part = "all" if took_all(session) else "not all"
         return f"{part} on {device.provider}; not counted by this version of ONNX Runtime"
     nodes: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
         nodes.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
     texts: list[str] = []
-    for provider, kinds in sorted(nodes.items(), key=lambda item: item[0] != device.provider):
-        text = f"{provider} {kinds.total()}"
-        if provider != device.provider:  # what the device asked for did not take
-            text += f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
+    for provider, operators in sorted(nodes.items(), key=lambda item: item[0] != device.provider):
+        text = f"{provider} {operators.total()}"
+        if provider != device.provider:  # nodes that the device did not take
+            text += f" ({', '.join(f'{count} {name}' for name, count in operators.most_common())})"
         texts.append(text)
     return ", ".join(texts)
