@@ -6,7 +6,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from export.calibrate import PROMPTS, Calibration
 from export.card import model_card
 from export.errors import ExportError
+from export.fit_preview import fit_preview
 from export.graphs import Form, forget_graphs, unet_graphs, vae_decoder_graph
 from export.parity import INT8_FLOOR_DB, PSNR_FLOOR_DB, Checker, Row, judge
 from export.source import check_tiny_vae
@@ -64,6 +65,11 @@ class Options:
     def stored(self) -> str:
         """How the files store weights."""
         return self.weights or ("fp32" if self.precision == "int8" else self.precision)
+
+    @property
+    def stored_text_encoder(self) -> str:
+        """How the file of the text encoder stores weights."""
+        return self.stored if self.text_encoder == "fp32" else self.text_encoder
 
     @property
     def floor_db(self) -> float | None:
@@ -111,14 +117,16 @@ def export_bundle(
         manifest = _manifest(student, options)
         _write_graphs(building, student, manifest, options, progress)
         _write_tokenizer(building / bundle.TOKENIZER, student.components)
+        vaes = dict(_image_decoders(student, options, manifest))
+        manifest = replace(manifest, preview=fit_preview(student, manifest, vaes[bundle.VAE_DECODER], progress))
         progress("checking the graphs against PyTorch")
-        vaes = dict(_image_decoders(student, options))
         checker = Checker(building, manifest, student, vaes, exact=options.floor_db is None)
         rows = checker.check()
         report(rows)
         judge(rows, options.floor_db)
         manifest = replace(manifest, memory=checker.memory)
-        (building / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        card = model_card(manifest, student.base_model, options.stored_text_encoder)
+        (building / "README.md").write_text(card, encoding="utf-8")
         bundle.write_bundle(building, manifest)
         _move_into_place(building, out)
     finally:
@@ -163,7 +171,7 @@ def _write_graphs(
             calibration.unet(*graphs)
         write(target, bundle.UNET_DECODER, graphs.pop())
         write(target, bundle.UNET_ENCODER, graphs.pop())
-        for name, vae in _image_decoders(student, options):
+        for name, vae in _image_decoders(student, options, manifest):
             progress(f"exporting {name}, {target}")
             graph = vae_decoder_graph(vae, form)
             if calibration:
@@ -178,31 +186,30 @@ def _default_targets(student: Student) -> tuple[str, ...]:
     return (bundle.PORTABLE, bundle.CPU) if size > EXTERNAL_ABOVE else (bundle.PORTABLE,)
 
 
-def _image_decoders(student: Student, options: Options) -> Iterator[tuple[str, Any]]:
-    """Each VAE: its graph and itself."""
-    for kind, name in _vaes(student, options).items():
+def _image_decoders(student: Student, options: Options, manifest: bundle.Manifest) -> Iterator[tuple[str, Any]]:
+    """Yield the graph's name and the module of each VAE, the default first."""
+    for kind, name in manifest.vae_graphs.items():
         tiny = kind == bundle.TINY and options.tiny_vae is not None
         yield name, options.tiny_vae if tiny else student.components.vae
 
 
-def _variants(options: Options, vaes: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The file of each graph, for each target. What the text encoder does gains nothing from special operators."""
+def _variants(options: Options, vaes: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The file of each graph, for each target. Special operators would gain nothing in the text encoder."""
     variants: dict[str, dict[str, str]] = {}
     for target in options.targets:
         suffix = "" if target == bundle.PORTABLE else f".{target}"
-        names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *vaes.values())
+        names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *bundle.vae_graphs(vaes).values())
         variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
         variants[target][bundle.TEXT_ENCODER] = bundle.GRAPH_FILES[bundle.TEXT_ENCODER]
     return variants
 
 
-def _vaes(student: Student, options: Options) -> dict[str, str]:
-    """The graph of each kind of VAE, the default first."""
+def _vaes(student: Student, options: Options) -> tuple[str, ...]:
+    """Return the kinds of VAEs, the default first."""
     own = bundle.TINY if isinstance(student.components.vae, AutoencoderTiny) else bundle.KL
-    first, *others = options.vaes or (own,)
     if own == bundle.TINY and options.vaes:
         raise ExportError("--vae: the model's own VAE is tiny already")
-    return {first: bundle.VAE_DECODER} | {kind: f"{bundle.VAE_DECODER}_{kind}" for kind in others}
+    return options.vaes or (own,)
 
 
 def _manifest(student: Student, options: Options) -> bundle.Manifest:
@@ -216,34 +223,31 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
     decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
     return bundle.Manifest(
         name=options.name or components.name,
-        licence=components.license,
+        license=components.license,
         created_from={
             "base_model": student.base_model,
             "tiue": version("tiue"),
-            "precision": options.precision,
-            "weights": options.stored,
-            "text_encoder": options.stored if options.text_encoder == "fp32" else options.text_encoder,
+            "text_encoder": options.stored_text_encoder,
         },
+        precision=options.precision,
+        weights="int8" if options.precision == "int8" else options.stored,
         latent_channels=geometry.channels,
         pixels_per_latent=geometry.pixels_per_latent,
         default_height=geometry.height * geometry.pixels_per_latent,
         default_width=geometry.width * geometry.pixels_per_latent,
         size_multiple=geometry.multiple,
-        vae_scaling_factor=1.0,  # each VAE's graph has its own scaling
-        vae_shift_factor=0.0,
         text_length=components.tokenizer.model_max_length,
         encoder_timestep=student.encoder_timestep,
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
         schedules=schedules,
         default_steps=max(schedules),
-        precision="int8" if options.precision == "int8" else options.stored,
         variants=_variants(options, vaes),
         vaes=vaes,
     )
 
 
 def _write_tokenizer(path: Path, components: Components) -> None:
-    """tokenizer.json with padding and truncation to the text length set, as the runtime expects it."""
+    """Write tokenizer.json with padding and truncation to the text length, as the runtime expects it."""
     fast = components.tokenizer
     tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
     length = fast.model_max_length

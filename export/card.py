@@ -4,7 +4,7 @@ from tiue_runtime import bundle
 
 _CARD = """\
 ---
-license: {licence}
+license: {license}
 tags: [text-to-image, onnx, tiue]
 ---
 # {name}
@@ -13,7 +13,7 @@ A text-to-image model in four ONNX graphs, for tiue-runtime: one pass of the UNe
 at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 
 - Made from: {base_model}
-- Licence: {licence}
+- License: {license}
 - Default size: {width} x {height} pixels; sides are multiples of {multiple}
 - Steps: {all_steps}
 - Computes in {precision}; weights stored as {weights}, text encoder as {text_encoder}
@@ -30,17 +30,23 @@ pipeline("a red heart", seed=1).images[0].save("heart.png")
 """
 
 
-def model_card(manifest: bundle.Manifest) -> str:
-    """README.md for a bundle: what it is, where it is from, under what licence, and how to use it."""
+def model_card(manifest: bundle.Manifest, base_model: str, text_encoder: str) -> str:
+    """Write README.md for a bundle: its model, origin and license, and how to use it.
+
+    Args:
+        manifest: the bundle's.
+        base_model: the model that it was made from.
+        text_encoder: how the file of the text encoder stores weights.
+    """
     return _CARD.format(
         name=manifest.name,
-        licence=manifest.licence,
-        base_model=manifest.created_from["base_model"],
-        precision=manifest.created_from["precision"],
+        license=manifest.license,
+        base_model=base_model,
+        precision=manifest.precision,
         variants=", ".join(manifest.variants),
         vaes=", ".join(manifest.vaes),
-        weights=manifest.created_from["weights"],
-        text_encoder=manifest.created_from["text_encoder"],
+        weights=manifest.weights,
+        text_encoder=text_encoder,
         steps=manifest.default_steps,
         all_steps=", ".join(map(str, manifest.schedules)),
         width=manifest.default_width,

@@ -115,7 +115,8 @@ def test_what_a_bundle_says(emoji_bundle):
     made = bundle.Bundle.load(emoji_bundle)
     made.verify()
     manifest = made.manifest
-    assert (manifest.name, manifest.licence, manifest.precision) == ("tiny-emoji", "apache-2.0", "fp32")
+    assert (manifest.name, manifest.license) == ("tiny-emoji", "apache-2.0")
+    assert (manifest.precision, manifest.weights) == ("fp32", "fp32")
     assert manifest.created_from["base_model"] == "tiny-teacher"
     assert (manifest.latent_channels, manifest.pixels_per_latent, manifest.size_multiple) == (16, 2, 4)
     assert (manifest.default_height, manifest.default_width, manifest.text_length) == (16, 16, 32)
@@ -159,7 +160,7 @@ def test_reduced_precision_and_external_data(students, tmp_path, monkeypatch, ca
     assert export("--ckpt", students["sd15"], "--out", tmp_path / "small", *reduced) == 0
     assert "PSNR" in capsys.readouterr().out
     made = bundle.Bundle.load(tmp_path / "small")
-    assert (made.manifest.name, made.manifest.precision) == ("small", "fp16")
+    assert (made.manifest.name, made.manifest.precision, made.manifest.weights) == ("small", "fp32", "fp16")
     assert made.manifest.created_from["text_encoder"] == "int8"
     assert "unet_decoder.onnx.data" in made.manifest.files
     assert len(Pipeline.load(tmp_path / "small", device="cpu")("a cat").images) == 1

@@ -109,7 +109,7 @@ def bundles(tmp_path_factory):
 
 def test_an_int8_bundle(bundles):
     manifest = bundle.Bundle.load(bundles / "int8").manifest
-    assert (manifest.precision, manifest.created_from["precision"]) == ("int8", "int8")
+    assert (manifest.precision, manifest.weights) == ("int8", "int8")
     files = manifest.variants["portable"]
     operators = {name: {n.op_type for n in onnx.load(bundles / "int8" / files[name]).graph.node} for name in files}
     of_int8 = {"QuantizeLinear", "DequantizeLinear"}

@@ -83,7 +83,7 @@ def _draw(directory: Path, archive: Path, captions_file: Path, resolution: int, 
     emoji = json.loads((labels / "en/data.json").read_text())
     names = [json.loads((labels / f"en/shortcodes/{source}.json").read_text()) for source in ("github", "emojibase")]
     everywhere = {e["label"]: e for e in emoji if all(s.find(e) is not None for s in sets.values())}
-    chosen = list(everywhere) if all_concepts else _concept_list()
+    chosen = list(everywhere) if all_concepts else concept_list()
     if missing := [label for label in chosen if label not in everywhere]:
         raise ValueError(f"not drawn in all six styles: {', '.join(missing)}")
 
@@ -135,7 +135,8 @@ class _IconSet:
         )
 
 
-def _concept_list() -> list[str]:
+def concept_list() -> list[str]:
+    """Return the things that the default model learns."""
     lines = [line for line in CONCEPTS.read_text().splitlines() if not line.startswith("#")]
     return [label.strip() for line in lines for label in line.split(";")]
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiue_runtime.bundle import Bundle, Prompts, write_bundle
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
 from recipes.emoji import loop
-from recipes.emoji.data import Drawings
+from recipes.emoji.data import Drawings, concept_list
 from recipes.emoji.presets import Preset
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
 from tiue.checkpoint import Student, load_student, save_student
@@ -24,6 +25,7 @@ from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text
 
 PAIR_BATCH = 64
+EXAMPLES = ("a red heart", "a rocket", "cat face", "pizza, noto style", "a rainbow", "sunflower, fluent style")
 LICENCE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
 
 
@@ -148,6 +150,8 @@ def bundle(student: Path, out: Path) -> None:
         flags = ["--weights", "fp16", "--text-encoder", "int8", "--out", str(out / "bundle")]
         if status := export(["--ckpt", str(out / "student.safetensors"), *flags]):
             raise RuntimeError(f"the export ended with status {status}")
+        made = Bundle.load(out / "bundle")
+        write_bundle(made.directory, replace(made.manifest, prompts=Prompts(EXAMPLES, tuple(concept_list()))))
 
 
 @torch.no_grad()

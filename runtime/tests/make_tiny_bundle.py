@@ -5,7 +5,7 @@ python make_tiny_bundle.py
 text         = EMBEDDING[input_ids] * attention_mask
 mid, skip.0  = 0.5 z_T, mean(text)
 eps_i        = tanh(mid * TAU[i] + skip.0)
-image        = latents[:, :3], every pixel repeated twice in height and width
+image        = 2 latents[:, :3] + 0.25, every pixel repeated twice in height and width
 
 heavy computes the same, but eps and image as the mean of COPIES copies, which takes memory. It has estimates of that,
 default pictures of 128 x 128 pixels, and a second image decoder, light and with half the contrast.
@@ -26,6 +26,8 @@ from tiue_runtime.bundle import (
     VAE_DECODER,
     Manifest,
     MemoryUse,
+    Preview,
+    Prompts,
     Schedule,
     write_bundle,
 )
@@ -37,6 +39,8 @@ LENGTH = 8
 EMBEDDING = np.array([[i / 10, -i / 20, 1 / (1 + i)] for i in range(len(WORDS))], dtype=np.float32)
 TAU = np.array([0.9, 0.7, 0.4, 0.2], dtype=np.float32)
 COPIES = 64
+SCALE, SHIFT = 2.0, 0.25  # image in [-1, 1] of latents
+IDENTITY = tuple(tuple(SCALE / 2 if row == column else 0.0 for column in range(3)) for row in range(3))
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -73,8 +77,9 @@ def vae(path: Path, contrast: float, heavy: bool) -> None:
         "image",
         [
             node("Slice", ["latents", "from", "to", "channel"], ["rgb"]),
-            node("Mul", ["rgb", "contrast"], ["scaled"]),
-            node("Resize", ["scaled", "", "scales"], ["image"], mode="nearest"),
+            node("Mul", ["rgb", "scale"], ["scaled"]),
+            node("Add", ["scaled", "shift"], ["shifted"]),
+            node("Resize", ["shifted", "", "scales"], ["image"], mode="nearest"),
         ],
         heavy,
     )
@@ -87,7 +92,8 @@ def vae(path: Path, contrast: float, heavy: bool) -> None:
             "from": np.array([0]),
             "to": np.array([3]),
             "channel": np.array([1]),
-            "contrast": np.float32(contrast),
+            "scale": np.float32(SCALE * contrast),
+            "shift": np.float32(SHIFT * contrast),
             "scales": np.array([1, 1, 2, 2], dtype=np.float32),
             **constants,
         },
@@ -166,15 +172,15 @@ def make(directory: Path, heavy: bool) -> None:
     }
     manifest = Manifest(
         name=directory.name,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         created_from={"script": "make_tiny_bundle.py"},
         latent_channels=4,
         pixels_per_latent=2,
         default_height=128 if heavy else 8,
         default_width=128 if heavy else 12,
         size_multiple=4,
-        vae_scaling_factor=0.5,
-        vae_shift_factor=0.25,
+        precision="fp32",
+        weights="fp32",
         text_length=LENGTH,
         encoder_timestep=751,
         decoder_timesteps=(751, 501, 251, 1),
@@ -183,9 +189,10 @@ def make(directory: Path, heavy: bool) -> None:
             4: Schedule((751, 501, 251, 1), 0.2, (0.5, -0.25, 1.5, 0.125)),
         },
         default_steps=4,
-        precision="fp32",
         variants={PORTABLE: {**GRAPH_FILES, **({"vae_decoder_tiny": "vae_decoder_tiny.onnx"} if heavy else {})}},
-        vaes={KL: VAE_DECODER, **({TINY: "vae_decoder_tiny"} if heavy else {})},
+        vaes=(KL, TINY) if heavy else (KL,),
+        preview=Preview((*IDENTITY, (0.0, 0.0, 0.0)), ((SHIFT + 1) / 2,) * 3),  # of pictures in [0, 1]
+        prompts=Prompts(examples=("a red heart", "a blue star"), vocabulary=tuple(WORDS[4:])),
         memory={PORTABLE: estimates} if heavy else {},
     )
     write_bundle(directory, manifest).verify()

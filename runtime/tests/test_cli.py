@@ -82,8 +82,8 @@ def test_a_cut_prompt_is_one_warning_line(run, tmp_path):
 
 
 MISTAKES = {
-    "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "out: cannot write into"),
-    "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "out: cannot write into"),
+    "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "out: cannot write "),
+    "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "out: cannot write "),
     "out is a folder": (["generate", "a", "--out", "TMP/folder.png"], "is a directory"),
     "other format": (["generate", "a", "--out", "TMP/a.jpg"], "out: expected a file name that ends in .png"),
     "no out": (["generate", "a"], "--out"),

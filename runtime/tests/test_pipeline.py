@@ -186,7 +186,8 @@ def test_generate_loads_a_bundle_again_that_was_written_again(kept, copy):
 
     first, old = shade(), weakref.ref(*kept.values())
     bundle = Bundle.load(copy)
-    write_bundle(copy, replace(bundle.manifest, vae_shift_factor=0.75))  # as many bytes as before
+    schedule = replace(bundle.manifest.schedules[4], noise_weight=0.9)  # as many bytes as before
+    write_bundle(copy, replace(bundle.manifest, schedules={**bundle.manifest.schedules, 4: schedule}))
     assert not np.array_equal(shade(), first)
     assert old() is None
     assert len(kept) == 1
@@ -299,7 +300,7 @@ def test_features_that_are_not_finite_are_laid_to_the_encoder(pipe, monkeypatch)
 def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remedy, output_type):
     directory = shutil.copytree(tiny.parent / bundle, tmp_path / bundle)
     manifest = Bundle.load(directory).manifest
-    write_bundle(directory, replace(manifest, created_from={**manifest.created_from, "precision": "fp16"}))
+    write_bundle(directory, replace(manifest, precision="fp16"))
     pipe = Pipeline.load(directory, device="cpu")
     pipe.graphs.vae_decoder = Overflowing(pipe.graphs.vae_decoder, "image", np.nan)
     with pytest.raises(InferenceError, match=rf"vae_decoder: image has NaN or infinity on cpu\. {remedy}$"):
@@ -317,7 +318,7 @@ def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remed
 def test_the_remedy_of_overflow_is_that_of_the_variant(edit, monkeypatch, variant, remedy):
     def add(content):
         content["variants"] = {name: content["variants"]["portable"] for name in ("portable", "cpu", "cuda")}
-        content["created_from"]["precision"] = "fp16"
+        content["precision"] = "fp16"
 
     pipe = Pipeline.load(edit(add), device="cpu")
     assert pipe.variant == "cpu"

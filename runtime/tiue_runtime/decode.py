@@ -32,7 +32,6 @@ def decode_image(
     """
     graph, name, budget = turns.graphs.vae_decoder, turns.graphs.vae_name, turns.graphs.budget
     pixels = manifest.pixels_per_latent
-    latents = z_0 / np.float32(manifest.vae_scaling_factor) + np.float32(manifest.vae_shift_factor)
     remedy = turns.graphs.overflow_remedy(vae=True)
 
     def run_part(part: Float32) -> Float32:
@@ -49,7 +48,7 @@ def decode_image(
         if plan is not ways[first] or (plan.tiled and tiling is None):
             warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=3)
         try:
-            image = decode_parts(run_part, latents, plan, pixels)
+            image = decode_parts(run_part, z_0, plan, pixels)
         except LoadingError:
             raise  # It would fail for a tile, too.
         except OutOfMemoryError as error:

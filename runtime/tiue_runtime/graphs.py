@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -59,7 +60,7 @@ class Graphs:
             contract.UNET_DECODER,
             lambda g: expect(g, _GIVEN | _STEPS, {contract.CONTRIBUTION}, needed=_STEPS, features=encoder.outputs),
         )
-        self.vae_name = bundle.manifest.vaes[vae]
+        self.vae_name = bundle.manifest.vae_graphs[vae]
         self.vae_decoder = self._graph(self.vae_name, lambda g: expect(g, {contract.LATENTS}, {contract.IMAGE}))
         if memory != "low":
             self.load()
@@ -71,8 +72,9 @@ class Graphs:
         if name == contract.TEXT_ENCODER:
             # It makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes recording.
             settings, recording = replace(settings, cuda_graphs=False), None
+        files = partial(self._bundle.check_graph, name, self.variant)
         with self._loading():
-            return Graph(path, self._device, settings, recording, check=check, load=self._load_now)
+            return Graph(path, self._device, settings, recording, check=check, check_files=files, load=self._load_now)
 
     def __iter__(self) -> Iterator[Graph]:
         return iter((self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder))
@@ -120,11 +122,10 @@ class Graphs:
     def overflow_remedy(self, *, vae: bool = False) -> str:
         """Return what helps when a graph computes values that are not finite."""
         manifest, variant = self._bundle.manifest, self.variant
-        precision = manifest.created_from.get("precision", "fp32")
         if variant == contract.CUDA and contract.PORTABLE in manifest.variants:
             remedy = 'Its cuda graphs overflowed: load with variant="portable"'
-        elif precision != "fp32" and variant != contract.CPU:  # The cpu graphs compute in fp32 in any case.
-            remedy = f"{precision} overflowed: export the bundle again with --precision fp32"
+        elif manifest.precision != "fp32" and variant != contract.CPU:  # The cpu graphs compute in fp32 in any case.
+            remedy = f"{manifest.precision} overflowed: export the bundle again with --precision fp32"
         else:
             remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
         return remedy + (f", or {_LOAD_TINY}" if vae and self._tiny_is_left() else "")

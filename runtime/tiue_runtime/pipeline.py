@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from tiue_runtime.bundle import ATTENTION_MASK, INPUT_IDS, TEXT, TEXT_ENCODER, UNET_DECODER, Bundle
+from tiue_runtime.bundle import ATTENTION_MASK, INPUT_IDS, SAFETY_CHECKER, TEXT, TEXT_ENCODER, UNET_DECODER, Bundle
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.decode import decode_image
 from tiue_runtime.denoise import denoise
@@ -79,10 +79,16 @@ class Pipeline:
         settings = settle_precision(device, settings)
         manifest = bundle.manifest
         self.bundle, self.device, self.memory = bundle, str(device), memory
-        self.vae = next(iter(manifest.vaes)) if vae is None else vae
-        if self.vae not in tuple(manifest.vaes):
+        self.vae = manifest.vaes[0] if vae is None else vae
+        if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {shorten(vae)}")
         self.variant = choose_variant(device, manifest.variants, variant)
+        if SAFETY_CHECKER in manifest.graphs:
+            warnings.warn(
+                f"bundle {manifest.name} has a safety checker, which this version of tiue-runtime does not run: "
+                "pictures are not checked",
+                stacklevel=2,
+            )
         self.cuda_graphs, self.precision = settings.cuda_graphs, settings.precision
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
         self.graphs = Graphs(bundle, device, self.variant, settings, self.vae, memory)

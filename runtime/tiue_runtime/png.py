@@ -1,12 +1,12 @@
 """PNG files with their parameters as metadata."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tiue_runtime.bundle.replacing import check_writable, replacing
 from tiue_runtime.errors import RequestError
 
 
@@ -16,12 +16,10 @@ def check_png_path(path: Path) -> None:
         raise RequestError(f"out: expected a file name that ends in .png, got {str(path)!r}")
     if path.is_dir():
         raise RequestError(f"out: expected a file name, but {path} is a directory")
-    probe = _temporary(path)
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        check_writable(path)
     except OSError as error:
-        raise RequestError(f"out: cannot write into {path.parent}: {error.strerror or error}") from error
+        raise RequestError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
 def save_png(image: Image, path: Path, text: Mapping[str, str]) -> None:
@@ -29,14 +27,5 @@ def save_png(image: Image, path: Path, text: Mapping[str, str]) -> None:
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        image.save(file, format="PNG", pnginfo=info)

@@ -1,9 +1,13 @@
 """The bundle: the directory of graphs and settings that the exporter writes and the runtime reads.
 
-    manifest    what bundle.json says: frozen dataclasses that check themselves
-    directory   a bundle on the disk: load, verify, write
-    find        a bundle by its path or by the name of an installed package
-    fields      typed reading of JSON; every error names the exact field
+    manifest        what bundle.json says: frozen dataclasses that check themselves
+    directory       a bundle on the disk: load, verify, write
+    find            a bundle by its path or by the name of an installed package
+    external_data   the files that an ONNX graph names
+    tokenizer_json  what tokenizer.json may hold
+    fields          typed reading of JSON; every error names the exact field
+    schema          the JSON schema of bundle.json
+    replacing       files that appear whole
 
 This package imports the standard library only, so that any tool can read a bundle.
 """
@@ -24,6 +28,8 @@ from tiue_runtime.bundle.manifest import (
     MANIFEST,
     PORTABLE,
     PRECISIONS,
+    SAFETY_CHECKER,
+    SCORE,
     STEP_INDEX,
     STEP_WEIGHT,
     TENSORS,
@@ -39,7 +45,10 @@ from tiue_runtime.bundle.manifest import (
     FileInfo,
     Manifest,
     MemoryUse,
+    Preview,
+    Prompts,
     Schedule,
+    vae_graphs,
 )
 
 __all__ = [
@@ -57,6 +66,8 @@ __all__ = [
     "MANIFEST",
     "PORTABLE",
     "PRECISIONS",
+    "SAFETY_CHECKER",
+    "SCORE",
     "STEP_INDEX",
     "STEP_WEIGHT",
     "TENSORS",
@@ -73,6 +84,9 @@ __all__ = [
     "FileInfo",
     "Manifest",
     "MemoryUse",
+    "Preview",
+    "Prompts",
     "Schedule",
+    "vae_graphs",
     "write_bundle",
 ]

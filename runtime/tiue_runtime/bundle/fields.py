@@ -1,78 +1,235 @@
-"""Typed reading of JSON: a reader takes (value, where) and returns the value, or raises BundleError."""
+"""Typed reading of JSON: annotations of a dataclass say what a field may hold, and every error names the field.
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+`reader_of(hint)` makes the reader of a type, and `bundle/schema.py` makes a JSON schema of the same annotations.
+Types are str, int, float, tuples, mappings, dataclasses, and each of them as Annotated[type, Field(...)].
+"""
 
-from tiue_runtime.errors import BundleError
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, NoReturn, cast, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
-Reader = Callable[[object, str], T]
+from tiue_runtime.errors import BundleError, clip, shorten
 
+Reader = Callable[[object, str], Any]
+"""Takes (value, where it stands) and returns the value, or raises BundleError."""
 
-def as_str(value: object, where: str) -> str:
-    """Read a string."""
-    if not isinstance(value, str):
-        raise _wrong(where, "a string", value)
-    return value
-
-
-def as_int(value: object, where: str) -> int:
-    """Read an integer; 4.0 and true are none."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong(where, "an integer", value)
-    return value
-
-
-def as_float(value: object, where: str) -> float:
-    """Read a number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _wrong(where, "a number", value)
-    return float(value)
+TEXT_PATTERN = "^[^\\u0000-\\u001f\\u007f]*$"  # no control characters, which terminals obey
+STEPS_PATTERN = "^[1-9][0-9]{0,3}$"  # step counts as keys
+_DIGITS = 20  # of the longest integer; 2**64 has as many
 
 
-def list_of(item: Reader[T]) -> Reader[tuple[T, ...]]:
-    """Read a list whose items `item` reads."""
+@dataclass(frozen=True)
+class Field:
+    """What a value may be. Lengths are those of strings, in characters, and of lists and objects, in items."""
 
-    def read(value: object, where: str) -> tuple[T, ...]:
-        if not isinstance(value, list):
-            raise _wrong(where, "a list", value)
-        return tuple(item(v, f"{where}[{i}]") for i, v in enumerate(cast(list[object], value)))
-
-    return read
-
-
-def map_of(item: Reader[T]) -> Reader[dict[str, T]]:
-    """Read an object with any keys, whose values `item` reads."""
-
-    def read(value: object, where: str) -> dict[str, T]:
-        if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
-        return {k: item(v, _join(where, k)) for k, v in cast(dict[str, object], value).items()}
-
-    return read
+    doc: str = ""
+    least: float | None = None
+    most: float | None = None
+    shortest: int = 0
+    longest: int = 10_000
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    always: bool = False  # whether JSON must have it although the dataclass has a default
 
 
-def object_of(
-    make: Callable[..., T], fields: Mapping[str, Reader[object]], optional: tuple[str, ...] = ()
-) -> Reader[T]:
-    """Read an object with exactly these fields, `optional` ones perhaps absent, and call make(**fields)."""
-
-    def read(value: object, where: str) -> T:
-        given = map_of(lambda v, _: v)(value, where)
-        missing = [name for name in fields if name not in given and name not in optional]
-        unknown = [name for name in given if name not in fields]
-        for problem, names in (("missing", missing), ("unknown", unknown)):
-            if names:
-                raise BundleError(f"{problem} field {', '.join(_join(where, n) for n in names)}")
-        return make(**{name: fields[name](v, _join(where, name)) for name, v in given.items()})
-
-    return read
+def unwrap(hint: Any) -> tuple[Any, Field]:
+    """Split Annotated[type, Field] and `type | None` into (type, Field)."""
+    note = Field()
+    if get_origin(hint) is Annotated:
+        hint, *_, note = get_args(hint)  # of nested annotations the outer one
+    if get_origin(hint) is UnionType:
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    return hint, note
 
 
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+def fields_of(cls: type) -> dict[str, tuple[Any, bool]]:
+    """Return name => (annotation, whether JSON must have it) of a dataclass, in order."""
+    hints = get_type_hints(cls, include_extras=True)
+    given: dict[str, tuple[Any, bool]] = {}
+    for item in dataclasses.fields(cls):
+        default = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        given[item.name] = hints[item.name], not default or unwrap(hints[item.name])[1].always
+    return given
+
+
+def reader_of(hint: Any) -> Reader:
+    """Make the reader of a type."""
+    kind, note = unwrap(hint)
+    if dataclasses.is_dataclass(kind):
+        return _object(cast(type, kind))
+    if get_origin(kind) is tuple:
+        return _list(get_args(kind), note)
+    if isinstance(get_origin(kind), type) and issubclass(cast(type, get_origin(kind)), Mapping):
+        return _map(get_args(kind), note)
+    return {str: _string, int: _integer, float: _number}[kind](note)
+
+
+def parse_json(data: bytes) -> object:
+    """Parse strict JSON in UTF-8: no byte order mark, duplicate key, NaN, infinity or endless number.
+
+    Raises BundleError.
+    """
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise BundleError("expected JSON without a byte order mark")
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+            parse_constant=_refuse_number,
+            object_pairs_hook=_unique,
+        )
+    except UnicodeDecodeError as error:
+        raise BundleError(f"expected UTF-8, but {clip(str(error))}") from error
+    except RecursionError as error:
+        raise BundleError("expected JSON of a few levels, but it is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise BundleError(f"expected JSON, but {clip(str(error))}") from error
+
+
+def require(condition: bool, where: str, expected: str, received: object) -> None:
+    """Raise BundleError that names a field, unless its condition holds."""
+    if not condition:
+        raise BundleError(f"{clip(where)}: expected {expected}, got {shorten(received)}")
+
+
+def _parse_int(text: str) -> int:
+    return int(text) if len(text) <= _DIGITS else _refuse_number(text)
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise BundleError(f"expected finite numbers of at most {_DIGITS} digits, got {clip(text)}")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise BundleError(f"expected every key once, got {shorten(twice)} twice")
+    return content
 
 
 def _wrong(where: str, expected: str, value: object) -> BundleError:
     kind = "null" if value is None else type(value).__name__
-    return BundleError(f"{where}: expected {expected}, got {value!r} ({kind})")
+    return BundleError(f"{clip(where)}: expected {expected}, got {shorten(value)} ({kind})")
+
+
+def _string(note: Field) -> Reader:
+    def read(value: object, where: str) -> str:
+        if not isinstance(value, str):
+            raise _wrong(where, "a string", value)
+        if note.choices:
+            require(value in note.choices, where, f"one of {', '.join(note.choices)}", value)
+        _check_length(value, note, where, "characters")
+        readable = re.fullmatch(note.pattern or TEXT_PATTERN, value) and not re.search("[\ud800-\udfff]", value)
+        require(bool(readable), where, "printable characters" if not note.pattern else note.pattern, value)
+        return value
+
+    return read
+
+
+def _integer(note: Field) -> Reader:
+    def read(value: object, where: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise _wrong(where, "an integer", value)
+        _check_range(value, note, where)
+        return value
+
+    return read
+
+
+def _number(note: Field) -> Reader:
+    def read(value: object, where: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise _wrong(where, "a number", value)
+        require(math.isfinite(value), where, "a finite number", value)
+        _check_range(value, note, where)
+        return float(value)
+
+    return read
+
+
+def _list(items: tuple[Any, ...], note: Field) -> Reader:
+    """Make a reader of tuple[X, ...], or of a tuple of as many items as the annotation has."""
+    item = reader_of(items[0])
+    if items[-1] is not ...:
+        note = dataclasses.replace(note, shortest=len(items), longest=len(items))
+
+    def read(value: object, where: str) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise _wrong(where, "a list", value)
+        values = cast(list[object], value)
+        _check_length(values, note, where, "items")
+        return tuple(item(v, f"{where}[{i}]") for i, v in enumerate(values))
+
+    return read
+
+
+def _map(types: tuple[Any, ...], note: Field) -> Reader:
+    """Make a reader of Mapping[str, X], or of Mapping[int, X], whose keys are decimal in JSON."""
+    key_kind, item = types[0], reader_of(types[1])
+
+    def read(value: object, where: str) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            raise _wrong(where, "an object", value)
+        values = cast(dict[str, object], value)
+        _check_length(values, note, where, "entries")
+        for key in values:
+            if key_kind is int:
+                require(bool(re.fullmatch(STEPS_PATTERN, key)), where, "step counts such as '4' as keys", key)
+            require(not re.search("[\ud800-\udfff]", key), where, "keys of whole characters", key)
+        return {key_kind(k): item(v, _join(where, k)) for k, v in values.items()}
+
+    return read
+
+
+def _object(cls: type) -> Reader:
+    readers = {name: (reader_of(hint), required) for name, (hint, required) in fields_of(cls).items()}
+
+    def read(value: object, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise _wrong(where or "bundle.json", "an object", value)
+        given = cast(dict[str, object], value)
+        _refuse_fields("missing", (n for n, (_, required) in readers.items() if required and n not in given), where)
+        _refuse_fields("unknown", (name for name in given if name not in readers), where)
+        return cls(**{name: readers[name][0](v, _join(where, name)) for name, v in given.items()})
+
+    return read
+
+
+def _refuse_fields(problem: str, names: Iterable[str], where: str) -> None:
+    paths = [_join(where, name) for name in names]
+    if paths:
+        raise BundleError(f"{problem} field {clip(', '.join(paths))}")
+
+
+def _check_range(value: float, note: Field, where: str) -> None:
+    least, most = note.least, note.most
+    fits = (least is None or value >= least) and (most is None or value <= most)
+    bounds = f"{'' if least is None else f'>= {least:,}'}{' and ' if None not in (least, most) else ''}"
+    require(fits, where, f"a number {bounds}{'' if most is None else f'<= {most:,}'}", value)
+
+
+def _check_length(value: Any, note: Field, where: str, unit: str) -> None:
+    if note.shortest == note.longest:
+        expected = f"{note.shortest} {unit}"
+    else:
+        expected = f"{note.shortest} to {note.longest:,} {unit}"
+    if not note.shortest <= len(value) <= note.longest:
+        raise BundleError(f"{clip(where)}: expected {expected}, got {len(value)}")
+
+
+def _join(where: str, name: str) -> str:
+    shown_name = name if name.isprintable() else repr(name)
+    return f"{where}.{shown_name}" if where else shown_name

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tiue_runtime.bundle import MANIFEST
-from tiue_runtime.errors import BundleError
+from tiue_runtime.errors import BundleError, shorten
 
 GROUP = "tiue_runtime.bundles"
 DEFAULT_VARIABLE = "TIUE_BUNDLE"
@@ -45,7 +45,7 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     if text not in installed:
         names = ", ".join(installed) or "none"
         raise BundleError(
-            f"bundle: {text!r} is neither a directory with a {MANIFEST} nor an installed bundle "
+            f"bundle: {shorten(text)} is neither a directory with a {MANIFEST} nor an installed bundle "
             f"(installed: {names}). The default bundle comes with: pip install tiue-emoji"
         )
     return _package_directory(text, installed[text])

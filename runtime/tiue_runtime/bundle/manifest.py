@@ -1,31 +1,35 @@
-"""The bundle contract, format 1: what `bundle.json` says, one reader and one writer.
+"""The bundle contract, format 1: what `bundle.json` says, with one reader and one writer.
 
-A bundle is a directory with `bundle.json`, `tokenizer.json`, four ONNX graphs (and their external data files)
-and a model card. The exporter fills a `Manifest` and calls `write_bundle`; all else calls `Bundle.load`.
+A bundle is a directory with `bundle.json`, `tokenizer.json`, at least four ONNX graphs with their external data
+files, and a model card. The exporter fills a `Manifest` and calls `write_bundle`; everything else calls `Bundle.load`.
+docs/bundle.md describes the format for readers in other languages, bundle.schema.json is made of the dataclasses here.
 
 The graphs, with B, h, w and k dynamic:
 
-    text_encoder   input_ids int64 (B,L) [, attention_mask int64 (B,L)]          => text (B,L,D)
-    unet_encoder   latents (B,C,h,w), text                                      => features, named, opaque
-    unet_decoder   features [, text], step_index int64 (k), step_weight (k)     => contribution (B,C,h,w)
-    vae_decoder    latents (B,C,h,w), unscaled                                  => image (B,3,H,W) in [-1,1]
+    text_encoder     input_ids int64 (B, L) [, attention_mask int64 (B, L)]     => text (B, L, D)
+    unet_encoder     latents (B, C, h, w), text                                 => features, named, opaque
+    unet_decoder     features [, text], step_index int64 (k), step_weight (k)   => contribution (B, C, h, w)
+    vae_decoder      latents (B, C, h, w)                                       => image (B, 3, H, W) in [-1, 1]
+    safety_checker   image (B, 3, H, W) in [-1, 1]                              => score (B)
 
-A second autoencoder is one more graph, vae_decoder_tiny or vae_decoder_kl, with the signature of vae_decoder and for
-the same latents.
+vae_decoder is the first of Manifest.vaes. A second image decoder is one more graph, vae_decoder_tiny or vae_decoder_kl,
+with the same signature and for the same latents. safety_checker is optional.
 
-text, latents, step_weight, contribution and image are float32 at every precision; features are of whatever
-type the two UNet graphs agree on. step_index holds rows of `decoder_timesteps`, and
+text, latents, step_weight, contribution, image and score are float32 at every precision. Features have whatever type
+the two UNet graphs agree on. step_index holds rows of `decoder_timesteps`, and
 contribution = sum_k step_weight_k eps_k, so that z_0 = noise_weight * z_T + contribution.
 """
 
-import json
-import math
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated, cast
 
-from tiue_runtime.bundle.fields import as_float, as_int, as_str, list_of, map_of, object_of
-from tiue_runtime.errors import BundleError
+from tiue_runtime.bundle.fields import Field, parse_json, reader_of, require
+from tiue_runtime.errors import BundleError, clip
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -41,6 +45,7 @@ UNET_DECODER = "unet_decoder"
 VAE_DECODER = "vae_decoder"
 GRAPHS = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)  # in the order they run
 GRAPH_FILES = {graph: f"{graph}.onnx" for graph in GRAPHS}
+SAFETY_CHECKER = "safety_checker"  # optional, in all variants of a bundle or in none
 
 KL, TINY = "kl", "tiny"  # the kinds of image decoder: the teacher's AutoencoderKL, a small autoencoder for its latents
 VAE_KINDS = (KL, TINY)
@@ -54,6 +59,7 @@ STEP_INDEX = "step_index"
 STEP_WEIGHT = "step_weight"
 CONTRIBUTION = "contribution"
 IMAGE = "image"
+SCORE = "score"
 
 # ONNX Runtime's name of the element type, and the rank, of every tensor that the contract names.
 TENSORS = {
@@ -65,28 +71,44 @@ TENSORS = {
     STEP_WEIGHT: ("float", 1),
     CONTRIBUTION: ("float", 4),
     IMAGE: ("float", 4),
+    SCORE: ("float", 1),
 }
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of computing, and of stored weights
 
+MANIFEST_LIMIT = 16 * 2**20  # bytes of bundle.json
 REMEDY = "Export the bundle again, or reinstall the package it came from."
+
+_MOST_STEPS = 1000
+_Timesteps = Annotated[
+    tuple[Annotated[int, Field(least=0, most=999_999)], ...],
+    Field("Timesteps of the noise schedule.", shortest=1, longest=_MOST_STEPS),
+]
+_FileName = Annotated[str, Field("A file's name relative to the bundle, with '/'.", shortest=1, longest=1000)]
+_Text = Annotated[str, Field(shortest=1, longest=1000)]
+
+
+def _pixels(doc: str) -> Field:
+    return Field(doc, least=1, most=65_536)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """One step count: z_0 = noise_weight * z_T + sum_i step_weights[i] * eps(timesteps[i])."""
 
-    timesteps: tuple[int, ...]  # strictly decreasing, each one of Manifest.decoder_timesteps
-    noise_weight: float  # w_0
-    step_weights: tuple[float, ...]  # w_1 .. w_N
+    timesteps: _Timesteps  # strictly decreasing, each one of Manifest.decoder_timesteps
+    noise_weight: Annotated[float, Field("w_0, the weight of the noise z_T.")]
+    step_weights: Annotated[
+        tuple[float, ...], Field("w_1 .. w_N, one for each timestep.", shortest=1, longest=_MOST_STEPS)
+    ]
 
 
 @dataclass(frozen=True)
 class FileInfo:
     """What a file of the bundle must be."""
 
-    sha256: str  # 64 lower-case hexadecimal digits
-    size: int  # bytes
+    sha256: Annotated[str, Field("Of the file's bytes, in lower-case hexadecimal.", pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, Field("Bytes.", least=0, most=2**53)]
 
 
 @dataclass(frozen=True)
@@ -97,8 +119,8 @@ class MemoryUse:
     unet_decoder and B for the other graphs.
     """
 
-    per_latent: float  # bytes
-    per_latent_squared: float  # bytes; of attention maps
+    per_latent: Annotated[float, Field("Bytes for each latent pixel of a row.", least=0)]
+    per_latent_squared: Annotated[float, Field("Bytes for each pair of latent pixels: attention maps.", least=0)]
 
     def bytes(self, rows: int, latents: int) -> float:
         """Estimate a run of `rows` rows of `latents` = h*w latent pixels."""
@@ -106,197 +128,208 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A linear image decoder: rgb = latents @ matrix + bias, RGB in [0, 1] once it is clipped."""
+
+    matrix: Annotated[tuple[tuple[float, float, float], ...], Field("C rows of 3 numbers.", shortest=1, longest=1024)]
+    bias: Annotated[tuple[float, float, float], Field("One number for red, green and blue each.")]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to ask the model for, for applications that show examples or complete words."""
+
+    examples: Annotated[tuple[_Text, ...], Field("Whole prompts that the model draws well.")] = ()
+    vocabulary: Annotated[
+        tuple[_Text, ...], Field("Words and phrases that it was trained on, if it knows no others.")
+    ] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of bundle.json. Raises BundleError when its values contradict each other."""
 
-    name: str
-    licence: str
-    created_from: Mapping[str, str]  # provenance: what, from which model, by which version
-    latent_channels: int  # C
-    pixels_per_latent: int  # H = pixels_per_latent * h
-    default_height: int  # pixels
-    default_width: int  # pixels
-    size_multiple: int  # pixels; heights and widths are multiples of it
-    vae_scaling_factor: float  # vae_decoder takes z_0 / vae_scaling_factor + vae_shift_factor
-    text_length: int  # L, tokens
-    encoder_timestep: int  # t_1 of training; folded into unet_encoder
-    decoder_timesteps: tuple[int, ...]  # step_index i means timestep decoder_timesteps[i]
-    schedules: Mapping[int, Schedule]  # by step count
-    default_steps: int
-    precision: str  # one of PRECISIONS: how the files store weights; created_from has what graphs compute in
-    variants: Mapping[str, Mapping[str, str]]  # variant -> graph -> file name
-    vae_shift_factor: float = 0.0
-    # One of VAE_KINDS -> graph: the first is the default and vae_decoder, a second is vae_decoder_{kind}.
-    vaes: Mapping[str, str] = field(default_factory=lambda: {KL: VAE_DECODER})
-    memory: Mapping[str, Mapping[str, MemoryUse]] = field(  # variant -> graph -> estimate; what is absent is unknown
-        default_factory=dict[str, Mapping[str, MemoryUse]]
-    )
-    files: Mapping[str, FileInfo] = field(default_factory=dict[str, FileInfo])  # write_bundle fills this
+    name: Annotated[str, Field("The model's name.", shortest=1, longest=200)]
+    license: Annotated[str, Field('An SPDX expression, or "unknown".', shortest=1, longest=1000)]
+    created_from: Annotated[Mapping[str, str], Field("Provenance, for people: no program depends on it.", longest=100)]
+    precision: Annotated[str, Field("The type that the graphs compute in; the cpu variant: fp32.", choices=PRECISIONS)]
+    weights: Annotated[
+        str, Field("The type that files store the weights of the UNet and the image decoders in.", choices=PRECISIONS)
+    ]
+    latent_channels: Annotated[int, Field("C.", least=1, most=1024)]
+    pixels_per_latent: Annotated[int, _pixels("H = pixels_per_latent * h, and likewise W.")]
+    default_height: Annotated[int, _pixels("Pixels.")]
+    default_width: Annotated[int, _pixels("Pixels.")]
+    size_multiple: Annotated[int, _pixels("Pixels: heights and widths are multiples of it.")]
+    text_length: Annotated[int, Field("L, tokens.", least=1, most=65_536)]
+    encoder_timestep: Annotated[
+        int, Field("t_1 of training, which unet_encoder has as a constant.", least=0, most=999_999)
+    ]
+    decoder_timesteps: Annotated[
+        _Timesteps, Field("step_index i means timestep decoder_timesteps[i].", shortest=1, longest=_MOST_STEPS)
+    ]
+    schedules: Annotated[Mapping[int, Schedule], Field("By step count N.", shortest=1, longest=_MOST_STEPS)]
+    default_steps: Annotated[int, Field("One of the step counts of schedules.", least=1, most=_MOST_STEPS)]
+    variants: Annotated[
+        Mapping[str, Mapping[str, _FileName]], Field("Variant => graph => file.", shortest=1, longest=100)
+    ]
+    vaes: Annotated[
+        tuple[Annotated[str, Field(choices=VAE_KINDS)], ...],
+        Field(
+            "Kinds of image decoders: the first is the graph vae_decoder, another one vae_decoder_<kind>.",
+            shortest=1,
+            longest=len(VAE_KINDS),
+        ),
+    ] = (KL,)
+    sizes: Annotated[
+        tuple[tuple[Annotated[int, _pixels("")], Annotated[int, _pixels("")]], ...],
+        Field("(height, width) in pixels that the model was trained for beside the default size.", longest=1000),
+    ] = ()
+    memory: Annotated[
+        Mapping[str, Mapping[str, MemoryUse]], Field("Variant => graph => estimate; an absent one is unknown.")
+    ] = field(default_factory=dict[str, Mapping[str, MemoryUse]])
+    preview: Annotated[Preview | None, Field("A linear image decoder, for previews.")] = None
+    prompts: Annotated[Prompts | None, Field("What to ask for.")] = None
+    files: Annotated[
+        Mapping[str, FileInfo], Field("Every file of the bundle but bundle.json.", shortest=1, always=True)
+    ] = field(default_factory=dict[str, FileInfo])  # write_bundle fills this
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "pixels_per_latent", "size_multiple", "text_length"):
-            _require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
-        _require(bool(self.name), "name", "a name", self.name)
-        _require(
-            self.size_multiple % self.pixels_per_latent == 0,
-            "size_multiple",
-            f"a multiple of pixels_per_latent ({self.pixels_per_latent})",
-            self.size_multiple,
-        )
-        for name in ("default_height", "default_width"):
-            size = getattr(self, name)
-            expected = f"a positive multiple of size_multiple ({self.size_multiple})"
-            _require(size > 0 and size % self.size_multiple == 0, name, expected, size)
-        scale, shift = self.vae_scaling_factor, self.vae_shift_factor
-        _require(math.isfinite(scale) and scale != 0, "vae_scaling_factor", "a finite number, not 0", scale)
-        _require(math.isfinite(shift), "vae_shift_factor", "a finite number", shift)
-        _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+        self._check_sizes()
         self._check_schedules()
-        self._check_vaes()
+        require(bool(self.vaes) and len(set(self.vaes)) == len(self.vaes), "vaes", "different kinds", self.vaes)
+        self._check_variants()
         self._check_files()
         self._check_memory()
+        if self.preview is not None:
+            rows = len(self.preview.matrix)
+            require(rows == self.latent_channels, "preview.matrix", f"{self.latent_channels} rows", rows)
+
+    def _check_sizes(self) -> None:
+        expected = f"a multiple of pixels_per_latent ({self.pixels_per_latent})"
+        require(self.size_multiple % self.pixels_per_latent == 0, "size_multiple", expected, self.size_multiple)
+        sizes = {"default_height": self.default_height, "default_width": self.default_width}
+        sizes |= {f"sizes[{i}][{j}]": self.sizes[i][j] for i in range(len(self.sizes)) for j in range(2)}
+        for name, size in sizes.items():
+            expected = f"a positive multiple of size_multiple ({self.size_multiple})"
+            require(size > 0 and size % self.size_multiple == 0, name, expected, size)
 
     def _check_schedules(self) -> None:
         rows = self.decoder_timesteps
-        expected = "distinct timesteps >= 0, at least one"
-        _require(bool(rows) and min(rows) >= 0 and len(set(rows)) == len(rows), "decoder_timesteps", expected, rows)
-        _require(self.encoder_timestep >= 0, "encoder_timestep", "an integer >= 0", self.encoder_timestep)
+        require(len(set(rows)) == len(rows), "decoder_timesteps", "distinct timesteps", rows)
         for steps, schedule in self.schedules.items():
             where = f"schedules.{steps}"
             lengths = len(schedule.timesteps), len(schedule.step_weights)
-            _require(
-                steps > 0 and lengths == (steps, steps),
+            require(
+                lengths == (steps, steps),
                 where,
                 f"{steps} timesteps and {steps} step_weights",
                 "{} and {}".format(*lengths),
             )
-            weights = (schedule.noise_weight, *schedule.step_weights)
-            _require(all(map(math.isfinite, weights)), where, "finite weights", weights)
             decreasing = all(a > b for a, b in zip(schedule.timesteps, schedule.timesteps[1:], strict=False))
-            _require(decreasing, f"{where}.timesteps", "decreasing timesteps", schedule.timesteps)
+            require(decreasing, f"{where}.timesteps", "decreasing timesteps", schedule.timesteps)
             absent = sorted(set(schedule.timesteps) - set(rows))
-            _require(not absent, f"{where}.timesteps", f"timesteps of decoder_timesteps {rows}", absent)
-        _require(
+            require(not absent, f"{where}.timesteps", "timesteps of decoder_timesteps", absent)
+        known = clip(", ".join(map(str, self.schedules)) or "which is empty")
+        require(
             self.default_steps in self.schedules,
             "default_steps",
-            f"a step count of schedules ({', '.join(map(str, self.schedules)) or 'which is empty'})",
+            f"a step count of schedules ({known})",
             self.default_steps,
         )
 
-    def _check_vaes(self) -> None:
-        known = bool(self.vaes) and set(self.vaes) <= set(VAE_KINDS)
-        _require(known, "vaes", f"kinds among {', '.join(VAE_KINDS)}, at least one", sorted(self.vaes))
-        for i, (kind, graph) in enumerate(self.vaes.items()):
-            expected = f"{VAE_DECODER}_{kind}" if i else VAE_DECODER  # the first one stands for "the" image decoder
-            _require(graph == expected, f"vaes.{kind}", expected, graph)
+    def _check_variants(self) -> None:
+        require(bool(self.variants), "variants", f"a variant such as {PORTABLE!r}", "none")
+        for variant, graphs in self.variants.items():
+            where = f"variants.{variant}"
+            require(set(graphs) == set(self.graphs), where, f"the graphs {', '.join(self.graphs)}", sorted(graphs))
+            for graph, name in graphs.items():
+                expected = "a file name inside the bundle that ends in .onnx"
+                require(is_portable(name) and name.endswith(".onnx"), f"{where}.{graph}", expected, name)
+
+    def _check_files(self) -> None:
+        if not self.files:
+            return  # the exporter has not written them yet
+        for name in self.files:
+            expected = "names relative to the bundle, with '/', that every system can store"
+            require(is_portable(name), "files", expected, name)
+        folded = [unicodedata.normalize("NFC", name).casefold() for name in (*self.files, MANIFEST)]
+        count = Counter(folded)
+        names = sorted(name for name, fold in zip(self.files, folded, strict=False) if count[fold] > 1)
+        require(not names, "files", "names that differ by more than capitals, without bundle.json", names)
+        for name in (TOKENIZER, *(name for graphs in self.variants.values() for name in graphs.values())):
+            require(name in self.files, "files", f"an entry for {clip(name)}", sorted(self.files))
 
     def _check_memory(self) -> None:
         for variant, graphs in self.memory.items():
-            _require(variant in self.variants, "memory", f"variants among {', '.join(self.variants)}", variant)
-            for graph, use in graphs.items():
-                where = f"memory.{variant}"
-                _require(graph in self.graphs, where, f"graphs among {', '.join(self.graphs)}", graph)
-                numbers = use.per_latent, use.per_latent_squared
-                valid = all(math.isfinite(number) and number >= 0 for number in numbers)
-                _require(valid, f"{where}.{graph}", "bytes >= 0", numbers)
+            known = clip(", ".join(self.variants))
+            require(variant in self.variants, "memory", f"variants among {known}", variant)
+            for graph in graphs:
+                expected = f"graphs among {', '.join(self.graphs)}"
+                require(graph in self.graphs, f"memory.{variant}", expected, graph)
 
-    def _check_files(self) -> None:
-        _require(bool(self.variants), "variants", f"a variant, such as {PORTABLE!r}", "none")
-        for variant, graphs in self.variants.items():
-            expected = ", ".join(self.graphs)
-            _require(set(graphs) == set(self.graphs), f"variants.{variant}", expected, sorted(graphs))
-        for name, info in self.files.items():
-            _require(_is_inside(name), "files", "names relative to the bundle, with '/', without '..'", name)
-            _require(info.size >= 0, f"files.{name}.size", "bytes >= 0", info.size)
-            valid = re.fullmatch(r"[0-9a-f]{64}", info.sha256) is not None
-            _require(valid, f"files.{name}.sha256", "64 lower-case hexadecimal digits", info.sha256)
-        needed = {TOKENIZER, *(name for graphs in self.variants.values() for name in graphs.values())}
-        for name in sorted(needed):
-            _require(_is_inside(name), "variants", "file names inside the bundle", name)
-            if self.files:
-                _require(name in self.files, "files", f"an entry for {name}", sorted(self.files))
+    @property
+    def vae_graphs(self) -> dict[str, str]:
+        """The graph of each kind of image decoder, the default first."""
+        return vae_graphs(self.vaes)
 
     @property
     def graphs(self) -> tuple[str, ...]:
-        """Every graph of a variant: GRAPHS and the further image decoders."""
-        return tuple(dict.fromkeys((*GRAPHS, *self.vaes.values())))
+        """Every graph of a variant: GRAPHS, further image decoders, and the safety checker if there is one."""
+        checker = [SAFETY_CHECKER] if any(SAFETY_CHECKER in graphs for graphs in self.variants.values()) else []
+        return tuple(dict.fromkeys((*GRAPHS, *self.vae_graphs.values(), *checker)))
 
     def step_rows(self, steps: int) -> tuple[int, ...]:
         """The step_index values of a schedule: rows of decoder_timesteps."""
         return tuple(self.decoder_timesteps.index(t) for t in self.schedules[steps].timesteps)
 
 
-def _schedules(value: object, where: str) -> dict[int, Schedule]:
-    by_text = map_of(_schedule)(value, where)
-    for key in by_text:
-        if not re.fullmatch(r"[1-9][0-9]*", key):
-            raise BundleError(f"{where}: expected step counts such as '4' as keys, got {key!r}")
-    return {int(key): schedule for key, schedule in by_text.items()}
+def vae_graphs(kinds: Iterable[str]) -> dict[str, str]:
+    """Return the graph of each kind of image decoder, of which the default comes first."""
+    return {kind: f"{VAE_DECODER}_{kind}" if i else VAE_DECODER for i, kind in enumerate(kinds)}
 
 
-_schedule = object_of(
-    Schedule,
-    {"timesteps": list_of(as_int), "noise_weight": as_float, "step_weights": list_of(as_float)},
-)
-_manifest = object_of(
-    Manifest,
-    {
-        "name": as_str,
-        "licence": as_str,
-        "created_from": map_of(as_str),
-        "latent_channels": as_int,
-        "pixels_per_latent": as_int,
-        "default_height": as_int,
-        "default_width": as_int,
-        "size_multiple": as_int,
-        "vae_scaling_factor": as_float,
-        "vae_shift_factor": as_float,
-        "text_length": as_int,
-        "encoder_timestep": as_int,
-        "decoder_timesteps": list_of(as_int),
-        "schedules": _schedules,
-        "default_steps": as_int,
-        "precision": as_str,
-        "variants": map_of(map_of(as_str)),
-        "vaes": map_of(as_str),
-        "memory": map_of(
-            map_of(object_of(MemoryUse, {"per_latent": as_float, "per_latent_squared": as_float})),
-        ),
-        "files": map_of(object_of(FileInfo, {"sha256": as_str, "size": as_int})),
-    },
-    optional=("vae_shift_factor", "vaes", "memory"),
-)
+_manifest = reader_of(Manifest)
 
 
-def read_manifest(text: str) -> Manifest:
-    """Read the text of bundle.json. Raises BundleError."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BundleError(f"expected JSON, but {error}. {REMEDY}") from error
-    fields = map_of(lambda value, where: value)(content, MANIFEST)
-    version = as_int(fields.pop("format", None), "format")
-    if version > FORMAT:
+def read_manifest(data: bytes) -> Manifest:
+    """Read the bytes of bundle.json. Raises BundleError."""
+    with _remedied():
+        content = parse_json(data)
+        require(isinstance(content, dict), MANIFEST, "an object", content)
+        fields = dict(cast(dict[str, object], content))
+        version = fields.pop("format", None)
+        require(isinstance(version, int) and not isinstance(version, bool), "format", "an integer", version)
+    if cast(int, version) > FORMAT:
         raise BundleError(
             f"format: this tiue-runtime reads {FORMAT}, got {version}: written by a newer tiue; "
             "upgrade tiue-runtime: pip install --upgrade tiue-runtime"
         )
-    _require(version == FORMAT, "format", str(FORMAT), version)
+    with _remedied():
+        require(version == FORMAT, "format", str(FORMAT), version)
+        return _manifest(fields, "")
+
+
+@contextmanager
+def _remedied() -> Generator[None]:
     try:
-        manifest = _manifest(fields, "")
-        _require(bool(manifest.files), "files", f"an entry for every file but {MANIFEST}", "none")
+        yield
     except BundleError as error:
         raise BundleError(f"{error}. {REMEDY}") from error
-    return manifest
 
 
-def _require(condition: bool, where: str, expected: str, received: object) -> None:
-    if not condition:
-        raise BundleError(f"{where}: expected {expected}, got {received!r}")
+# Names that Windows reserves, with any extension.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])(\..*)?", re.IGNORECASE)
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a file name stays in the bundle on every platform."""
-    if re.search(r'[\\:*?"<>|\x00-\x1f]', name):
+def is_portable(name: str) -> bool:
+    """Whether a file name stays in the bundle, and can be stored, on every system."""
+    if len(name) > 1000 or re.search(r'[\\:*?"<>|\x00-\x1f\x7f]', name):
         return False
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+    return all(
+        part not in ("", ".", "..")
+        and part[-1] not in ". "
+        and not _RESERVED.fullmatch(part)
+        and len(part.encode("utf-8", "surrogatepass")) <= 255
+        for part in name.split("/")
+    )

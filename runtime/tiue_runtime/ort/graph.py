@@ -51,12 +51,14 @@ class Graph:
         cuda_graphs: CudaGraphs | None = None,
         *,
         check: "Callable[[Graph], object] | None" = None,
+        check_files: Callable[[], object] | None = None,
         load: bool = True,
     ) -> None:
         """Take the graph in `path` for `device`, and load it now, or when it is first asked for anything.
 
         cuda_graphs: what the graphs of a pipeline share whose `settings` have cuda_graphs.
         check: called whenever the graph has been loaded.
+        check_files: called whenever the graph is about to be loaded.
 
         Loading raises BundleError for a bad graph, DeviceError for a refused device or setting, LoadingError, and what
         `check` does.
@@ -65,6 +67,7 @@ class Graph:
         self.device = device
         self._create = lambda: create_session(path, device, settings)
         self._check = check
+        self._check_files = check_files
         self._loading = Lock()
         self._session: Any = None
         self._inputs: dict[str, Declared] | None = None
@@ -86,6 +89,8 @@ class Graph:
         with self._loading:
             if self._session is not None:
                 return self._session
+            if self._check_files is not None:
+                self._check_files()
             session = interruptible(self._create, f"loading-{self.name}", cancelled=cancelled)
             self._inputs = {node.name: _declared(node) for node in session.get_inputs()}
             self._outputs = {node.name: _declared(node) for node in session.get_outputs()}

@@ -56,8 +56,9 @@ def bench(
     recorded = ", recorded" if pipeline.cuda_graphs else ""
     tiles = ", tiles of {1}x{0}".format(*warm_up.tile) if warm_up.tile else ""
     wheels = ", ".join(f"{name} {number}" for name, number in installed_wheels().items())
+    manifest = pipeline.bundle.manifest
     report: dict[str, object] = {
-        "bundle": f"{pipeline.bundle.manifest.name}, {pipeline.bundle.manifest.precision}",
+        "bundle": f"{manifest.name}, {manifest.precision}, weights in {manifest.weights}",
         "image": f"{columns}x{rows}, batch {count}, {warm_up.steps} steps, {warm_up.memory}, vae {warm_up.vae}{tiles}",
         "device": f"{pipeline.device}{computed}, {pipeline.variant} graphs{recorded}",
         "cpu": f"{_cpu_name()}, {thread_count()} threads",

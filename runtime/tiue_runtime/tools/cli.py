@@ -97,11 +97,12 @@ def _info(arguments: argparse.Namespace) -> int:
     megabytes = sum(file.size for file in manifest.files.values()) / 1e6
     rows: dict[str, object] = {
         "name": manifest.name,
-        "licence": manifest.licence,
+        "license": manifest.license,
         "directory": bundle.directory,
-        "size": f"{megabytes:.1f} MB in {len(manifest.files)} files, {manifest.precision}",
+        "size": f"{megabytes:.1f} MB in {len(manifest.files)} files; weights in {manifest.weights}",
+        "precision": manifest.precision,
         "variants": ", ".join(manifest.variants),
-        "vae": f"{', '.join(manifest.vaes)} (default {next(iter(manifest.vaes))})",
+        "vae": f"{', '.join(manifest.vaes)} (default {manifest.vaes[0]})",
         "image": f"{manifest.default_width}x{manifest.default_height}; multiples of {manifest.size_multiple}",
         "prompt": f"up to {manifest.text_length} tokens",
         "steps": f"{', '.join(map(str, sorted(manifest.schedules)))} (default {manifest.default_steps})",
@@ -170,7 +171,7 @@ def _parser() -> _Parser:
     _option_flags(generate, RequestOptions)
     _option_flags(generate, LoadOptions)
 
-    info = _command(commands, "info", _info, "show what a bundle is: licence, sizes, step counts, origin")
+    info = _command(commands, "info", _info, "show what a bundle is: license, sizes, step counts, origin")
     _bundle_flag(info)
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 

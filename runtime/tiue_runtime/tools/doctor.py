@@ -65,7 +65,7 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
     for name in installed_bundles():
         try:
             found = Bundle.load(find_bundle(name))
-            rows[f"bundle {name}"] = f"{found.directory} ({found.manifest.licence})"
+            rows[f"bundle {name}"] = f"{found.directory} ({found.manifest.license})"
         except TiueError as error:
             problems.append(str(error))
     chosen = None

@@ -1,0 +1,61 @@
+"""bundle.schema.json, the description of bundle.json for readers in other languages."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiue_runtime import bundle
+from tiue_runtime.bundle.schema import bundle_schema
+from tiue_runtime.errors import BundleError
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = Path(bundle.__file__).with_name("bundle.schema.json")
+BUNDLES = sorted(path for place in ("runtime/tests/data", "models") for path in (ROOT / place).rglob("bundle.json"))
+
+
+def test_the_schema_is_up_to_date():
+    """Make it with `python -m tiue_runtime.bundle.schema`."""
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == bundle_schema()
+
+
+def test_every_field_has_a_description():
+    for name, schema in bundle_schema()["properties"].items():
+        assert schema.get("description"), name
+
+
+@pytest.fixture(scope="module")
+def validator():
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is in the full environment only")
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.parent.name)
+def test_committed_bundles_follow_the_schema(validator, path):
+    validator.validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"name": ""},
+        {"precision": "fp8"},
+        {"vaes": ["large"]},
+        {"text_length": 8.5},
+        {"text_length": "8"},
+        {"colour": 1},
+        {"schedules": {"four": {}}},
+        {"schedules": {"2": {"timesteps": [2, 1], "noise_weight": 1}}},
+        {"preview": {"matrix": [[1, 2]], "bias": [0, 0, 0]}},
+        {"sizes": [[8]]},
+        {"files": {}},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses_what_the_reader_refuses(validator, edit, change):
+    directory = edit(lambda content: content.update(change))
+    assert not validator.is_valid(json.loads((directory / "bundle.json").read_text(encoding="utf-8")))
+    with pytest.raises(BundleError):
+        bundle.Bundle.load(directory)

@@ -1,0 +1,67 @@
+"""Files that appear whole: written under another name, then renamed."""
+
+import os
+import secrets
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[IO[bytes]]:
+    """Open a new file for writing, which takes the place of `path` at the end of the `with` block.
+
+    If the block raises, the new file is removed, and `path` is as it was. If `path` is a link, the file that it points
+    to is replaced. A file that may not be written is not replaced.
+
+    Raises:
+        OSError: `path` cannot be written. PermissionError is of its kind.
+    """
+    target = path.resolve()
+    mode = _mode(target)
+    temporary, descriptor = _create(target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        if mode is not None:
+            temporary.chmod(mode)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError unless `replacing` can write `path`. The folder is tried by making a file in it."""
+    target = path.resolve()
+    _mode(target)
+    temporary, descriptor = _create(target.parent)
+    os.close(descriptor)
+    temporary.unlink()
+
+
+def _mode(target: Path) -> int | None:
+    """Return the permissions of a file that may be replaced; None where there is no file."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        raise PermissionError(f"{target} is not a regular file")
+    # The system lets administrators write any file, so the permissions are read, too.
+    if not (mode & 0o222 and os.access(target, os.W_OK)):
+        raise PermissionError(f"{target} is read-only")
+    return stat.S_IMODE(mode)
+
+
+def _create(folder: Path) -> tuple[Path, int]:
+    """Make an empty file with a random name, which is short enough wherever any name is."""
+    while True:
+        temporary = folder / f".{secrets.token_hex(8)}.tmp"
+        try:
+            return temporary, os.open(temporary, _FLAGS, 0o666)
+        except FileExistsError:
+            continue

@@ -1,0 +1,1 @@
+"""What tokenizer.json may hold."""
