@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from tiue import hub
 from tiue.schedule import NoiseSchedule, ignored_options
+from tiue.tokenization import load_tokenizer
 from tiue.unet import check_supported
 from tiue.weights import WeightsError, choose_weights, fill, tensor_names
 
@@ -133,7 +134,7 @@ def load_components(
     classes = _classes(root)
     scheduler_config = _read_scheduler(root)
     _read_unet(root)  # what is not supported is refused before its weights are read
-    tokenizer = _load_tokenizer(classes["tokenizer"], root)
+    tokenizer = _load_tokenizer(classes["tokenizer"], root, classes["slow_tokenizer"])
     unet = _load_module(classes["unet"], root, "unet") if unet_file is None else _load_unet(Path(unet_file), root)
     return Components(
         unet=unet,
@@ -214,6 +215,7 @@ def _classes(root: Path) -> dict[str, Any]:
         "tokenizer": class_named(
             transformers, named["tokenizer"].removesuffix("Fast") + "Fast", PreTrainedTokenizerFast
         ),
+        "slow_tokenizer": not named["tokenizer"].endswith("Fast"),
     }
 
 
@@ -304,11 +306,11 @@ def _load_unet(path: Path, root: Path) -> UNet2DConditionModel:
     return unet
 
 
-def _load_tokenizer(cls: Any, root: Path) -> PreTrainedTokenizerFast:
+def _load_tokenizer(cls: Any, root: Path, like_slow: bool) -> PreTrainedTokenizerFast:
     if not (root / "tokenizer").is_dir():
         raise ComponentsError(f"{root} is not a complete diffusers pipeline: tokenizer is missing")
     try:
-        tokenizer = cls.from_pretrained(root / "tokenizer", local_files_only=True)
+        tokenizer = load_tokenizer(cls, root / "tokenizer", like_slow=like_slow)
     except Exception as error:  # which is what the tokenizers library raises
         message = f"{root / 'tokenizer'} cannot be loaded as {cls.__name__}: {_one_line(error)}"
         raise ComponentsError(message) from error
