@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+_SETTING = re.compile(r"`(base|steps|shared_up_blocks)`")  # as libraries name what is a flag here
 _STEPS_HELP = "step counts, e.g. 4 or 4,2,1 (default: all the student was trained for; of a pipeline, 4)"
 
 
@@ -51,11 +53,15 @@ def _export(arguments: argparse.Namespace) -> int:
                 f"{source} does not say what it was trained for, and is taken for a TiUE student of "
                 f"{max(student.schedules)} steps; a UNet that was not distilled so makes poor pictures"
             )
+        if student.components.license == "unknown":
+            _show_warning(
+                f"the license of {source} is unknown: declare it in its README.md before you share the bundle"
+            )
         export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     except ParityError as error:
         return _fail(str(error), 1)
     except (ValueError, OSError) as error:
-        return _fail(str(error), 2)
+        return _fail(_SETTING.sub(lambda name: f"--{name[1].replace('_', '-')}", str(error)), 2)
     except MemoryError as error:
         return _fail(f"out of memory {error}", 2)
     except KeyboardInterrupt:

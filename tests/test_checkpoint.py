@@ -210,7 +210,7 @@ def with_too_many_shared_up_blocks(path):
     ("damage", "message"),
     [
         (missing, "no such checkpoint"),
-        (truncated, "not a safetensors file, or is damaged"),
+        (truncated, "damaged, or cut short: it has"),
         (not_safetensors, "not a safetensors file, or is damaged"),
         (not_a_student, "not a TiUE student"),
         (newer, "student format 2; this tiue reads up to 1"),

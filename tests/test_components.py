@@ -121,7 +121,7 @@ def test_pickles_are_not_read(directory, part):
     weights = weights_of(directory / part)
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(ComponentsError, match=rf"{part} cannot be loaded .*found: {weights.stem}\.bin"):
+    with pytest.raises(ComponentsError, match=rf"{part} cannot be loaded.*found: {weights.stem}\.bin, a pickle"):
         load_components(directory)
 
 
@@ -163,7 +163,8 @@ def test_weights_in_full_are_preferred_to_fp16(directory):
 @torch.no_grad()
 def test_the_original_layout_of_sd15(tmp_path):
     original = tiny.save_original_sd15(tmp_path)
-    loaded = load_components(tmp_path)
+    with pytest.warns(UserWarning, match="safety_checker is left out"):
+        loaded = load_components(tmp_path)
     for part in ("unet", "text_encoder", "vae"):
         own, expected = getattr(loaded, part).state_dict(), getattr(original, part).state_dict()
         assert own.keys() == expected.keys()
@@ -227,9 +228,6 @@ def test_weights_that_are_not_the_models(directory, part, damage, message, caplo
     first = min(tensors)
     damage(tensors)
     save_file(tensors, path, {"format": "pt"})
-    if (part, damage) == ("text_encoder", has_another):
-        load_components(directory)  # a head, say, which the pipeline has no use for
-        return
     with pytest.raises(ComponentsError, match=f"{part} cannot be loaded.*{message.format(first)}") as error:
         load_components(directory)
     assert "\n" not in str(error.value)
@@ -264,11 +262,11 @@ def test_other_families_are_refused_by_name(directory, name, parts, message):
         load_components(directory)
 
 
-def test_clipping_is_left_out_with_a_warning_and_other_processes_are_refused(directory):
+def test_thresholding_is_left_out_with_a_warning_and_other_processes_are_refused(directory):
     path = directory / "scheduler" / "scheduler_config.json"
-    tiny.edit_json(path, _class_name="DDPMScheduler", clip_sample=True)
-    with pytest.warns(UserWarning, match="scheduler sets clip_sample, left out"):
-        assert load_components(directory).scheduler_config["clip_sample"]
+    tiny.edit_json(path, thresholding=True)
+    with pytest.warns(UserWarning, match="scheduler sets thresholding, left out"):
+        assert load_components(directory).scheduler_config["thresholding"]
     path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
     with pytest.raises(ComponentsError, match="scheduler: FlowMatchEulerDiscreteScheduler has no DDIM"):
         load_components(directory)

@@ -16,18 +16,21 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tiue.components import Components, ComponentsError, class_named
+from tiue.components import Components, ComponentsError, check_fit, class_named
+from tiue.recognize import kind_of_weights
 from tiue.unet import TiUE
-from tiue.weights import WeightsError, fill
+from tiue.weights import Stored, WeightsError, fill, read_headers
 
 FORMAT = 1
-_PARTS = ("unet", "text_encoder", "vae")
+PARTS = ("unet", "text_encoder", "vae")
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
+_QUANTIZERS = ("bitsandbytes", "torchao", "torch.ao", "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq")
 
 
 class CheckpointError(ValueError):
@@ -48,9 +51,10 @@ class Student:
     declared: bool = True  # False: made of a pipeline, which does not say which schedules it was trained for
 
     def tiue(self, steps: int | None = None) -> TiUE:
-        """The network for one of the schedules; the longest by default.
+        """Return the network for one of the schedules, by default for the longest.
 
-        Raises ValueError for steps that it was not trained for, and for a student whose encoder is not shared.
+        Raises:
+            ValueError: it was not trained for these steps, or its encoder is not shared.
         """
         if not self.share_encoder:
             raise ValueError(f"{self.components.name} is a control without a shared encoder: it cannot be split")
@@ -61,33 +65,89 @@ class Student:
         return TiUE(self.components.unet, schedule, self.encoder_timestep, self.shared_up_blocks)
 
 
+def check_savable(student: Student) -> None:
+    """Raise CheckpointError for a student that `save_student` cannot write, `load_student` not read, or nobody export.
+
+    It costs a look at every weight, so that a run can ask before its first update.
+    """
+    for part in PARTS:
+        _check_module(part, getattr(student.components, part))
+    try:
+        check_fit(student.components)
+    except ComponentsError as error:
+        raise CheckpointError(f"the student cannot be exported: {error}") from error
+    metadata = _read_metadata(Path("the student"), _metadata(student))
+    try:
+        rebuilt = _empty_modules(metadata)
+        for part, module in rebuilt.items():
+            own, expected = (
+                {name: list(tensor.shape) for name, tensor in m.state_dict().items()}
+                for m in (getattr(student.components, part), module)
+            )
+            if differing := sorted(n for n in own.keys() | expected.keys() if own.get(n) != expected.get(n)):
+                raise CheckpointError(
+                    f"{part} is not the module that its configuration describes: {differing[0]} differs "
+                    f"({len(differing)} tensors in all); remove adapters and wrappers first"
+                )
+        _student(Path("the student"), metadata, rebuilt)
+    except ComponentsError as error:
+        raise CheckpointError(f"the student cannot be read back: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the student cannot be read back: {_shortened(error)}") from error
+
+
 def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None) -> None:
     """Write `student` to `path`, by way of a temporary file beside it, so that `path` is never half-written.
+
+    Tensors that share memory, such as tied embeddings, are stored once.
 
     Args:
         path: usually ends in .safetensors; an existing file is replaced.
         student: modules may be on any device.
-        dtype: how floating-point tensors are stored (torch.float16 halves the file); as they are by default.
+        dtype: how floating-point tensors are stored (torch.float16 halves the file); by default as they are.
 
-    Raises CheckpointError if a weight is not finite, in the given dtype.
+    Raises:
+        CheckpointError: a weight cannot be stored or is not finite, in the given dtype.
     """
     path = Path(path)
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}  # name => the name under which the same tensor is stored
+    storages: set[int] = set()
+    for part in PARTS:
+        stored: dict[tuple[Any, ...], str] = {}
+        for name, tensor in getattr(student.components, part).state_dict().items():
+            full = f"{part}.{name}"
+            if problem := _problem(tensor, dtype):
+                raise CheckpointError(f"{path} not written: {full} {problem}")
+            same = _identity(tensor)
+            if same in stored:
+                aliases[full] = stored[same]
+                continue
+            stored[same] = full
+            tensor = _to_store(tensor, dtype)
+            storage = tensor.untyped_storage().data_ptr()
+            tensors[full] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
+            storages.add(storage)
+    strings = _metadata(student)
+    if aliases:
+        strings["aliases"] = json.dumps(aliases)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, strings)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _metadata(student: Student) -> dict[str, str]:
+    """Return all but the tensors, as safetensors' metadata. Raises CheckpointError for what is not JSON."""
     components = student.components
-    tensors = {}
-    for part in _PARTS:
-        for name, tensor in getattr(components, part).state_dict().items():
-            tensor = tensor.detach().cpu()
-            if dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(dtype)
-            if not tensor.isfinite().all():
-                raise CheckpointError(f"{path} not written: {part}.{name} is not finite as {tensor.dtype}")
-            tensors[f"{part}.{name}"] = tensor.contiguous()
     metadata = {
-        "unet": _config(components.unet),
-        "text_encoder": _config(components.text_encoder),
-        "vae": _config(components.vae),
+        **{part: _config(getattr(components, part)) for part in PARTS},
         "scheduler": _without_paths(components.scheduler_config),
-        "tokenizer": json.loads(components.tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": _tokenizer_json(components.tokenizer),
         "tokenizer_settings": _tokenizer_settings(components.tokenizer),
         "name": components.name,
         "license": components.license,
@@ -98,55 +158,105 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
         "share_encoder": student.share_encoder,
         "provenance": student.provenance,
     }
-    strings = {"tiue_student": str(FORMAT)} | {key: json.dumps(value) for key, value in metadata.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, strings)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    strings = {"tiue_student": str(FORMAT)}
+    for key, value in metadata.items():
+        try:
+            strings[key] = json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"the student's {key} cannot be stored as JSON: {_shortened(error)}") from error
+    return strings
+
+
+def _check_module(part: str, module: nn.Module) -> None:
+    if quantized := getattr(module.config, "quantization_config", None):
+        raise CheckpointError(f"{part} is quantized ({_shortened(quantized)}): expected weights in float32 or float16")
+    for name, child in module.named_modules():
+        home = type(child).__module__
+        if home.startswith(_QUANTIZERS):
+            raise CheckpointError(
+                f"{part}.{name} is a quantized module ({type(child).__name__}): expected plain layers"
+            )
+    for name, tensor in module.state_dict().items():
+        if problem := _problem(tensor, None):
+            raise CheckpointError(f"the student cannot be saved: {part}.{name} {problem}")
+
+
+def _problem(tensor: Any, dtype: torch.dtype | None) -> str | None:
+    """Say in words why a tensor cannot be stored as `dtype`, by default as it is; None if it can."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"is no tensor but {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "has no values (it is on the meta device)"
+    if tensor.layout != torch.strided or tensor.is_quantized or type(tensor.data) not in (torch.Tensor, nn.Parameter):
+        return f"is of an unsupported kind ({type(tensor.data).__name__}, {tensor.layout}): expected a plain tensor"
+    if tensor.dtype not in _DTYPES:
+        return f"is {tensor.dtype}: expected float32, float16 or bfloat16"
+    stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    return None if stored.isfinite().all() else f"is not finite as {stored.dtype}"
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return a key that two tensors have in common if they are the same memory in the same order."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _to_store(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
 
 
 def load_student(path: str | Path) -> Student:
     """Read a student: modules in float32 whatever the file stores, in evaluation mode, on the CPU.
 
-    Raises CheckpointError, in one line, if the file is missing, damaged, not a student, of a newer format, has
-    metadata of which no model or schedule can be made, or does not hold exactly the tensors that its configurations
-    call for.
+    Raises:
+        CheckpointError: in one line, the file is missing, damaged, not a student, or of a newer format; it has metadata
+            of which no model or schedule can be made; or it does not hold exactly the tensors that its configurations
+            call for.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _parse(path, file.metadata() or {})
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+        found = read_headers(path)
+    except WeightsError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    with safe_open(path, framework="pt") as file:
+        strings = file.metadata() or {}
+    if "tiue_student" not in strings and (kind := kind_of_weights(found)):
+        raise CheckpointError(f"{path} is not a TiUE student: it {kind}")
+    metadata = _read_metadata(path, strings)
     try:
-        return _build(path, metadata, names)
+        modules = _empty_modules(metadata)
+        _fill(path, modules, found, metadata.get("aliases", {}))
+        student = _student(path, metadata, modules)
     except CheckpointError:
         raise
     except ComponentsError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has incomplete or malformed metadata: {error!r}") from error
+        raise CheckpointError(f"{path} has incomplete or malformed metadata: {_shortened(error)}") from error
+    return student
 
 
-def _parse(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     version = metadata.get("tiue_student")
     if version is None:
         raise CheckpointError(f"{path} is not a TiUE student: its metadata has no tiue_student")
-    if not version.isdigit() or int(version) > FORMAT:
-        raise CheckpointError(f"{path} has student format {version}; this tiue reads up to {FORMAT}")
+    if not (version.isascii() and version.isdigit() and len(version) < 10) or int(version) > FORMAT:
+        raise CheckpointError(f"{path} has student format {version[:100]}; this tiue reads up to {FORMAT}")
     try:
         return {key: json.loads(value) for key, value in metadata.items()}
-    except ValueError as error:
-        raise CheckpointError(f"{path} has malformed metadata: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has malformed metadata: {_shortened(error)}") from error
 
 
-def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
-    modules = {}
+def _empty_modules(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the modules that configurations describe, without weights."""
+    modules: dict[str, Any] = {}
     with init_empty_weights():  # parameters come from the file, so none is initialised first
         modules["unet"] = UNet2DConditionModel.from_config(metadata["unet"])
         vae, text = metadata["vae"], metadata["text_encoder"]
@@ -154,14 +264,32 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
         modules["vae"] = vae_class.from_config(vae)
         text_class = class_named(transformers, text["_class_name"], PreTrainedModel)
         modules["text_encoder"] = text_class(text_class.config_class.from_dict(text))
-    unknown = [name for name in names if name.partition(".")[0] not in modules]
+    return modules
+
+
+def _fill(path: Path, modules: Mapping[str, Any], found: Mapping[str, Stored], aliases: Mapping[str, str]) -> None:
+    """Give modules their weights, and tie those that were stored once for several names."""
+    unknown = [name for name in found if name.partition(".")[0] not in modules]
     if unknown:
         raise CheckpointError(f"{path} has an unexpected tensor {unknown[0]} ({len(unknown)} in all)")
+    for alias, name in aliases.items():
+        if name not in found or alias in found or alias.partition(".")[0] != name.partition(".")[0]:
+            raise CheckpointError(f"{path} has malformed metadata: {alias[:100]!r} is no alias of {name[:100]!r}")
+    found = {**found, **{alias: found[name] for alias, name in aliases.items()}}
     for part, module in modules.items():
         try:
-            fill(module, path, f"{part}.")
+            own = {name.removeprefix(f"{part}."): s for name, s in found.items() if name.startswith(f"{part}.")}
+            fill(module, own, f"{part}.")
         except WeightsError as error:
             raise CheckpointError(f"{path} {error}") from error
+    for alias, name in aliases.items():
+        part, _, own = alias.partition(".")
+        owner, _, leaf = own.rpartition(".")
+        tensor = modules[part].state_dict(keep_vars=True)[name.removeprefix(f"{part}.")]
+        setattr(modules[part].get_submodule(owner), leaf, tensor)
+
+
+def _student(path: Path, metadata: Mapping[str, Any], modules: Mapping[str, Any]) -> Student:
     components = Components(
         **modules,
         tokenizer=PreTrainedTokenizerFast(
@@ -188,8 +316,18 @@ def _build(path: Path, metadata: dict[str, Any], names: list[str]) -> Student:
 def _tokenizer(path: Path, content: Any) -> Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # which is what the tokenizers library raises
-        raise CheckpointError(f"{path} has a malformed tokenizer: {error}") from error
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise CheckpointError(f"{path} has a malformed tokenizer: {_shortened(error)}") from error
+
+
+def _tokenizer_json(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(f"{type(tokenizer).__name__} cannot be stored: expected a fast tokenizer")
+    try:
+        return json.loads(backend.to_str())
+    except Exception as error:  # one with a part that is written in Python
+        raise CheckpointError(f"the tokenizer cannot be stored: {_shortened(error)}") from error
 
 
 def _check_schedules(path: Path, student: Student) -> None:
@@ -218,10 +356,15 @@ def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What tokenizer.json leaves out: the arguments with which PreTrainedTokenizerFast tokenises alike."""
+    """Return the arguments of PreTrainedTokenizerFast that tokenizer.json leaves out."""
     return {
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,
         "truncation_side": tokenizer.truncation_side,
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
+
+
+def _shortened(error: Any, length: int = 150) -> str:
+    text = " ".join((repr(error) if isinstance(error, (KeyError, AttributeError)) else str(error)).split())
+    return text if len(text) <= length else f"{text[:length]} ..."

@@ -1,45 +1,45 @@
-"""The parts of a text-to-image model: reading them from a diffusers pipeline directory, encoding prompts."""
+"""The parts of a text-to-image model, its geometry, and reading it from a diffusers pipeline directory."""
 
-import json
-import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from tiue import hub
-from tiue.schedule import NoiseSchedule, ignored_options
-from tiue.tokenization import load_tokenizer
-from tiue.unet import check_supported
-from tiue.weights import WeightsError, choose_weights, fill, tensor_names
-
-_WITH_WEIGHTS = ("unet", "text_encoder", "vae")
-_PARTS = (*_WITH_WEIGHTS, "tokenizer", "scheduler")
-_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # no picture depends on these
-_CONFIGURATIONS = (
-    "README.md",
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    *(f"{part}/config.json" for part in _WITH_WEIGHTS),
+from tiue.loading import load_fast_tokenizer, load_part, load_single_file, load_unet_file, single_file_parts
+from tiue.pipeline_directory import (
+    CONFIGURATIONS,
+    WITH_WEIGHTS,
+    ComponentsError,
+    PipelineDirectory,
+    class_named,
+    read_directory,
+    read_json,
 )
+from tiue.recognize import not_safetensors
+from tiue.schedule import NoiseSchedule
+from tiue.weights import WeightsError, choose_weights
 
-
-class ComponentsError(ValueError):
-    """A pipeline directory lacks a part, or holds one of a kind we do not handle."""
+__all__ = [
+    "Components",
+    "ComponentsError",
+    "Geometry",
+    "check_fit",
+    "class_named",
+    "decode_latents",
+    "latent_scaling",
+    "load_components",
+    "load_tiny_vae",
+    "read_configs",
+]
 
 
 @dataclass(frozen=True)
@@ -107,53 +107,80 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) 
     return vae.decode(latents / scale + shift, return_dict=False)[0]
 
 
+def check_fit(components: Components) -> None:
+    """Raise ComponentsError where the parts do not belong together, or a bundle cannot say what they need."""
+    unet, vae, text = components.unet.config, components.vae.config, components.text_encoder.config
+    channels, latent_channels = unet["in_channels"], vae["latent_channels"]
+    if channels != latent_channels:
+        raise ComponentsError(f"the UNet has {channels} latent channels but the VAE {latent_channels}")
+    if unet["cross_attention_dim"] != text.hidden_size:
+        raise ComponentsError(
+            f"the UNet expects text embeddings of {unet['cross_attention_dim']} but the text encoder "
+            f"makes {text.hidden_size}"
+        )
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise ComponentsError("a VAE with latents_mean or latents_std is not supported")
+    length = components.tokenizer.model_max_length
+    limit = getattr(text, "max_position_embeddings", None)  # T5 has no limit
+    if limit is not None and length > limit:
+        raise ComponentsError(f"the tokenizer's model_max_length is {length}, the text encoder takes at most {limit}")
+    if length >= VERY_LARGE_INTEGER:
+        raise ComponentsError("the tokenizer has no model_max_length, so there is no length to pad prompts to")
+    _ = components.geometry
+
+
 def load_components(
     directory: str | Path, *, local_files_only: bool = True, unet_file: str | Path | None = None
 ) -> Components:
     """Load a diffusers pipeline directory. Weights are read from safetensors only, never from pickles.
 
-    Each part's weights may be one file or shards, of any precision; the variant "fp16" is read where a part has no
-    other. Memory holds them once, as float32. The tokenizer may be in the files of the slow class or the fast one.
+    Each part's weights may be one file or shards, of any precision. The variant "fp16" is read where a part has no
+    other. Memory holds them once, as float32. The tokenizer may be in the files of the slow class or of the fast one.
+    Configurations of 2022 are repaired as diffusers' StableDiffusionPipeline repairs them, with a warning. Prefixes of
+    compiled or wrapped models are taken off names, with a warning.
 
     Args:
         directory: holds model_index.json and unet/, text_encoder/, vae/, tokenizer/ and scheduler/.
         local_files_only: if False and there is no such directory, take the name for a Hugging Face Hub id and
             download it.
-        unet_file: read the UNet's weights from this safetensors file, under the names that diffusers gives them
-            or those with "unet." before; unet/ then needs a config.json only, and the model is named after the file.
+        unet_file: take the weights of this safetensors file in place of the pipeline's. It holds a UNet under the
+            names of diffusers; or it is a single file in the original layout (A1111's), of which all parts are taken.
+            The model is named after the file. Folders of parts that are taken from it need a config.json only.
 
-    Warns of scheduler options that a schedule in closed form leaves out.
-    Raises ComponentsError, naming the part, for anything missing, unreadable or of an unsupported class.
+    Raises:
+        ComponentsError: a part is missing, unreadable or of an unsupported class; the message names it.
     """
-    parts = [part for part in _WITH_WEIGHTS if part != "unet" or unet_file is None]
-    root = Path(directory)
-    if not root.is_dir():
-        if local_files_only or not hub.is_hub_id(str(directory)):
-            raise ComponentsError(f"no such pipeline directory: {directory}")
-        root = _download(str(directory), parts)
-    classes = _classes(root)
-    scheduler_config = _read_scheduler(root)
-    _read_unet(root)  # what is not supported is refused before its weights are read
-    tokenizer = _load_tokenizer(classes["tokenizer"], root, classes["slow_tokenizer"])
-    unet = _load_module(classes["unet"], root, "unet") if unet_file is None else _load_unet(Path(unet_file), root)
+    taken: set[str] = set()
+    if unet_file is not None:
+        original = single_file_parts(Path(unet_file))
+        taken = original or {"unet"}
+    found = _find(directory, local_files_only, [part for part in WITH_WEIGHTS if part not in taken])
+    for message in found.warnings:
+        warnings.warn(message, stacklevel=2)
+    tokenizer = load_fast_tokenizer(found)
+    modules: dict[str, Any] = {}
+    if unet_file is not None:
+        path = Path(unet_file)
+        modules = load_single_file(path, found, original) if original else {"unet": load_unet_file(path, found)}
+    for part in WITH_WEIGHTS:
+        if part not in modules:
+            modules[part] = load_part(found.classes[part], found.root / part, part)
+    size = found.configs["unet"].get("sample_size")
+    if modules["unet"].config.sample_size != size:  # repaired
+        modules["unet"].register_to_config(sample_size=size)
     return Components(
-        unet=unet,
-        text_encoder=_load_module(classes["text_encoder"], root, "text_encoder"),
-        vae=_load_module(classes["vae"], root, "vae"),
+        **modules,
         tokenizer=tokenizer,
-        scheduler_config=scheduler_config,
+        scheduler_config=found.configs["scheduler"],
         name=Path(directory).resolve().name if unet_file is None else Path(unet_file).stem,
-        license=_license(root) if unet_file is None else "unknown",  # the base's license says nothing of the UNet's
+        license=found.license if unet_file is None else "unknown",  # the base's license says nothing of the UNet's
     )
 
 
 def read_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The UNet's and the scheduler's configuration of a pipeline directory, no weights. Raises ComponentsError."""
-    root = Path(directory)
-    if not root.is_dir():
-        raise ComponentsError(f"no such pipeline directory: {directory}")
-    _classes(root)
-    return _read_unet(root), _read_scheduler(root)
+    """Return the UNet's and the scheduler's configuration of a pipeline directory. Raises ComponentsError."""
+    configs = _find(directory, True, []).configs
+    return configs["unet"], configs["scheduler"]
 
 
 def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
@@ -161,172 +188,39 @@ def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
     root = Path(directory)
     if not root.is_dir():
         raise ComponentsError(f"no such directory: {directory}")
-    class_named(diffusers, str(_read_json(root, "config.json").get("_class_name")), AutoencoderTiny)
-    return _load_module(AutoencoderTiny, root.parent, root.name)
+    class_named(diffusers, str(read_json(root, "config.json").get("_class_name")), AutoencoderTiny)
+    return load_part(AutoencoderTiny, root, "vae")
 
 
-def _download(hub_id: str, parts: Sequence[str]) -> Path:
-    """A Hub model's snapshot, with the weights of `parts` in one form each. Raises ComponentsError."""
+def _find(directory: str | Path, local_files_only: bool, parts: list[str]) -> PipelineDirectory:
+    """Read the configurations of a pipeline, and download it, with the weights of `parts`, where that is wanted."""
+    root = Path(directory)
+    if root.is_dir():
+        return read_directory(root)
+    if root.is_file():
+        what = "a file" if root.suffix == ".safetensors" else f"a file that {not_safetensors(root)}"
+        raise ComponentsError(f"{directory} is {what}: expected a diffusers pipeline directory")
+    if local_files_only or not hub.is_hub_id(str(directory)):
+        raise ComponentsError(f"no such pipeline directory: {directory}")
+    return _download(str(directory), parts)
+
+
+def _download(hub_id: str, parts: list[str]) -> PipelineDirectory:
+    """Fetch a Hub model's snapshot, with the weights of `parts` in one form each. Raises ComponentsError."""
     try:
         if hub.offline():
-            return hub.fetch(hub_id, [])
+            return read_directory(hub.fetch(hub_id, []))
         names = hub.list_files(hub_id)
-        root = hub.fetch(hub_id, _CONFIGURATIONS)
-        _classes(root)  # what is not supported is refused before gigabytes come
+        found = read_directory(
+            hub.fetch(hub_id, CONFIGURATIONS)
+        )  # an unsupported model is refused before gigabytes come
         weights: list[str] = []
         for part in parts:
             own = [name.removeprefix(f"{part}/") for name in names if re.fullmatch(rf"{part}/[^/]+", name)]
             weights += [f"{part}/{name}" for name in choose_weights(part, own)[1]]
-        return hub.fetch(hub_id, weights)
+        hub.fetch(hub_id, weights)
+        return found
     except hub.HubError as error:
         raise ComponentsError(str(error)) from error
     except WeightsError as error:
         raise ComponentsError(f"{hub_id}: {error}") from error
-
-
-def _read_json(root: Path, name: str) -> dict[str, Any]:
-    path = root / name
-    if not path.is_file():
-        raise ComponentsError(f"{root} is not a complete diffusers pipeline: {name} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ComponentsError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ComponentsError(f"{path} must hold a JSON object")
-    return content
-
-
-def _classes(root: Path) -> dict[str, Any]:
-    """The classes that model_index.json names for the parts, if they are what we handle and all there is."""
-    index = _read_json(root, "model_index.json")
-    named = {part: value[1] for part, value in index.items() if isinstance(value, list) and len(value) == 2}
-    others = [part for part in named if named[part] and part not in _PARTS + _LEFT_OUT]
-    if others:
-        kind = index.get("_class_name", "the pipeline")
-        raise ComponentsError(f"{kind} is not supported: expected no parts but {', '.join(_PARTS)}; it has {others[0]}")
-    for part in _PARTS:
-        if part != "scheduler" and named.get(part) is None:
-            raise ComponentsError(f"model_index.json names no {part}")
-    return {
-        "unet": class_named(diffusers, named["unet"], UNet2DConditionModel),
-        "vae": class_named(diffusers, named["vae"], (AutoencoderKL, AutoencoderTiny)),
-        "text_encoder": class_named(transformers, named["text_encoder"], PreTrainedModel),
-        "tokenizer": class_named(
-            transformers, named["tokenizer"].removesuffix("Fast") + "Fast", PreTrainedTokenizerFast
-        ),
-        "slow_tokenizer": not named["tokenizer"].endswith("Fast"),
-    }
-
-
-def _read_unet(root: Path) -> dict[str, Any]:
-    config = _read_json(root, "unet/config.json")
-    try:
-        check_supported(config)
-    except ValueError as error:
-        raise ComponentsError(f"{root / 'unet'}: {error}") from error
-    return config
-
-
-def _read_scheduler(root: Path) -> dict[str, Any]:
-    config = _read_json(root, "scheduler/scheduler_config.json")
-    try:
-        NoiseSchedule.from_config(config)
-    except ValueError as error:
-        raise ComponentsError(f"{root / 'scheduler'}: {error}") from error
-    if ignored := ignored_options(config):
-        options = " and ".join(ignored)
-        warnings.warn(f"{root / 'scheduler'} sets {options}, left out: steps here are not clipped", stacklevel=3)
-    return config
-
-
-def class_named(library: Any, name: str, expected: type | tuple[type, ...]) -> Any:
-    """A class of `library` by name, if it derives from `expected`; ComponentsError otherwise."""
-    found = getattr(library, name, None)
-    if not (isinstance(found, type) and issubclass(found, expected)):
-        allowed = expected if isinstance(expected, tuple) else (expected,)
-        raise ComponentsError(f"{name} is not supported: expected {' or '.join(c.__name__ for c in allowed)}")
-    return found
-
-
-def _load_module(cls: Any, root: Path, part: str) -> Any:
-    _read_json(root, f"{part}/config.json")
-    directory = root / part
-    if issubclass(cls, PreTrainedModel):  # which of itself does not say which tensor is misshapen
-        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-    else:
-        options = {"torch_dtype": torch.float32}
-    try:
-        variant, _ = choose_weights(part, (path.name for path in directory.iterdir()))
-        with _quiet():
-            module, report = cls.from_pretrained(
-                directory,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {_one_line(error)}") from error
-    # What the libraries would leave at random.
-    problems = [("lacks tensor", report["missing_keys"]), ("has a wrong shape for", report["mismatched_keys"])]
-    if part != "text_encoder":  # whose head, for which we have no use, is often saved along
-        problems.append(("has an unexpected tensor", report["unexpected_keys"]))
-    for problem, names in problems:
-        if names:
-            raise ComponentsError(f"{directory} cannot be loaded: it {problem} {min(names)} ({len(names)} in all)")
-    return module.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block, the libraries do not tell at length of weights that do not fit, which we refuse in a line."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _load_unet(path: Path, root: Path) -> UNet2DConditionModel:
-    """The UNet that a pipeline's configuration describes, with the weights of a file of its own."""
-    config = _read_unet(root)
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
-    try:
-        prefixed = all(name.startswith("unet.") for name in tensor_names(path))
-        fill(unet, path, "unet." if prefixed else "")
-    except WeightsError as error:
-        raise ComponentsError(f"{path} {error}, by {root / 'unet' / 'config.json'}") from error
-    return unet
-
-
-def _load_tokenizer(cls: Any, root: Path, like_slow: bool) -> PreTrainedTokenizerFast:
-    if not (root / "tokenizer").is_dir():
-        raise ComponentsError(f"{root} is not a complete diffusers pipeline: tokenizer is missing")
-    try:
-        tokenizer = load_tokenizer(cls, root / "tokenizer", like_slow=like_slow)
-    except Exception as error:  # which is what the tokenizers library raises
-        message = f"{root / 'tokenizer'} cannot be loaded as {cls.__name__}: {_one_line(error)}"
-        raise ComponentsError(message) from error
-    limit = _read_json(root, "text_encoder/config.json").get("max_position_embeddings")
-    if tokenizer.model_max_length == VERY_LARGE_INTEGER and limit:  # vocab.json and merges.txt do not say
-        tokenizer.model_max_length = limit
-    return tokenizer
-
-
-def _one_line(error: Exception, length: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= length else f"{text[:length]} ..."
-
-
-def _license(root: Path) -> str:
-    """Return the license that a model card's front matter declares, or "unknown"."""
-    card = root / "README.md"
-    found = card.is_file() and re.search(r"^license:[ \t]*(\S.*?)\s*$", card.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else "unknown"

@@ -1,30 +1,72 @@
 """Weights in safetensors files: which of a folder's to read, and filling a module with exactly those it calls for."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from tiue.recognize import kind_of_weights, not_safetensors
 
 
 class WeightsError(ValueError):
     """Weights are missing, damaged or not those of the module; the message says which, but not of which file."""
 
 
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    name: str  # in the file
+    dtype: str  # as safetensors writes it, such as "F16"
+    shape: list[int]
+
+
+# Tensors that no picture depends on, by part, and why. Any other tensor that a module does not call for is refused.
+_HARMLESS = {
+    "unet": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),  # counters of an average
+    "vae": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),
+    "text_encoder": re.compile(
+        r"(.*\.)?position_ids$"  # the numbers 0 to L - 1, which the model makes itself
+        r"|(.*\.)?(num_updates|decay|optimization_step)$"
+        r"|text_projection(\.weight)?$|logit_scale$|visual_projection\.weight$|vision_model\."  # the rest of CLIP
+        r"|(pooler|cls|lm_head)\."  # heads for other tasks
+        r"|decoder\."  # the other half of T5
+    ),
+}
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# What stands beside quantized weights: scales, zero points and tables, by the names that libraries give them.
+_QUANTIZED = re.compile(
+    r"(.*[.:])?("
+    r"weight_scale\w*|scale_weight|input_scale\w*|scale_input|output_scale|[kv]_scale|scaled_fp8|comfy_quant|"
+    r"SCB|CB|weight_format|(nested_)?absmax|(nested_)?quant_map|quant_state\b.*|quant_state__.*|"
+    r"qweight|qzeros|scales|zeros|wscales|wzeros|g_idx|zero_point|weight_zero_point|weight_packed|weight_shape|"
+    r"[wW]_q|_packed_params\b.*|_data|_scale|_shift|int_data|qdata|weight_qdata|tensor_impl\b.*|\w*_quantizer\b.*"
+    r")"
+)
+# Segments that torch.compile, FSDP and activation checkpointing write into names, and those that wrappers put first.
+_INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_FIRST = ("module", "model", "unet", "text_encoder", "vae", "ema", "ema_model", "state_dict")
+
+
 def choose_weights(part: str, names: Iterable[str]) -> tuple[str | None, list[str]]:
-    """Of the files in a part's folder, those to read its weights from.
+    """Choose the files to read a part's weights from.
 
     Weights stored in full are preferred to the variant "fp16", which is taken where it is all there is, and one file
     to several.
 
     Args:
-        part: the folder's name, e.g. "unet".
-        names: of the files in it.
+        part: the folder's name, for example "unet".
+        names: the files in it.
 
-    Returns (variant, names): the variant, None or "fp16", as `from_pretrained` takes it, and the files.
-    Raises WeightsError if there is none in safetensors.
+    Returns:
+        (variant, names): the variant, None or "fp16", as `from_pretrained` takes it, and the files.
+
+    Raises:
+        WeightsError: there is none in safetensors.
     """
     names = sorted(names)
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
@@ -37,61 +79,133 @@ def choose_weights(part: str, names: Iterable[str]) -> tuple[str | None, list[st
             return variant, [single]
         if index in names:
             return variant, [index, *(name for name in names if re.fullmatch(shards, name))]
-    found = next((name for name in names if name.endswith((".safetensors", ".bin"))), "none")
-    raise WeightsError(f"{part} has no {stem}.safetensors, nor shards or an fp16 variant of it (found: {found})")
+    lacks = f"{part} has no {stem}.safetensors, nor shards or an fp16 variant of it"
+    if pickle := next((name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))), None):
+        remedy = "save the model again with save_pretrained and safe_serialization=True"
+        raise WeightsError(f"{lacks} (found: {pickle}, a pickle, which is never loaded: {remedy})")
+    found = next((name for name in names if name.endswith((".safetensors", ".msgpack", ".h5", ".onnx"))), "none")
+    raise WeightsError(f"{lacks} (found: {found})")
 
 
-def tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file. Raises WeightsError if it is damaged, or none."""
+def read_headers(path: Path) -> dict[str, Stored]:
+    """Return the tensors in a safetensors file by name, without their values.
+
+    Raises:
+        WeightsError: it is another kind of file, or damaged. The message begins with "is".
+    """
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise WeightsError(f"is not a safetensors file, or is damaged: {error}") from error
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(path, name, s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(not_safetensors(path) if path.is_file() else f"cannot be read: {error}") from error
 
 
-def fill(module: nn.Module, path: Path, prefix: str = "") -> None:
-    """Give a module without weights (see `accelerate.init_empty_weights`) those in a file; set it to evaluation mode.
+def check_stored(found: Mapping[str, Stored], part: str) -> None:
+    """Raise WeightsError for weights that are quantized, whose numbers mean nothing without their scales."""
+    remedy = "expected float32, float16 or bfloat16: take the weights that it was quantized from"
+    own = [name for name in found if not is_harmless(part, name)]
+    if scales := sorted(name for name in own if _QUANTIZED.fullmatch(name)):
+        raise WeightsError(f"is quantized: it has {scales[0]} ({len(scales)} such tensors in all); {remedy}")
+    for name in own:
+        if found[name].dtype not in _FLOATS and name.endswith(("weight", "bias")):
+            raise WeightsError(f"stores {name} as {found[name].dtype}; {remedy}")
 
-    Memory holds the weights once: those of the module's own dtype stay mapped to the file, until they are written to;
-    others are converted one by one.
+
+def is_harmless(part: str, name: str) -> bool:
+    """Whether a tensor that a part's module does not call for may be left out."""
+    pattern = _HARMLESS.get(part)
+    return pattern is not None and pattern.match(name) is not None
+
+
+def has_wrappers(found: Collection[str]) -> bool:
+    """Whether names begin with, or hold, what compilers and wrappers of modules put there."""
+    return any(_INSIDE.search(name) for name in found) or len(_firsts(found) & {*_FIRST}) == 1
+
+
+def without_wrappers(found: Mapping[str, Stored], expected: Collection[str]) -> tuple[dict[str, Stored], str]:
+    """Take the prefixes of compiled and wrapped modules off names.
+
+    A first segment is taken off where all names have it and no expected name does.
 
     Args:
-        path: a safetensors file.
-        prefix: of the module's tensors in it; tensors without it are not looked at.
+        found: tensors by their names in files.
+        expected: the names that the module calls for.
 
-    Raises WeightsError if the file is damaged, or does not hold exactly the tensors that the module calls for.
+    Returns:
+        (found, taken): tensors by their clean names, and the prefixes in words; "" where there were none.
+
+    Raises:
+        WeightsError: two tensors have the same name then.
+    """
+    taken = dict.fromkeys(m for name in found for m in _INSIDE.findall(name))
+    names = {name: _INSIDE.sub("", name) for name in found}
+    while len(firsts := _firsts(names.values())) == 1 and (first := min(firsts)) in _FIRST:
+        if first in _firsts(expected):
+            break
+        taken[f"{first}."] = None
+        names = {name: clean.removeprefix(f"{first}.") for name, clean in names.items()}
+        names = {name: _INSIDE.sub("", clean) for name, clean in names.items()}
+    clean: dict[str, Stored] = {}
+    for name, own in names.items():
+        if own in clean:
+            raise WeightsError(f"is ambiguous: {clean[own].name} and {name} are the same without prefixes; keep one")
+        clean[own] = found[name]
+    return clean, ", ".join(taken)
+
+
+def _firsts(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names if "." in name}
+
+
+def fill(module: nn.Module, found: Mapping[str, Stored], prefix: str = "", part: str = "") -> None:
+    """Give a module without weights (see `accelerate.init_empty_weights`) those in files; set it to evaluation mode.
+
+    Memory holds the weights once: those of the module's own dtype stay mapped to the file, until they are written to.
+    Others are converted one by one.
+
+    Args:
+        module: has its parameters on the meta device.
+        found: the tensors for it, by the names that it calls them.
+        prefix: comes before these names in messages.
+        part: "unet", "text_encoder" or "vae", for which some tensors are known to be harmless.
+
+    Raises:
+        WeightsError: the tensors are not exactly those that the module calls for.
     """
     expected = module.state_dict()
-    try:
-        with safe_open(path, "pt") as file:
-            given = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-            shapes = {name: file.get_slice(prefix + name).get_shape() for name in expected.keys() & given}
-            wrong = sorted(name for name, shape in shapes.items() if shape != list(expected[name].shape))
-            misfits = [
-                f"{problem} {prefix}{names[0]} ({len(names)} in all)"
-                for problem, names in (
-                    ("lacks tensor", sorted(expected.keys() - given)),
-                    ("has an unexpected tensor", sorted(given - expected.keys())),
-                )
-                if names
-            ]
-            if wrong:
-                is_, should = shapes[wrong[0]], list(expected[wrong[0]].shape)
-                misfits.append(f"has a wrong shape for {prefix}{wrong[0]}: {is_}, not {should} ({len(wrong)} in all)")
-            if misfits:
-                raise WeightsError(" and ".join(misfits))
+    found = {name: stored for name, stored in found.items() if name in expected or not is_harmless(part, name)}
+    wrong = sorted(n for n, t in expected.items() if n in found and found[n].shape != list(t.shape))
+    misfits = [
+        f"{problem} {prefix}{names[0]} ({len(names)} in all)"
+        for problem, names in (
+            ("lacks tensor", sorted(expected.keys() - found.keys())),
+            ("has an unexpected tensor", sorted(found.keys() - expected.keys())),
+        )
+        if names
+    ]
+    if wrong:
+        is_, should = found[wrong[0]].shape, list(expected[wrong[0]].shape)
+        misfits.append(f"has a wrong shape for {prefix}{wrong[0]}: {is_}, not {should} ({len(wrong)} in all)")
+    if misfits:
+        check_stored(found, part)
+        kind = kind_of_weights(found) if len(expected.keys() & found.keys()) == 0 else None
+        raise WeightsError(kind or " and ".join(misfits))
+    values: dict[str, torch.Tensor] = {}
+    for path in {stored.path for stored in found.values()}:
+        try:
             # The file is unmapped at the end, so what was converted does not stay in memory beside its original.
-            module.load_state_dict(
-                {name: _as(file.get_tensor(prefix + name), like.dtype, name) for name, like in expected.items()},
-                assign=True,
-            )
-    except SafetensorError as error:
-        raise WeightsError(f"is not a safetensors file, or is damaged: {error}") from error
+            with safe_open(path, "pt") as file:
+                for name, stored in found.items():
+                    if stored.path == path:
+                        values[name] = _converted(file.get_tensor(stored.name), expected[name].dtype, name)
+        except SafetensorError as error:
+            raise WeightsError(not_safetensors(path)) from error
+    module.load_state_dict(values, assign=True)
     module.eval()
 
 
-def _as(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    if tensor.is_floating_point() != dtype.is_floating_point:  # quantised weights mean nothing without their scales
+def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    if tensor.is_floating_point() != dtype.is_floating_point:  # quantized weights mean nothing without their scales
         raise WeightsError(f"stores {name} as {tensor.dtype}, which cannot be read as {dtype}")
     return tensor.to(dtype)
