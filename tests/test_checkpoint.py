@@ -1,12 +1,16 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import T5Config, T5EncoderModel
 
-from tiue.checkpoint import CheckpointError, Student, load_student, save_student
+from tiue.checkpoint import CheckpointError, Student, check_savable, load_student, save_student
 from tiue.text_encoder import encode_text, tokenize
 
 PARTS = ("unet", "text_encoder", "vae")
@@ -237,3 +241,157 @@ def test_a_bad_file_is_refused_in_one_line(path, damage, message):
         load_student(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Weights that several names share.
+
+
+def with_a_t5():
+    """A model whose text encoder has one embedding under two names."""
+    torch.manual_seed(1)
+    config = T5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return replace(tiny.sd15(), text_encoder=T5EncoderModel(config).eval())
+
+
+@torch.no_grad()
+def test_shared_tensors_are_stored_once_and_shared_again(tmp_path):
+    original, path = student(with_a_t5()), tmp_path / "student.safetensors"
+    check_savable(original)
+    save_student(path, original)
+    loaded = load_student(path).components.text_encoder
+    assert loaded.shared.weight is loaded.encoder.embed_tokens.weight
+    for name, tensor in original.components.text_encoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    prompts = ["a cat"]
+    assert torch.equal(encode_text(load_student(path).components, prompts), encode_text(original.components, prompts))
+    assert sum("shared" in name or "embed_tokens" in name for name in load_file(path)) == 1
+    save_student(tmp_path / "again.safetensors", load_student(path), torch.float16)
+    assert load_student(tmp_path / "again.safetensors").components.text_encoder.shared.weight.dtype == torch.float32
+
+
+def test_any_part_may_share_tensors_and_views_of_the_same_memory(tmp_path):
+    components = tiny.sd15()
+    resnet = components.unet.down_blocks[0].resnets[0]
+    resnet.norm2.weight = resnet.norm1.weight  # tied
+    memory = torch.randn(32)
+    resnet.norm1.bias = nn.Parameter(memory[:16])  # two halves of the same memory
+    resnet.norm2.bias = nn.Parameter(memory[16:])
+    components.vae.encoder.conv_norm_out.bias = components.vae.encoder.conv_norm_out.weight
+    save_student(tmp_path / "student.safetensors", student(components))
+    loaded = load_student(tmp_path / "student.safetensors").components
+    own = loaded.unet.down_blocks[0].resnets[0]
+    assert own.norm1.weight is own.norm2.weight
+    assert loaded.vae.encoder.conv_norm_out.bias is loaded.vae.encoder.conv_norm_out.weight
+    for part in PARTS:
+        expected = getattr(components, part).state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in getattr(loaded, part).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "aliases", [{"unet.x": "unet.y"}, {"unet.conv_in.bias": "unet.conv_out.bias"}, ["x"], {"x": 1}]
+)
+def test_malformed_aliases_are_refused(path, aliases):
+    rewrite(path, aliases=json.dumps(aliases))
+    with pytest.raises(CheckpointError, match="malformed metadata"):
+        load_student(path)
+
+
+# What cannot be saved is known before a run.
+
+
+@pytest.mark.parametrize("make", [tiny.sd15, tiny.v_prediction, tiny.emoji, with_a_t5])
+def test_a_student_that_can_be_saved_passes(make, tmp_path):
+    check_savable(student(make()))
+    save_student(tmp_path / "student.safetensors", student(make()))
+
+
+def not_finite(components):
+    components.vae.decoder.conv_in.weight.data[0] = float("inf")
+
+
+def of_eight_bits(components):
+    components.text_encoder.to(torch.float8_e4m3fn)
+
+
+def of_complex_numbers(components):
+    components.unet.conv_in.bias = nn.Parameter(torch.zeros(16, dtype=torch.complex64))
+
+
+def without_values(components):
+    components.vae.to("meta")
+
+
+def sparse(components):
+    components.unet.conv_in.bias = nn.Parameter(torch.zeros(16).to_sparse())
+
+
+def with_a_quantized_layer(components):
+    layer = type("Linear8bitLt", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    components.unet.time_embedding.linear_1 = layer(16, 64)
+
+
+def with_an_adapter(components):
+    components.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+
+
+def of_another_shape(components):
+    components.unet.conv_in = nn.Conv2d(4, 16, 1)
+
+
+def configured_with_an_object(components):
+    components.unet.register_to_config(own=object())
+
+
+def quantized_by_configuration(components):
+    components.text_encoder.config.quantization_config = {"quant_method": "gptq"}
+
+
+def with_a_class_of_ones_own(components):
+    components.text_encoder.__class__ = type("OwnTextModel", (type(components.text_encoder),), {})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (not_finite, r"vae\.decoder\.conv_in\.weight is not finite"),
+        (of_eight_bits, r"text_encoder\..* is torch\.float8_e4m3fn: expected float32"),
+        (of_complex_numbers, r"unet\.conv_in\.bias is torch\.complex64"),
+        (without_values, r"vae\..* has no values"),
+        (sparse, r"unet\.conv_in\.bias is of an unsupported kind"),
+        (with_a_quantized_layer, r"unet\.time_embedding\.linear_1 is a quantized module"),
+        (with_an_adapter, "unet is not the module that its configuration describes.*adapters"),
+        (of_another_shape, r"unet is not the module that its configuration describes: conv_in\.weight differs"),
+        (configured_with_an_object, "the student's unet cannot be stored as JSON"),
+        (quantized_by_configuration, "text_encoder is quantized"),
+        (with_a_class_of_ones_own, "OwnTextModel is not supported"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_by_name(damage, message):
+    components = tiny.sd15()
+    damage(components)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        check_savable(student(components))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+class SlowTokenizer:
+    model_max_length = 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": SlowTokenizer()}, "SlowTokenizer cannot be stored: expected a fast tokenizer"),
+        ({"vae": tiny.emoji().vae}, "cannot be exported: the UNet has 4 latent channels but the VAE 16"),
+        ({"scheduler_config": {"_class_name": "DDIMScheduler"}}, "no DDIM equivalent"),
+        ({"scheduler_config": tiny.SCHEDULER | {"own": object()}}, "scheduler cannot be stored as JSON"),
+    ],
+)
+def test_a_model_that_cannot_be_saved_or_exported_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_savable(student(replace(tiny.sd15(), **changes)))
+
+
+def test_provenance_that_is_not_json_is_refused():
+    with pytest.raises(CheckpointError, match="provenance cannot be stored as JSON"):
+        check_savable(replace(student(tiny.sd15()), provenance={"made by": object()}))

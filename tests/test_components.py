@@ -1,14 +1,16 @@
 import inspect
 import json
+import warnings
 
 import pytest
 import tiny
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from tiue import schedule
-from tiue.checkpoint import Student
+from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import ComponentsError, Geometry, decode_latents, load_components
 from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text, tokenize
@@ -270,6 +272,97 @@ def test_thresholding_is_left_out_with_a_warning_and_other_processes_are_refused
     path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
     with pytest.raises(ComponentsError, match="scheduler: FlowMatchEulerDiscreteScheduler has no DDIM"):
         load_components(directory)
+
+
+# Configurations of 2022, which diffusers' pipelines repair when they are made.
+
+SD2022 = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+}
+DDIM = SD2022 | {"_class_name": "DDIMScheduler"}
+
+
+def as_diffusers_saves_it(directory, scheduler):
+    """A pipeline directory that diffusers can read, too, with a scheduler's configuration."""
+    tiny.save_clip_tokenizer(directory / "tokenizer", "<|endoftext|>")
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    tiny.edit_json(
+        directory / "model_index.json",
+        scheduler=["diffusers", scheduler["_class_name"]],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        safety_checker=[None, None],
+        feature_extractor=[None, None],
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "repairs"),
+    [
+        (DDIM | {"steps_offset": 0, "clip_sample": False}, ["steps_offset 0"]),
+        (DDIM | {"clip_sample": False}, ["steps_offset 0"]),
+        (DDIM | {"steps_offset": 1, "clip_sample": True}, ["clip_sample, true"]),
+        (DDIM | {"steps_offset": 1}, ["clip_sample, missing"]),
+        (DDIM, ["steps_offset 0", "clip_sample, missing"]),
+        (DDIM | {"steps_offset": 2, "clip_sample": False, "set_alpha_to_one": False}, ["steps_offset 2"]),
+        (SD2022 | {"skip_prk_steps": True}, ["steps_offset 0"]),
+        (SD2022 | {"steps_offset": 1, "set_alpha_to_one": False}, []),
+        (SD2022 | {"_class_name": "DDPMScheduler"}, ["steps_offset 0", "clip_sample, missing"]),
+        (SD2022 | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, ["steps_offset 0"]),
+        (SD2022 | {"_class_name": "LMSDiscreteScheduler", "steps_offset": 1}, []),
+    ],
+)
+def test_timesteps_are_those_of_diffusers_pipeline_which_repairs_configurations(directory, scheduler, repairs):
+    as_diffusers_saves_it(directory, scheduler)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        components = load_components(directory)
+    said = [str(warning.message) for warning in said]
+    assert len(said) == len(repairs)
+    assert all(
+        repair in message and "as in diffusers" in message for repair, message in zip(repairs, said, strict=True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        repaired = StableDiffusionPipeline.from_pretrained(directory, local_files_only=True).scheduler.config
+    own = components.scheduler_config
+    for option in ("steps_offset", "clip_sample"):
+        if option in repaired:
+            assert own.get(option, repaired[option]) == repaired[option]
+    defaults = {"_use_default_values", *repaired.get("_use_default_values", [])}  # in their place, DDIM has its own
+    kept = {*repaired} - defaults | {"steps_offset"}
+    expected = DDIMScheduler.from_config({name: value for name, value in repaired.items() if name in kept})
+    for steps in (1, 4, 7):
+        expected.set_timesteps(steps)
+        assert components.noise_schedule.timesteps(steps) == expected.timesteps.tolist()
+
+
+def test_a_repaired_scheduler_is_not_repaired_again_in_a_student(directory, tmp_path):
+    as_diffusers_saves_it(directory, DDIM)
+    with pytest.warns(UserWarning, match="as in diffusers"):
+        components = load_components(directory)
+    save_student(tmp_path / "student.safetensors", Student(components, 751, {4: [751, 501, 251, 1]}))
+    assert load_student(tmp_path / "student.safetensors").components.scheduler_config == components.scheduler_config
+
+
+def test_pipelines_that_diffusers_does_not_repair_stay_as_they_are(directory):
+    as_diffusers_saves_it(directory, DDIM | {"steps_offset": 0, "clip_sample": False})
+    tiny.edit_json(directory / "model_index.json", _class_name="LatentConsistencyModelPipeline")
+    assert load_components(directory).noise_schedule.timesteps(4) == [750, 500, 250, 0]
+
+
+@pytest.mark.parametrize(("version", "size"), [("0.8.1", 64), ("0.2.2", 64), ("0.9.0", 8), (None, 8), ("odd", 8)])
+def test_the_size_of_unets_from_before_diffusers_0_9_is_repaired(directory, version, size):
+    tiny.edit_json(directory / "unet" / "config.json", _diffusers_version=version)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        components = load_components(directory)
+    assert components.geometry.latent_shape == (4, size, size)
+    assert len(said) == (size == 64) and all("sample_size 8" in str(warning.message) for warning in said)
 
 
 def test_no_directory_is_not_taken_for_a_hub_id():

@@ -1,6 +1,7 @@
 """Tiny models, built in-process from a fixed seed, one for each kind of model the project must take."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,11 @@ def save_pipeline(components: Components, directory: Path) -> Path:
         part.save_pretrained(directory / name)
     components.tokenizer.save_pretrained(directory / "tokenizer")
     DDIMScheduler.from_config(components.scheduler_config).save_pretrained(directory / "scheduler")
-    index = {name: ["library", type(part).__name__] for name, part in parts.items()}
+    index: dict[str, Any] = {
+        name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()
+    }
     index |= {
+        "_class_name": "StableDiffusionPipeline",
         "tokenizer": ["transformers", "PreTrainedTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
@@ -249,3 +253,84 @@ def _tokenizer(length: int) -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         unk_token="[UNK]",
     )
+
+
+# Names of the original layout, which A1111's single files have, in the place of diffusers'.
+_ORIGINAL_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_ORIGINAL_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_ORIGINAL_VAE = {
+    "conv_shortcut": "nin_shortcut",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_norm_out": "norm_out",
+}
+
+
+def original_layout(components: Components) -> dict[str, torch.Tensor]:
+    """The tensors of a model with a CLIP text encoder under the names of A1111's single files."""
+    unet, vae = components.unet, components.vae
+    tensors = {
+        f"model.diffusion_model.{_original_unet_name(name, unet)}": tensor for name, tensor in unet.state_dict().items()
+    }
+    for name, tensor in vae.state_dict().items():
+        linear = ".attentions." in name and name.endswith("weight") and tensor.ndim == 2
+        tensors[f"first_stage_model.{_original_vae_name(name, vae)}"] = tensor[..., None, None] if linear else tensor
+    for name, tensor in components.text_encoder.state_dict().items():
+        tensors[f"cond_stage_model.transformer.{name}"] = tensor
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _original_unet_name(name: str, unet: Any) -> str:
+    rows = unet.config.layers_per_block + 1
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
+        side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        if kind == "downsamplers":
+            return f"input_blocks.{(block + 1) * rows}.0.op.{rest.removeprefix('conv.')}"
+        if kind == "upsamplers":
+            place = 2 if getattr(unet.up_blocks[block], "attentions", None) else 1
+            return f"output_blocks.{block * rows + rows - 1}.{place}.{rest}"
+        place = 0 if kind == "resnets" else 1
+        row = block * rows + layer
+        start = f"input_blocks.{row + 1}" if side == "down" else f"output_blocks.{row}"
+        return f"{start}.{place}.{_renamed(rest, _ORIGINAL_RESNET) if kind == 'resnets' else rest}"
+    name = _renamed(name, _ORIGINAL_TOP)
+    return name if ".1." in name and name.startswith("middle_block.1") else _renamed(name, _ORIGINAL_RESNET)
+
+
+def _original_vae_name(name: str, vae: Any) -> str:
+    levels = len(vae.config.block_out_channels)
+    name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
+    name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
+    name = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
+    return _renamed(name, _ORIGINAL_VAE)
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    for own, original in names.items():
+        name = re.sub(rf"(^|\.){re.escape(own)}\.", rf"\g<1>{original}.", name)
+    return name

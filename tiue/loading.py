@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as libraries_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
     ):
         if names:
             raise ComponentsError(f"{directory} cannot be loaded: it {problem} {min(names)} ({len(names)} in all)")
-    return module.eval()
+    return module.float().eval()  # transformers leaves 8-bit floats as they are
 
 
 def load_unet_file(path: Path, directory: PipelineDirectory) -> UNet2DConditionModel:
@@ -145,6 +146,8 @@ def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) 
     try:
         with _quiet():
             state = load_file(path)
+            if not whole:  # a UNet alone, whose names diffusers knows with their place only
+                state = {f"{_ORIGINAL_PLACES['unet']}{name}": tensor for name, tensor in state.items()}
             loaded = {
                 part: directory.classes[part].from_single_file(dict(state), subfolder=part, **options)
                 for part in ("unet", "vae")
@@ -159,7 +162,7 @@ def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) 
         ) from error
     for part, module in loaded.items():
         _check_complete(path, directory, part, module, headers)
-        module.eval()
+        module.float().eval()
     return loaded
 
 
@@ -265,6 +268,8 @@ def _quiet() -> Iterator[None]:
     """Silence the libraries' long reports of weights that do not fit; we refuse these in a line."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
+    shows_bars = libraries_logging.is_progress_bar_enabled()
+    libraries_logging.disable_progress_bar()
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -274,6 +279,8 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if shows_bars:
+            libraries_logging.enable_progress_bar()
 
 
 def _one_line(error: Exception, length: int = 300) -> str:
