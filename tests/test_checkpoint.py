@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from export.onnx import main as export
 from tiue.checkpoint import CheckpointError, Student, check_savable, load_student, save_student
 from tiue.text_encoder import encode_text, tokenize
 
@@ -267,6 +268,12 @@ def test_shared_tensors_are_stored_once_and_shared_again(tmp_path):
     assert sum("shared" in name or "embed_tokens" in name for name in load_file(path)) == 1
     save_student(tmp_path / "again.safetensors", load_student(path), torch.float16)
     assert load_student(tmp_path / "again.safetensors").components.text_encoder.shared.weight.dtype == torch.float32
+
+
+def test_a_text_encoder_with_shared_tensors_is_exported(tmp_path):
+    save_student(tmp_path / "student.safetensors", student(with_a_t5()))
+    assert export(["--ckpt", str(tmp_path / "student.safetensors"), "--out", str(tmp_path / "bundle")]) == 0
+    assert (tmp_path / "bundle" / "bundle.json").is_file()
 
 
 def test_any_part_may_share_tensors_and_views_of_the_same_memory(tmp_path):
