@@ -6,7 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from tiue.distill.prompt_store import PromptOrder, Prompts, store_prompts
-from tiue.prompts import BLANK, NOT_TEXT, NULL, load_prompts, read_prompts
+from tiue.prompts import BLANK, FOLDERS, HIDDEN, NOT_TEXT, NULL, OTHER_FILES, in_words, load_prompts, read_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -122,6 +122,52 @@ def test_skipped_captions_are_counted(tmp_path, caplog):
     assert load_prompts(tmp_path) == ["x"]
     said = caplog.messages[0]
     assert "1 not Unicode text" in said and "2 null" in said and "1 folder" in said and "blank" not in said
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path):
+    for name in ("a.txt", "b.TXT", ".hidden.txt", "._a.txt", "Thumbs.db", "picture.png", "captions.csv"):
+        write(tmp_path / name, "one\n")
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more" / "c.txt", "two\n")
+    skipped = Counter()
+    assert list(read_prompts(tmp_path, skipped=skipped)) == ["one", "one"]
+    assert skipped == {HIDDEN: 3, OTHER_FILES: 2, FOLDERS: 1}
+    assert in_words(skipped) == "3 hidden files, 2 files of other kinds, 1 folders, whose files are not read"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a\u2028b\n", ["a\u2028b"]),  # no end of a line in a text file
+        ("a\x0cb\x0bc\x1cd\u0085e\n", ["a\x0cb\x0bc\x1cd\u0085e"]),
+        ("\u3000a\u00a0\n\u2003\n", ["a"]),
+        ("a\rb\r\nc", ["a", "b", "c"]),
+        ("null\n", ["null"]),
+        ("x" * 100_000, ["x" * 100_000]),
+    ],
+)
+def test_lines_of_text_end_where_editors_end_them(tmp_path, content, expected):
+    assert load_prompts(write(tmp_path / "p.txt", content)) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ('{"prompt": "a", "prompt": "b"}', "b"),
+        ('{"prompt": "a", "size": 1e999, "other": NaN}', "a"),
+        ('{"prompt": "a\\u0000b"}', "a\0b"),
+        ('{"prompt": "a\\nb"}', "a\nb"),
+        ('{"prompt": "a", "deep": ' + "[" * 500 + "]" * 500 + "}", "a"),
+    ],
+)
+def test_odd_records_with_a_caption_are_read(tmp_path, record, expected):
+    assert load_prompts(write(tmp_path / "p.jsonl", record)) == [expected]
+
+
+def test_a_line_without_an_end_is_refused_before_memory_is_full(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"x": "' + "x" * 10_000_000)
+    with pytest.raises(ValueError, match="line 2: expected at most 10,000,000 characters in a line"):
+        load_prompts(path)
 
 
 def test_nulls_of_a_table_are_counted(tmp_path):

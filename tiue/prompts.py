@@ -11,9 +11,12 @@ from typing import Any
 
 FIELDS = ("prompt", "caption", "text", "Task2.Caption")  # where a record has its caption; the last is JourneyDB's
 LONGEST = 100_000  # characters of a caption; a longer one is a file in another format
+_LONGEST_LINE = 10_000_000  # characters of a line; records have other fields, too
 
 # Reasons for which a caption is left out. The rest of its file is read.
 BLANK, NULL, NOT_TEXT = "blank", "null", "not Unicode text (half of a surrogate pair)"
+# What is left out of a directory.
+HIDDEN, FOLDERS, OTHER_FILES = "hidden files", "folders, whose files are not read", "files of other kinds"
 
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini"}  # left by operating systems, as hidden files are
@@ -32,15 +35,16 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
     """Read captions one by one, in order. Repetitions are kept.
 
     Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Suffixes may be in capitals. In a directory,
-    hidden files (such as `._name.txt`) and folders are passed over.
+    hidden files (such as `._name.txt`), folders and files of other kinds are passed over. Where a record has a key
+    twice, the last one counts.
 
     Args:
         path: a .txt (one caption a line), a .jsonl (a record a line), a .parquet, or a directory of such files, which
             are read in the order of their names.
         field: where records have their caption, as in "Task2.Caption". By default it is the first of FIELDS that a
             record has.
-        skipped: counts the captions that are left out: blank ones, nulls, and half surrogate pairs. By default a
-            warning is logged at the end that counts those other than blank ones.
+        skipped: counts what is left out, by reason (see `in_words`): captions that are blank, null or half a surrogate
+            pair, and files. By default a warning is logged at the end that counts all but the blank ones.
 
     Raises:
         ValueError: there is no such file, or a file is in another format or encoding, or holds a malformed record, a
@@ -56,12 +60,15 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
                 yield caption
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror or error}") from error
-    left_out = {reason: count for reason, count in counts.items() if reason != BLANK}
-    if left_out and skipped is None:
-        _log.warning("%s: skipped %s", path, ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
     if none:
-        reasons = f" (skipped: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())})" if counts else ""
-        raise ValueError(f"{path}: holds no prompt{reasons}")
+        raise ValueError(f"{path}: holds no prompt{f' (skipped: {in_words(counts)})' if counts else ''}")
+    if skipped is None and (said := in_words(Counter({r: n for r, n in counts.items() if r != BLANK}))):
+        _log.warning("%s: skipped %s", path, said)
+
+
+def in_words(skipped: Skipped) -> str:
+    """Say what was left out, for example "2 null, 1 hidden files"; "" if nothing was."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
 def _files(path: Path, skipped: Skipped) -> list[Path]:
@@ -72,11 +79,13 @@ def _files(path: Path, skipped: Skipped) -> list[Path]:
     found: list[Path] = []
     for entry in sorted(path.iterdir()):
         if entry.name.startswith(".") or entry.name.lower() in _JUNK:
-            continue
-        if entry.is_dir():
-            skipped["folders, whose files are not read"] += 1
+            skipped[HIDDEN] += 1
+        elif entry.is_dir():
+            skipped[FOLDERS] += 1
         elif entry.suffix.lower() in _READERS:
             found.append(entry)
+        else:
+            skipped[OTHER_FILES] += 1
     if not found:
         raise ValueError(f"{path}: holds no {', '.join(_READERS)}")
     return found
@@ -144,7 +153,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     with path.open(encoding=encoding, errors=errors) as file:
         try:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
+                if len(line) == _LONGEST_LINE and not line.endswith("\n"):
+                    raise ValueError(f"{path}, line {number}: expected at most {_LONGEST_LINE:,} characters in a line")
                 if any("\udc80" <= character <= "\udcff" for character in line):
                     raise ValueError(f"{path}, line {number}: expected UTF-8, got other bytes; convert the file")
                 if "\0" in line:
