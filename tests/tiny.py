@@ -291,7 +291,7 @@ _ORIGINAL_VAE = {
 
 
 def original_layout(components: Components) -> dict[str, torch.Tensor]:
-    """The tensors of a model with a CLIP text encoder under the names of A1111's single files."""
+    """Return the tensors of a model with a CLIP text encoder under the names of A1111's single files."""
     unet, vae = components.unet, components.vae
     tensors = {
         f"model.diffusion_model.{_original_unet_name(name, unet)}": tensor for name, tensor in unet.state_dict().items()

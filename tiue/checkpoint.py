@@ -39,11 +39,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Student:
-    """A distilled model, and what it was distilled for."""
+    """A distilled model with the schedules that it was distilled for."""
 
     components: Components
     encoder_timestep: int  # t_1 of the schedule it was trained for
-    schedules: dict[int, list[int]]  # number of steps -> descending timesteps, e.g. {4: [751, 501, 251, 1]}
+    schedules: dict[int, list[int]]  # number of steps => descending timesteps, for example {4: [751, 501, 251, 1]}
     base_model: str = "unknown"
     provenance: dict[str, Any] = field(default_factory=dict)  # JSON: how it was trained
     shared_up_blocks: int = 0  # up blocks that belong to the encoder
@@ -66,9 +66,9 @@ class Student:
 
 
 def check_savable(student: Student) -> None:
-    """Raise CheckpointError for a student that `save_student` cannot write, `load_student` not read, or nobody export.
+    """Raise CheckpointError for a student that cannot be saved, read back or exported.
 
-    It costs a look at every weight, so that a run can ask before its first update.
+    A run calls this before its first update, so that its result is not lost.
     """
     for part in PARTS:
         _check_module(part, getattr(student.components, part))
@@ -331,7 +331,7 @@ def _tokenizer_json(tokenizer: Any) -> Any:
 
 
 def _check_schedules(path: Path, student: Student) -> None:
-    """Raise CheckpointError unless the student can draw with every schedule it names, and names one."""
+    """Raise CheckpointError unless the student names a schedule, and every one that it names fits its scheduler."""
     if not student.schedules:
         raise CheckpointError(f"{path} names no schedule that it was trained for")
     for steps, timesteps in student.schedules.items():
@@ -351,7 +351,7 @@ def _config(module: nn.Module) -> dict[str, Any]:
 
 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the libraries' private keys, one of which is where it was loaded from."""
+    """Return a configuration without the libraries' private keys; one of them holds a path of this machine."""
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 

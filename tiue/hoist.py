@@ -1,18 +1,20 @@
-"""The student with everything that does not depend on the timestep done once, exactly, for fixed timesteps.
+"""The student in two halves: all work that does not depend on the timestep is done once, exactly.
 
-What moves out of the decoder, for an up block of resnets whose input is cat(hidden, skip):
+An up block has resnets whose input is cat(hidden, skip). The following moves out of the decoder:
 
-- Convolution is linear in its channels, so conv1 and the shortcut of `skip` are added to those of `hidden`. The group
-  norm before conv1 works on groups of channels: those of skip's alone are normalised once, those shared with `hidden`,
-  the edge, at every timestep.
-- Where `hidden` itself does not depend on the timestep (in the first resnet), all of conv1 and the shortcut.
-- Keys and values of the text.
-- Time embeddings, which are constants then: they become biases of conv1, one per timestep.
+- Convolution is linear in its channels, so conv1 and the shortcut of `skip` are computed once and added to those of
+  `hidden`. The group norm before conv1 works on groups of channels. Groups of skip channels alone are normalized once.
+  The group that `hidden` and `skip` share is called the edge; it is normalized at every timestep.
+- The first resnet's `hidden` does not depend on the timestep, so all of its conv1 and shortcut is computed once.
+- Keys and values of the text are computed once.
+- Time embeddings of fixed timesteps are constants. They become biases of conv1, one per timestep.
 
-conv_out is linear, too, and is applied to the weighted sum. Up blocks of other kinds stay whole.
+conv_out is linear, so it is applied once, to the weighted sum of its inputs. Up blocks of other kinds stay whole.
+
+The halves exchange features by name: a block's are called `up_<block>_<name>`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
@@ -31,13 +33,16 @@ _KEYS_VALUES = "text_keys_values"
 
 
 def hoist(tiue: TiUE, timesteps: Sequence[int]) -> tuple["HoistedEncoder", "HoistedDecoder"]:
-    """Split a student into what runs once and what runs at every timestep. Weights are shared with it, not copied.
+    """Split a student into a half that runs once and a half that runs at every timestep.
+
+    Both halves alias the student's weights, have no gradients, and compute in the UNet's own dtype.
 
     Args:
         tiue: the student; it stays as it is.
-        timesteps: that the decoder will run at, in the order of its step_index.
+        timesteps: where the decoder will run, in the order of its step_index.
 
-    Without gradients, and for the UNet's own precision; `to` makes copies in another.
+    Returns:
+        (encoder, decoder): the encoder's features are the decoder's, in the order of `encoder.names`.
     """
     with torch.no_grad():
         first = tiue.shared_up_blocks
@@ -45,16 +50,16 @@ def hoist(tiue: TiUE, timesteps: Sequence[int]) -> tuple["HoistedEncoder", "Hois
         unet = copy.unet
         temb = tiue.embed(torch.tensor(list(timesteps)), tiue.unet.dtype)
         hidden = 0  # channels that depend on the timestep
-        once, per_step, names, text_columns = list[nn.Module](), list[nn.Module](), list[str](), _TextColumns()
+        once, per_step, names, text_columns = dict[str, Any](), dict[str, Any](), list[str](), _TextColumns()
         for i, block in enumerate(unet.up_blocks[first:], first):
             halves = _split(block, hidden, temb, text_columns) if _can_split(block) else _keep(block, hidden, temb)
-            once.append(halves.once)
-            per_step.append(halves.per_step)
-            names += [f"up_{i}_{name}" for name in halves.names]
+            once[f"up_{i}_"] = halves.once
+            per_step[f"up_{i}_"] = halves.per_step
+            names += [f"up_{i}_{name}" for name in halves.once.names]
             hidden = halves.channels
         if text_columns.projections:
             names.append(_KEYS_VALUES)
-        decoder = HoistedDecoder(unet, per_step, bool(text_columns.projections))
+        decoder = HoistedDecoder(unet, per_step, names)
         unet.up_blocks = unet.up_blocks[:first]
         unet.conv_norm_out = unet.conv_out = None
         encoder = HoistedEncoder(copy, once, names, text_columns.projections)
@@ -62,55 +67,59 @@ def hoist(tiue: TiUE, timesteps: Sequence[int]) -> tuple["HoistedEncoder", "Hois
 
 
 class HoistedEncoder(nn.Module):
-    """What runs once."""
+    """The half that runs once."""
 
-    def __init__(self, tiue: TiUE, blocks: Sequence[nn.Module], names: Sequence[str], projections: Sequence[nn.Module]):
+    def __init__(
+        self, tiue: TiUE, blocks: Mapping[str, nn.Module], names: Sequence[str], projections: Sequence[nn.Module]
+    ):
         super().__init__()
-        self.names = tuple(names)  # of the features, in their order
+        self.names = tuple(names)  # names of the features, in their order
         temb = tiue.embed(torch.tensor([tiue.encoder_timestep]), tiue.unet.dtype)
         self.register_buffer("temb", None if _fold_time(tiue.unet, temb) else temb)
         self.tiue = tiue
-        self.blocks = nn.ModuleList(blocks)
+        self.prefixes = tuple(blocks)  # of the names of each block's features
+        self.blocks = nn.ModuleList(blocks.values())
         self.projections = nn.ModuleList(projections)
 
     def forward(self, latents: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """latents (B,C,h,w), text (B,L,D) => features: maps (B,C,h,w), then keys and values of the text (B,L,K)."""
+        """latents (B, C, h, w), text (B, L, D) => features: maps (B, C, h, w), last keys and values (B, L, K)."""
         temb = None if self.temb is None else self.temb.expand(latents.shape[0], -1)
         hidden, skips = self.tiue.encode_embedded(latents, temb, text)
-        features: list[Tensor] = []
-        for block in self.blocks:
+        features: dict[str, Tensor] = {}
+        for prefix, block in zip(self.prefixes, self.blocks, strict=True):
             skips, own = skips[: -block.skips], skips[-block.skips :]
-            features += block(hidden, own[::-1], text)
+            features |= _prefixed(prefix, block(hidden, own[::-1], text))
             hidden = None  # from here on it depends on the timestep
         if self.projections:
-            features.append(torch.cat([project(text) for project in self.projections], dim=-1))
-        return tuple(features)
+            features[_KEYS_VALUES] = torch.cat([project(text) for project in self.projections], dim=-1)
+        return tuple(features[name] for name in self.names)
 
 
 class HoistedDecoder(nn.Module):
-    """What runs at every timestep."""
+    """The half that runs at every timestep."""
 
-    def __init__(self, unet: Any, blocks: Sequence[nn.Module], keys_values: bool):
+    def __init__(self, unet: Any, blocks: Mapping[str, nn.Module], names: Sequence[str]):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.keys_values = keys_values
+        self.names = tuple(names)  # names of the features, in their order
+        self.prefixes = tuple(blocks)  # of the names of each block's features
+        self.blocks = nn.ModuleList(blocks.values())
         self.norm_out = nn.Sequential(unet.conv_norm_out, unet.conv_act) if unet.conv_norm_out else nn.Identity()
         self.weighted_sum = _WeightedSum(unet.conv_out)
 
     def forward(self, features: Sequence[Tensor], step_index: Tensor, step_weight: Tensor) -> Tensor:
-        """features, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B,C,h,w)."""
+        """features, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B, C, h, w)."""
         k, batch = step_index.shape[0], features[0].shape[0]
-        take = iter(features)
-        text = repeat_rows(features[-1], k) if self.keys_values else None
+        named = dict(zip(self.names, features, strict=True))
+        text = repeat_rows(named[_KEYS_VALUES], k) if _KEYS_VALUES in named else None
         hidden = None
-        for block in self.blocks:
-            hidden = block(hidden, take, step_index, text)
+        for prefix, block in zip(self.prefixes, self.blocks, strict=True):
+            hidden = block(hidden, _own(named, prefix), step_index, text)
         assert hidden is not None  # a UNet has up blocks
         return self.weighted_sum(self.norm_out(hidden).unflatten(0, (k, batch)), step_weight)
 
 
 class _WeightedSum(nn.Module):
-    """conv_out of the weighted sum of what it would be applied to, whatever that is given in, in its own precision."""
+    """conv_out is linear, so it is applied once, to the weighted sum of its inputs. Computes in conv_out's dtype."""
 
     def __init__(self, conv_out: nn.Conv2d):
         super().__init__()
@@ -118,36 +127,35 @@ class _WeightedSum(nn.Module):
         self.register_buffer("bias", conv_out.bias.detach()[:, None, None])
 
     def forward(self, x: Tensor, step_weight: Tensor) -> Tensor:
-        """x (k,B,C,h,w), step_weight (k) => (B,C,h,w)."""
+        """x (k, B, C, h, w), step_weight (k) => (B, C, h, w)."""
         weight = step_weight.to(self.bias.dtype)
         summed = (weight[:, None, None, None, None] * x.to(self.bias.dtype)).sum(0)
         return self.conv(summed) + self.bias * weight.sum()
 
 
 def alias_weights(module: M) -> M:
-    """A copy of a module that may be changed, whose weights take no memory of their own until they are."""
+    """Copy a module so that it may be changed. Its weights alias the original's, and take no memory of their own."""
     tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return deepcopy(module, tensors | {id(b): b.detach() for b in module.buffers()})
 
 
 class _Halves(NamedTuple):
-    """An up block: what is done once, and at every timestep."""
+    """An up block in two halves."""
 
-    once: nn.Module  # hidden or None, own skips, text => features
-    per_step: nn.Module  # hidden or None, features, step_index, text keys and values => hidden
-    names: list[str]  # of the features
-    channels: int  # of the result
+    once: Any  # hidden or None, own skips, text => features by name; `names` has their names
+    per_step: nn.Module  # hidden or None, features by name, step_index, text keys and values => hidden
+    channels: int  # channels of the result
 
 
 class _TextColumns:
-    """Linear layers of the text, to be applied once, and where each will find its result."""
+    """Linear layers that are applied to the text once, and the columns where each result is found."""
 
     def __init__(self) -> None:
         self.projections: list[nn.Module] = []
         self._width = 0
 
     def move(self, attention: Any) -> None:
-        """Move the keys and values of an attention here. In their place it cuts out columns."""
+        """Move the layers for keys and values of an attention here, and leave layers that cut out their columns."""
         for name in ("to_k", "to_v"):
             project = getattr(attention, name)
             setattr(attention, name, _Columns(self._width, self._width + project.out_features))
@@ -182,7 +190,7 @@ def _can_split(block: nn.Module) -> bool:
 
 
 def _of_text(module: nn.Module) -> list[Any]:
-    """The attentions that look at the text."""
+    """Return the attentions that look at the text."""
     layers = [m for m in module.modules() if isinstance(m, BasicTransformerBlock)]
     return [a for m in layers for a in ((m.attn1,) if m.only_cross_attention else ()) + (m.attn2,) if a is not None]
 
@@ -190,25 +198,34 @@ def _of_text(module: nn.Module) -> list[Any]:
 def _split(block: Any, hidden: int, temb: Tensor, text: _TextColumns) -> _Halves:
     for attention in _of_text(block):
         text.move(attention)
-    once, per_step, names = list[nn.Module](), list[nn.Module](), list[str]()
-    for i, resnet in enumerate(block.resnets):
+    once, per_step = list[_ResnetOnce](), list[_ResnetPerStep]()
+    for resnet in block.resnets:
         once.append(_ResnetOnce(resnet, hidden))
         per_step.append(_ResnetPerStep(resnet, hidden, temb))
-        names += [f"{i}_{name}" for name in once[-1].names]
         hidden = resnet.out_channels
-    return _Halves(_SplitOnce(once), _SplitPerStep(block, per_step), names, hidden)
+    return _Halves(_SplitOnce(once), _SplitPerStep(block, per_step), hidden)
+
+
+def _prefixed(prefix: str, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": feature for name, feature in features.items()}
+
+
+def _own(features: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the features whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): feature for name, feature in features.items() if name.startswith(prefix)}
 
 
 class _SplitOnce(nn.Module):
-    def __init__(self, resnets: Sequence[nn.Module]):
+    def __init__(self, resnets: Sequence["_ResnetOnce"]):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.skips = len(resnets)
+        self.names = [f"{i}_{name}" for i, resnet in enumerate(resnets) for name in resnet.names]
 
-    def forward(self, hidden: Tensor | None, skips: Sequence[Tensor], text: Tensor) -> list[Tensor]:
-        features: list[Tensor] = []
-        for resnet, skip in zip(self.resnets, skips, strict=True):
-            features += resnet(skip if hidden is None else torch.cat([hidden, skip], dim=1))
+    def forward(self, hidden: Tensor | None, skips: Sequence[Tensor], text: Tensor) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = {}
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            features |= _prefixed(f"{i}_", resnet(skip if hidden is None else torch.cat([hidden, skip], dim=1)))
             hidden = None
         return features
 
@@ -220,9 +237,11 @@ class _SplitPerStep(nn.Module):
         self.attentions = getattr(block, "attentions", ())
         self.upsamplers = block.upsamplers or ()
 
-    def forward(self, hidden: Tensor | None, take: Iterator[Tensor], step_index: Tensor, text: Tensor | None) -> Tensor:
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            hidden = resnet(hidden, take, step_index)
+    def forward(
+        self, hidden: Tensor | None, features: Mapping[str, Tensor], step_index: Tensor, text: Tensor | None
+    ) -> Tensor:
+        for i, (resnet, attention) in enumerate(zip_longest(self.resnets, self.attentions)):
+            hidden = resnet(hidden, _own(features, f"{i}_"), step_index)
             if attention is not None:
                 hidden = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
         for upsampler in self.upsamplers:
@@ -232,16 +251,16 @@ class _SplitPerStep(nn.Module):
 
 
 def _edge(resnet: Any, hidden: int) -> int:
-    """How many of skip's channels are in a group with channels of `hidden`."""
+    """Return how many of skip's channels are in a group with channels of `hidden`."""
     size = resnet.in_channels // resnet.norm1.num_groups
     return min(-hidden % size, resnet.in_channels - hidden)
 
 
 class _ResnetOnce(nn.Module):
-    """What a resnet does with those of its input's channels that do not depend on the timestep, the last ones."""
+    """The part of a resnet that works on the last of its input's channels, which do not depend on the timestep."""
 
     def __init__(self, resnet: Any, hidden: int):
-        """hidden: how many of the input's channels depend on the timestep, the first ones."""
+        """Take `hidden`, the number of the input's first channels, which depend on the timestep."""
         super().__init__()
         self.edge = _edge(resnet, hidden)
         alone = slice(hidden + self.edge, resnet.in_channels)
@@ -252,12 +271,12 @@ class _ResnetOnce(nn.Module):
         self.shortcut = _conv_of(_shortcut(resnet), slice(hidden, resnet.in_channels), bias=True)
         self.names = ["shortcut", *(["conv1"] if self.conv1 else []), *(["edge"] if self.edge else [])]
 
-    def forward(self, skip: Tensor) -> list[Tensor]:
-        features = [self.shortcut(skip)]
+    def forward(self, skip: Tensor) -> dict[str, Tensor]:
+        features = {"shortcut": self.shortcut(skip)}
         if self.conv1 is not None:
-            features.append(self.conv1(skip[:, self.edge :]))
+            features["conv1"] = self.conv1(skip[:, self.edge :])
         if self.edge:
-            features.append(skip[:, : self.edge])
+            features["edge"] = skip[:, : self.edge]
         return features
 
 
@@ -265,10 +284,9 @@ class _ResnetPerStep(nn.Module):
     """The rest of a resnet."""
 
     def __init__(self, resnet: Any, hidden: int, temb: Tensor):
-        """temb: the embeddings (T,E) of the timesteps."""
+        """Take `hidden` as `_ResnetOnce` does, and the embeddings `temb` (T, E) of the timesteps."""
         super().__init__()
         edge = _edge(resnet, hidden)
-        self.has_edge, self.has_once = edge > 0, hidden + edge < resnet.in_channels
         self.conv1 = self.shortcut = None
         if hidden:
             mixed = slice(0, hidden + edge)
@@ -282,13 +300,13 @@ class _ResnetPerStep(nn.Module):
         self.out = nn.Sequential(resnet.nonlinearity, resnet.conv2)
         self.output_scale_factor = resnet.output_scale_factor
 
-    def forward(self, hidden: Tensor | None, take: Iterator[Tensor], step_index: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor | None, features: Mapping[str, Tensor], step_index: Tensor) -> Tensor:
         k = step_index.shape[0]
-        shortcut = repeat_rows(next(take), k)
-        x = repeat_rows(next(take), k) if self.has_once else None
+        shortcut = repeat_rows(features["shortcut"], k)
+        x = repeat_rows(features["conv1"], k) if "conv1" in features else None
         if self.conv1 is not None and self.shortcut is not None and hidden is not None:
             shortcut = self.shortcut(hidden) + shortcut
-            edge = [repeat_rows(next(take), k)] if self.has_edge else []
+            edge = [repeat_rows(features["edge"], k)] if "edge" in features else []
             mixed = self.conv1(torch.cat([hidden, *edge], dim=1))
             x = mixed if x is None else mixed + x
         assert x is not None  # one of the two has channels
@@ -303,13 +321,13 @@ class _ResnetPerStep(nn.Module):
 
 
 def _rows(table: Tensor, step_index: Tensor, batch: int) -> Tensor:
-    """Rows of a table (T,C), each for a batch: (k*batch,C,1,1), step-major."""
+    """Rows of a table (T, C), each for a batch => (k*batch, C, 1, 1), step-major."""
     k = step_index.shape[0]
     return table[step_index][:, None].expand(k, batch, -1).flatten(0, 1)[:, :, None, None]
 
 
 def _time_bias(resnet: Any, temb: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The bias of conv1 at each timestep (T,C), and of the second norm its scale and shift (T,2C) where they depend."""
+    """Return the bias of conv1 at each timestep (T, C), and the second norm's scale and shift (T, 2C) if it has any."""
     bias = resnet.conv1.bias.detach().expand(len(temb), -1)
     if resnet.time_emb_proj is None:
         return bias, None
@@ -318,7 +336,7 @@ def _time_bias(resnet: Any, temb: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _fold_time(unet: Any, temb: Tensor) -> bool:
-    """Move a fixed time embedding (1,E) into biases, in place. Returns False where a block's use of it is not known."""
+    """Move a fixed time embedding (1, E) into biases, in place. Return False for blocks that use it in another way."""
     resnets = [m for m in unet.modules() if hasattr(m, "time_emb_proj")]
     if any(type(m) is not ResnetBlock2D or m.time_embedding_norm != "default" for m in resnets):
         return False
@@ -330,42 +348,48 @@ def _fold_time(unet: Any, temb: Tensor) -> bool:
 
 
 def _keep(block: Any, hidden: int, temb: Tensor) -> _Halves:
-    """A block of another kind, all of which is done at every timestep."""
+    """Keep a block of another kind whole: all of it runs at every timestep."""
     has_text = bool(getattr(block, "has_cross_attention", False))
-    count = len(block.resnets)
-    names = [*(["hidden"] if not hidden else []), *(f"{i}_skip" for i in range(count)), *(["text"] if has_text else [])]
-    per_step = _WholePerStep(block, temb, first=not hidden, has_text=has_text)
-    return _Halves(_WholeOnce(count, has_text), per_step, names, block.resnets[-1].out_channels)
+    once = _WholeOnce(len(block.resnets), first=not hidden, has_text=has_text)
+    return _Halves(once, _WholePerStep(block, temb), block.resnets[-1].out_channels)
 
 
 class _WholeOnce(nn.Module):
-    def __init__(self, skips: int, has_text: bool):
+    def __init__(self, skips: int, first: bool, has_text: bool):
         super().__init__()
-        self.skips, self.has_text = skips, has_text
+        self.skips = skips
+        self.names = [*(["hidden"] if first else []), *_skip_names(skips), *(["text"] if has_text else [])]
 
-    def forward(self, hidden: Tensor | None, skips: Sequence[Tensor], text: Tensor) -> list[Tensor]:
-        return [*([] if hidden is None else [hidden]), *skips, *([text] if self.has_text else [])]
+    def forward(self, hidden: Tensor | None, skips: Sequence[Tensor], text: Tensor) -> dict[str, Tensor]:
+        features = dict(zip(_skip_names(self.skips), skips, strict=True)) | {"hidden": hidden, "text": text}
+        return {name: features[name] for name in self.names}
 
 
 class _WholePerStep(nn.Module):
-    def __init__(self, block: Any, temb: Tensor, first: bool, has_text: bool):
+    def __init__(self, block: Any, temb: Tensor):
         super().__init__()
-        self.block, self.first, self.has_text = block, first, has_text
+        self.block = block
         self.register_buffer("temb", temb)
 
-    def forward(self, hidden: Tensor | None, take: Iterator[Tensor], step_index: Tensor, _: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor | None, features: Mapping[str, Tensor], step_index: Tensor, _: Tensor | None
+    ) -> Tensor:
         k = step_index.shape[0]
-        if self.first:
-            hidden = repeat_rows(next(take), k)
-        skips = [repeat_rows(next(take), k) for _ in self.block.resnets]
-        assert hidden is not None  # of the block before
+        if "hidden" in features:
+            hidden = repeat_rows(features["hidden"], k)
+        assert hidden is not None  # the block before made it
+        skips = [repeat_rows(features[name], k) for name in _skip_names(len(self.block.resnets))]
         temb = _rows(self.temb, step_index, hidden.shape[0] // k)[:, :, 0, 0]
-        text = {"encoder_hidden_states": repeat_rows(next(take), k)} if self.has_text else {}
+        text = {"encoder_hidden_states": repeat_rows(features["text"], k)} if "text" in features else {}
         return self.block(hidden, tuple(skips[::-1]), temb=temb, **text)
 
 
+def _skip_names(count: int) -> list[str]:
+    return [f"{i}_skip" for i in range(count)]
+
+
 def _shortcut(resnet: Any) -> Any:
-    """What makes the residual of a resnet's input, as a convolution."""
+    """Return the shortcut of a resnet as a convolution; where it has none, the identity."""
     if resnet.conv_shortcut is not None:
         return resnet.conv_shortcut
     count, weight = resnet.in_channels, resnet.conv1.weight
@@ -375,7 +399,7 @@ def _shortcut(resnet: Any) -> Any:
 
 
 def _norm_of(norm: nn.GroupNorm, channels: slice) -> nn.GroupNorm:
-    """The norm of some of the channels, which are whole groups."""
+    """Return the norm of some of the channels, which are whole groups."""
     count = channels.stop - channels.start
     part = nn.GroupNorm(count * norm.num_groups // norm.num_channels, count, norm.eps, device="meta")
     part.weight = nn.Parameter(norm.weight[channels].detach(), requires_grad=False)
@@ -384,7 +408,7 @@ def _norm_of(norm: nn.GroupNorm, channels: slice) -> nn.GroupNorm:
 
 
 def _conv_of(conv: nn.Conv2d, channels: slice, *, bias: bool) -> nn.Conv2d:
-    """The convolution of some of the input's channels."""
+    """Return the convolution of some of the input's channels."""
     part = nn.Conv2d(
         channels.stop - channels.start,
         conv.out_channels,

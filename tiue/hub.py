@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub. Only a caller whose user named one comes here; nothing else uses a network."""
+"""Models on the Hugging Face Hub. This is the only module that uses a network, and only for a model that was named."""
 
 import re
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".json", ".onnx")
 
 
 class HubError(ValueError):
-    """A model cannot be had from the Hub; the message says why, in one line."""
+    """A model cannot be downloaded from the Hub; the message says why, in one line."""
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here can be meant for a Hub id, owner/name, and not for a mistyped path."""
+    """Whether a name that is no path here may be a Hub id, owner/name, rather than a mistyped path."""
     return _ID.fullmatch(name) is not None and not name.endswith(_FILES) and not Path(name).parent.exists()
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set: only earlier downloads are used then."""
+    """Whether HF_HUB_OFFLINE is set, so that only earlier downloads are used."""
     return constants.HF_HUB_OFFLINE
 
 
 def list_files(hub_id: str) -> list[str]:
-    """The files of a model, by their paths in it. Raises HubError."""
+    """Return the paths of a model's files. Raises HubError."""
     try:
         return HfApi().list_repo_files(hub_id)
     except (OSError, ValueError) as error:
@@ -37,9 +37,10 @@ def fetch(hub_id: str, patterns: Sequence[str]) -> Path:
     """Download files of a model into the Hub's cache, unless they are there, and return the snapshot's directory.
 
     Args:
-        patterns: of the files wanted. While offline they are not looked at: the cache holds what was downloaded.
+        patterns: name the files. They are ignored while offline, where the cache holds what was downloaded.
 
-    Raises HubError.
+    Raises:
+        HubError: the download failed.
     """
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=offline()))
@@ -55,7 +56,7 @@ def _reason(hub_id: str, error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError) and offline():
         return f"{hub_id} is not a path here, nor was it downloaded before, and HF_HUB_OFFLINE is set"
     first = next(iter(str(error).strip().splitlines()), "")
-    what = first if 0 < len(first) < 150 else type(error).__name__  # some errors are printed with all that they hold
+    what = first if 0 < len(first) < 150 else type(error).__name__  # some messages hold whole responses
     return (
         f"{hub_id} is not a path here, and cannot be downloaded from the Hugging Face Hub: {what} "
         "(HF_HUB_OFFLINE=1 uses an earlier download)"

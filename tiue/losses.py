@@ -11,10 +11,10 @@ def vsd_loss(x0: Tensor, teacher_eps: Tensor, fake_eps: Tensor, sigma2: Tensor) 
     """Variational score distillation: its gradient with respect to `x0` is sigma_t^2 (eps_teacher - eps_fake) / numel.
 
     Args:
-        x0: the student's latents z_0, float [B,C,h,w], with gradient.
-        teacher_eps: noise predicted by the teacher on noised x0, with guidance, [B,C,h,w].
-        fake_eps: noise predicted by the fake score on the same, with guidance, [B,C,h,w].
-        sigma2: sigma_t^2 = 1 - abar_t of every sample, [B].
+        x0: the student's latents z_0, float (B, C, h, w), with gradient.
+        teacher_eps: noise predicted by the teacher on noised x0, with guidance, (B, C, h, w).
+        fake_eps: noise predicted by the fake score on the same, with guidance, (B, C, h, w).
+        sigma2: sigma_t^2 = 1 - abar_t of every sample, (B).
 
     Returns:
         0.5 * mean((x0 - sg(x0 - grad))^2), a scalar.
@@ -27,7 +27,7 @@ def kl_loss(eps: Tensor) -> Tensor:
     """KL(N(mu, v) || N(0, 1)) of every predicted noise map, summed over steps and averaged over the batch.
 
     Args:
-        eps: predicted noise, float [N,B,C,h,w]; mu and v are the mean and the unbiased variance over C,h,w.
+        eps: predicted noise, float (N, B, C, h, w); mu and v are the mean and the unbiased variance over (C, h, w).
 
     Returns:
         sum over N, mean over B, of 0.5 (mu^2 + v - 1 - ln v), a scalar.
@@ -37,7 +37,7 @@ def kl_loss(eps: Tensor) -> Tensor:
 
 
 def noise_statistics(eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted noise [N,B,C,h,w] => its mean and its unbiased variance over C,h,w, both [N,B]."""
+    """Predicted noise (N, B, C, h, w) => its mean and its unbiased variance over (C, h, w), both (N, B)."""
     v, mu = torch.var_mean(eps.flatten(2).float(), dim=2)
     return mu, v
 
@@ -46,14 +46,14 @@ def fake_score_loss(eps: Tensor, noise: Tensor, sqrt_alpha: Tensor) -> Tensor:
     """Denoising loss of the fake score: mse(sqrt(abar_t) eps_fake, sqrt(abar_t) noise).
 
     Args:
-        eps: noise predicted by the fake score, [B,C,h,w].
-        noise: the noise that was added, [B,C,h,w].
-        sqrt_alpha: sqrt(abar_t) of every sample, [B].
+        eps: noise predicted by the fake score, (B, C, h, w).
+        noise: the noise that was added, (B, C, h, w).
+        sqrt_alpha: sqrt(abar_t) of every sample, (B).
     """
     weight = sqrt_alpha.view(-1, 1, 1, 1)
     return F.mse_loss(weight * eps.float(), weight * noise)
 
 
 def clip_loss(text: Tensor, image: Tensor, margin: float = 0.35) -> Tensor:
-    """relu(margin - mean cos(text, image)) over CLIP's projected embeddings, both [B,D]."""
+    """relu(margin - mean cos(text, image)) over CLIP's projected embeddings, both (B, D)."""
     return F.relu(margin - F.cosine_similarity(text, image, dim=-1).mean())

@@ -9,7 +9,7 @@ from tiue.components import Components
 
 
 def tokenize(components: Components, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts => (input_ids int64 [B,L], attention mask int64 [B,L] or, where the model uses none, None).
+    """Prompts => input_ids int64 (B, L), attention mask int64 (B, L), or None where the model uses no mask.
 
     Prompts are padded and cut to L = tokenizer.model_max_length. Whether the mask is used is diffusers'
     convention: `use_attention_mask` in the text encoder's configuration.
@@ -25,7 +25,7 @@ def tokenize(components: Components, prompts: Sequence[str]) -> tuple[torch.Tens
 
 
 def encode_text(components: Components, prompts: Sequence[str]) -> torch.Tensor:
-    """Prompts => text embeddings [B,L,D], on the text encoder's device."""
+    """Prompts => text embeddings (B, L, D), on the text encoder's device."""
     input_ids, mask = tokenize(components, prompts)
     device = components.text_encoder.device
     return components.text_encoder(
@@ -34,5 +34,5 @@ def encode_text(components: Components, prompts: Sequence[str]) -> torch.Tensor:
 
 
 def uses_attention_mask(text_encoder: PreTrainedModel) -> bool:
-    """Whether the text encoder is to be given the attention mask (CLIP's is not)."""
+    """Whether the text encoder takes the attention mask (CLIP's does not)."""
     return bool(getattr(text_encoder.config, "use_attention_mask", False))

@@ -23,10 +23,10 @@ _UNSUPPORTED_UNLESS = {
 
 
 class Features(NamedTuple):
-    """What the encoder hands to the decoder."""
+    """The encoder's outputs, which the decoder takes."""
 
     mid: torch.Tensor  # output of the mid block, or of the last up block that the encoder has
-    skips: tuple[torch.Tensor, ...]  # conv_in's output first, then every down block's, in order; those not used yet
+    skips: tuple[torch.Tensor, ...]  # outputs of conv_in and the down blocks, in order, that are not used yet
 
 
 class TiUE(nn.Module):
@@ -35,11 +35,12 @@ class TiUE(nn.Module):
     Args:
         unet: the network; its weights are shared, not copied, and stay under the name `unet`.
         schedule: where the decoder runs and how its predictions are summed.
-        encoder_timestep: the one timestep the encoder is told, t_1 of the schedule it was trained for.
-        shared_up_blocks: how many up blocks, from the coarsest on, belong to the encoder and run once, too. 0 in the
-            paper.
+        encoder_timestep: the one timestep that the encoder is given, t_1 of the schedule that it was trained for.
+        shared_up_blocks: the number of up blocks, from the coarsest on, that belong to the encoder and also run once.
+            0 in the paper.
 
-    Raises ValueError for a UNet with inputs other than latents, a timestep and text, or with too few up blocks.
+    Raises:
+        ValueError: the UNet has inputs other than latents, a timestep and text, or too few up blocks.
     """
 
     def __init__(
@@ -56,20 +57,20 @@ class TiUE(nn.Module):
         self.shared_up_blocks = shared_up_blocks
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None) -> torch.Tensor:
-        """Noise z_T [B,C,h,w] and text [B,L,D] => latents z_0 [B,C,h,w], by `schedule` or its own."""
+        """Noise z_T (B, C, h, w) and text (B, L, D) => latents z_0 (B, C, h, w), by `schedule` or its own."""
         return self.predict(latents, text, schedule)[0]
 
     def predict(
         self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, but also what the decoder predicted: (z_0 [B,C,h,w], eps [N,B,C,h,w])."""
+        """As `forward`, with the predictions: (z_0 (B, C, h, w), eps (N, B, C, h, w))."""
         schedule = schedule or self.schedule
         timesteps = torch.tensor(schedule.timesteps, device=latents.device)
         features = self.encode(latents, text)
         return self.sum(latents, self.decode(features, timesteps, text), schedule)
 
     def sum(self, latents: torch.Tensor, eps: torch.Tensor, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise z_T [B,C,h,w] and predictions [N*B,C,h,w], step-major => (z_0 [B,C,h,w], eps [N,B,C,h,w])."""
+        """Noise z_T (B, C, h, w), predictions (N*B, C, h, w), step-major => z_0 (B, C, h, w), eps (N, B, C, h, w)."""
         eps = eps.unflatten(0, (len(schedule.timesteps), -1))
         eps = eps.to(latents.dtype)  # under autocast the UNet answers in half precision; the sum must not be
         weights = torch.tensor(schedule.step_weights, device=latents.device, dtype=latents.dtype)
@@ -77,35 +78,36 @@ class TiUE(nn.Module):
         return schedule.noise_weight * latents + (weights.view(-1, 1, 1, 1, 1) * eps).sum(0), eps
 
     def encode(self, latents: torch.Tensor, text: torch.Tensor) -> Features:
-        """conv_in, the down blocks, the mid block and shared up blocks at the encoder's timestep.
+        """Run conv_in, the down blocks, the mid block and shared up blocks at the encoder's timestep.
 
         Args:
-            latents: noise z_T, [B,C,h,w].
-            text: text embeddings, [B,L,D].
+            latents: noise z_T, (B, C, h, w).
+            text: text embeddings, (B, L, D).
         """
         timesteps = torch.full(latents.shape[:1], self.encoder_timestep, device=latents.device)
         return self.encode_embedded(latents, self.embed(timesteps, latents.dtype), text)
 
     def decode(self, features: Features, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The up blocks and output layers at k timesteps at once.
+        """Run the up blocks and output layers at k timesteps at once.
 
         Args:
             features: from `encode`, for a batch of B.
-            timesteps: int64 [k].
-            text: text embeddings, [B,L,D].
+            timesteps: int64 (k).
+            text: text embeddings, (B, L, D).
 
-        Returns eps (or v, if that is what the UNet predicts) [k*B,C,h,w], step-major: row = i*B + b.
+        Returns:
+            eps, or v where the UNet predicts v, (k*B, C, h, w), step-major: row = i*B + b.
         """
         temb = self.embed(timesteps.repeat_interleave(text.shape[0]), features.mid.dtype)
         return self.decode_embedded(features, temb, text)
 
     def embed(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Timesteps int64 [n] => the embeddings [n,E] that the blocks take."""
+        """Timesteps int64 (n) => the embeddings (n, E) that the blocks take."""
         temb = self.unet.time_embedding(self.unet.time_proj(timesteps).to(dtype))
         return temb if self.unet.time_embed_act is None else self.unet.time_embed_act(temb)
 
     def encode_embedded(self, latents: torch.Tensor, temb: torch.Tensor | None, text: torch.Tensor) -> Features:
-        """`encode` with the time embedding [B,E] given, or None for a UNet that has it in its biases."""
+        """`encode` with the time embedding (B, E) given, or None for a UNet whose biases hold it."""
         hidden = self.unet.conv_in(latents)
         skips = (hidden,)
         for block in self.unet.down_blocks:
@@ -116,7 +118,7 @@ class TiUE(nn.Module):
         return self._up(Features(hidden, skips), slice(0, self.shared_up_blocks), temb, text)
 
     def decode_embedded(self, features: Features, temb: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """`decode` with the time embeddings [k*B,E], step-major, given."""
+        """`decode` with the time embeddings (k*B, E), step-major, given."""
         steps = temb.shape[0] // text.shape[0]
         features = features._replace(mid=repeat_rows(features.mid, steps))
         hidden, _ = self._up(features, slice(self.shared_up_blocks, None), temb, repeat_rows(text, steps), steps)
@@ -132,9 +134,9 @@ class TiUE(nn.Module):
         text: torch.Tensor,
         steps: int | None = None,
     ) -> Features:
-        """Some of the up blocks, which use up skips; these are repeated for `steps` timesteps."""
+        """Run some of the up blocks, each of which uses up skips. Skips are repeated for `steps` timesteps."""
         hidden, skips = features
-        # Upsamplers double sizes. Where downsampling rounded an odd one up, they must be told the right one.
+        # Upsamplers double sizes. Where downsampling rounded an odd size up, they must be given the right size.
         rounded = any(size % 2**self.unet.num_upsamplers for size in skips[0].shape[2:])
         for block in self.unet.up_blocks[blocks]:
             count = len(block.resnets)
@@ -150,16 +152,16 @@ class TiUE(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The student as it is trained: what accelerate wraps."""
+    """The student in training; accelerate wraps this module."""
 
     def __init__(self, tiue: TiUE, share_encoder: bool):
         super().__init__()
         self.tiue, self._share_encoder = tiue, share_encoder
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-        """Noise z_T [B,C,h,w], text [B,L,D] => predictions [N*B,C,h,w], step-major.
+        """Noise z_T (B, C, h, w), text (B, L, D) => predictions (N*B, C, h, w), step-major.
 
-        Their sum is left to the caller: FSDP may have rounded what comes in here to half precision.
+        The caller sums them, since FSDP may round the inputs of this module to half precision.
         """
         timesteps = torch.tensor(schedule.timesteps, device=latents.device)
         if self._share_encoder:
@@ -194,5 +196,5 @@ def _text_argument(block: nn.Module, text: torch.Tensor) -> dict[str, torch.Tens
 
 
 def repeat_rows(tensor: torch.Tensor, steps: int) -> torch.Tensor:
-    """[B,...] => [steps*B,...], step-major."""
+    """(B, ...) => (steps*B, ...), step-major."""
     return tensor.repeat(steps, *[1] * (tensor.ndim - 1))
