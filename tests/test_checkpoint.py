@@ -402,3 +402,13 @@ def test_a_model_that_cannot_be_saved_or_exported_is_refused(changes, message):
 def test_provenance_that_is_not_json_is_refused():
     with pytest.raises(CheckpointError, match="provenance cannot be stored as JSON"):
         check_savable(replace(student(tiny.sd15()), provenance={"made by": object()}))
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "half\ud83d", "bell\x07", "x" * 300, 7])
+def test_names_that_a_bundle_cannot_hold_are_refused(name):
+    for changed in (
+        replace(student(tiny.sd15()), components=replace(tiny.sd15(), name=name)),
+        replace(student(tiny.sd15()), base_model=name),
+    ):
+        with pytest.raises(CheckpointError, match="expected 1 to 200 printable characters"):
+            check_savable(changed)

@@ -122,6 +122,8 @@ def test_alphas_are_those_of_diffusers():
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, 4, "UniPCMultistepScheduler has no DDIM"),
         ({"beta_start": None}, 4, "no beta_start"),
         ({"beta_start": "small"}, 4, "malformed configuration"),
+        ({"steps_offset": "1"}, 4, "steps_offset: expected a whole number"),
+        ({"own": object()}, 4, "configuration is not JSON"),
         ({"timestep_spacing": "karras"}, 4, "timestep_spacing 'karras' is not supported"),
         ({"beta_schedule": "sigmoid"}, 4, "beta_schedule 'sigmoid' is not supported"),
         ({"trained_betas": [0.1, 0.2]}, 4, "2 trained_betas for 1000"),

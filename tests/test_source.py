@@ -324,6 +324,20 @@ def test_the_command_takes_a_base(fake_hub, exported, directory, tmp_path):
     assert (student.schedules, out) == ({2: [501, 1]}, Path("one-way-bundle"))
 
 
+def test_an_unknown_license_is_said(exported, directory, capsys, no_hub):
+    assert main(["--ckpt", str(directory)]) == 0
+    assert "warning: the license of" in capsys.readouterr().err
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert main(["--ckpt", str(directory)]) == 0
+    assert "the license of" not in capsys.readouterr().err
+
+
+def test_the_command_names_flags(exported, tmp_path, capsys):
+    save_file(tiny.original_layout(tiny.sd15()), tmp_path / "a1111.safetensors")
+    assert main(["--ckpt", str(tmp_path / "a1111.safetensors")]) == 2
+    assert "--base must name a diffusers pipeline directory" in capsys.readouterr().err
+
+
 def test_the_command_refuses_in_one_line(exported, no_hub, capsys):
     assert main(["--ckpt", "./owner/model"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (

@@ -5,7 +5,6 @@ tokenizer, license and provenance as JSON.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiue.components import Components, ComponentsError, check_fit, class_named
+from tiue.files import one_line, shortened, written_whole
 from tiue.recognize import kind_of_weights
 from tiue.unet import TiUE
 from tiue.weights import Stored, WeightsError, fill, read_headers
@@ -30,6 +30,7 @@ from tiue.weights import Stored, WeightsError, fill, read_headers
 FORMAT = 1
 PARTS = ("unet", "text_encoder", "vae")
 _DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
+_LONGEST_TEXT = 200  # characters of a name, as in bundle.json
 _QUANTIZERS = ("bitsandbytes", "torchao", "torch.ao", "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq")
 
 
@@ -72,6 +73,14 @@ def check_savable(student: Student) -> None:
     """
     for part in PARTS:
         _check_module(part, getattr(student.components, part))
+    for key, text in (
+        ("name", student.components.name),
+        ("license", student.components.license),
+        ("base_model", student.base_model),
+    ):
+        if not (isinstance(text, str) and 0 < len(text) <= _LONGEST_TEXT and text.isprintable()):
+            expected = f"expected 1 to {_LONGEST_TEXT} printable characters"
+            raise CheckpointError(f"the student's {key} is {shortened(ascii(text))}: {expected}")
     try:
         check_fit(student.components)
     except ComponentsError as error:
@@ -95,7 +104,7 @@ def check_savable(student: Student) -> None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the student cannot be read back: {_shortened(error)}") from error
+        raise CheckpointError(f"the student cannot be read back: {one_line(repr(error))}") from error
 
 
 def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None) -> None:
@@ -133,12 +142,8 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
     strings = _metadata(student)
     if aliases:
         strings["aliases"] = json.dumps(aliases)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary, strings)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _metadata(student: Student) -> dict[str, str]:
@@ -163,13 +168,15 @@ def _metadata(student: Student) -> dict[str, str]:
         try:
             strings[key] = json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"the student's {key} cannot be stored as JSON: {_shortened(error)}") from error
+            raise CheckpointError(f"the student's {key} cannot be stored as JSON: {one_line(error)}") from error
     return strings
 
 
 def _check_module(part: str, module: nn.Module) -> None:
     if quantized := getattr(module.config, "quantization_config", None):
-        raise CheckpointError(f"{part} is quantized ({_shortened(quantized)}): expected weights in float32 or float16")
+        raise CheckpointError(
+            f"{part} is quantized ({one_line(str(quantized))}): expected weights in float32 or float16"
+        )
     for name, child in module.named_modules():
         home = type(child).__module__
         if home.startswith(_QUANTIZERS):
@@ -238,7 +245,7 @@ def load_student(path: str | Path) -> Student:
     except ComponentsError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has incomplete or malformed metadata: {_shortened(error)}") from error
+        raise CheckpointError(f"{path} has incomplete or malformed metadata: {one_line(repr(error))}") from error
     return student
 
 
@@ -251,7 +258,7 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         return {key: json.loads(value) for key, value in metadata.items()}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has malformed metadata: {_shortened(error)}") from error
+        raise CheckpointError(f"{path} has malformed metadata: {one_line(error)}") from error
 
 
 def _empty_modules(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +324,7 @@ def _tokenizer(path: Path, content: Any) -> Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the tokenizers library raises bare ones
-        raise CheckpointError(f"{path} has a malformed tokenizer: {_shortened(error)}") from error
+        raise CheckpointError(f"{path} has a malformed tokenizer: {one_line(error)}") from error
 
 
 def _tokenizer_json(tokenizer: Any) -> Any:
@@ -327,7 +334,7 @@ def _tokenizer_json(tokenizer: Any) -> Any:
     try:
         return json.loads(backend.to_str())
     except Exception as error:  # one with a part that is written in Python
-        raise CheckpointError(f"the tokenizer cannot be stored: {_shortened(error)}") from error
+        raise CheckpointError(f"the tokenizer cannot be stored: {one_line(error)}") from error
 
 
 def _check_schedules(path: Path, student: Student) -> None:
@@ -363,8 +370,3 @@ def _tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "truncation_side": tokenizer.truncation_side,
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
-
-
-def _shortened(error: Any, length: int = 150) -> str:
-    text = " ".join((repr(error) if isinstance(error, (KeyError, AttributeError)) else str(error)).split())
-    return text if len(text) <= length else f"{text[:length]} ..."

@@ -20,6 +20,7 @@ from tiue.pipeline_directory import (
     WITH_WEIGHTS,
     ComponentsError,
     PipelineDirectory,
+    check_not_quantized,
     class_named,
     read_directory,
     read_json,
@@ -188,7 +189,9 @@ def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
     root = Path(directory)
     if not root.is_dir():
         raise ComponentsError(f"no such directory: {directory}")
-    class_named(diffusers, str(read_json(root, "config.json").get("_class_name")), AutoencoderTiny)
+    config = read_json(root, "config.json")
+    check_not_quantized(root, config)
+    class_named(diffusers, config.get("_class_name"), AutoencoderTiny)
     return load_part(AutoencoderTiny, root, "vae")
 
 
@@ -218,7 +221,8 @@ def _download(hub_id: str, parts: list[str]) -> PipelineDirectory:
         for part in parts:
             own = [name.removeprefix(f"{part}/") for name in names if re.fullmatch(rf"{part}/[^/]+", name)]
             weights += [f"{part}/{name}" for name in choose_weights(part, own)[1]]
-        hub.fetch(hub_id, weights)
+        if weights:
+            hub.fetch(hub_id, weights)
         return found
     except hub.HubError as error:
         raise ComponentsError(str(error)) from error

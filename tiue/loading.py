@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from tiue.files import one_line
 from tiue.pipeline_directory import ComponentsError, PipelineDirectory
 from tiue.recognize import is_original_layout, kind_of_weights
 from tiue.tokenization import load_tokenizer
@@ -73,7 +74,7 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
     except WeightsError as error:
         raise ComponentsError(f"{directory} cannot be loaded: {error}") from error
     except _LIBRARY_ERRORS as error:
-        raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {_one_line(error)}") from error
+        raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
     # Tensors that the libraries would leave at random, or leave out.
     unexpected = [name for name in report["unexpected_keys"] if not is_harmless(part, name)]
     for problem, names in (
@@ -158,7 +159,7 @@ def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) 
                 loaded["text_encoder"] = _original_text_encoder(path, directory, loaded, options)
     except _LIBRARY_ERRORS as error:
         raise ComponentsError(
-            f"{path} does not fit the configurations in {directory.root}: {_one_line(error)}"
+            f"{path} does not fit the configurations in {directory.root}: {one_line(error)}"
         ) from error
     for part, module in loaded.items():
         _check_complete(path, directory, part, module, headers)
@@ -174,7 +175,7 @@ def load_fast_tokenizer(directory: PipelineDirectory) -> Any:
     try:
         tokenizer = load_tokenizer(cls, folder, like_slow=directory.slow_tokenizer)
     except Exception as error:  # the tokenizers library raises bare ones
-        raise ComponentsError(f"{folder} cannot be loaded as {cls.__name__}: {_one_line(error)}") from error
+        raise ComponentsError(f"{folder} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
     limit = directory.configs["text_encoder"].get("max_position_embeddings")
     if tokenizer.model_max_length == VERY_LARGE_INTEGER and limit:  # vocab.json and merges.txt do not say
         tokenizer.model_max_length = limit
@@ -281,8 +282,3 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
         if shows_bars:
             libraries_logging.enable_progress_bar()
-
-
-def _one_line(error: Exception, length: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else f"{text[:length]} ..."

@@ -70,7 +70,7 @@ def read_directory(root: Path) -> PipelineDirectory:
     configs = {part: read_json(root, f"{part}/config.json") for part in WITH_WEIGHTS}
     configs["scheduler"] = read_json(root, "scheduler/scheduler_config.json")
     for part in WITH_WEIGHTS:
-        _check_not_quantized(root, part, configs[part])
+        check_not_quantized(root / part, configs[part])
     notes: list[str] = []
     if str(index.get("_class_name") or "StableDiffusionPipeline").startswith(_REPAIRING):
         notes += _repair(configs, named.get("scheduler"))
@@ -123,7 +123,9 @@ def _classes(index: Mapping[str, Any], named: Mapping[str, str | None]) -> dict[
         raise ComponentsError(f"{kind} is not supported: expected no parts but {', '.join(_PARTS)}; it has {others[0]}")
     for part in _PARTS:
         if part != "scheduler" and named.get(part) is None:
-            raise ComponentsError(f"model_index.json names no {part}")
+            raise ComponentsError(
+                f"{index.get('_class_name', 'the pipeline')} is not supported: model_index.json names no {part}"
+            )
     tokenizer = str(named["tokenizer"]).removesuffix("Fast") + "Fast"
     return {
         "unet": class_named(diffusers, named["unet"], UNet2DConditionModel),
@@ -144,11 +146,12 @@ def _check(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         raise ComponentsError(f"{root / 'scheduler'}: {error}") from error
 
 
-def _check_not_quantized(root: Path, part: str, config: Mapping[str, Any]) -> None:
+def check_not_quantized(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise ComponentsError for a part whose configuration says that its weights are quantized."""
     if quantized := config.get("quantization_config"):
         how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
         raise ComponentsError(
-            f"{root / part} is quantized (quantization_config: {str(how)[:100]}): expected weights in float32, float16 "
+            f"{directory} is quantized (quantization_config: {str(how)[:100]}): expected weights in float32, float16 "
             "or bfloat16; take those that it was quantized from"
         )
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
+from tiue.files import one_line
+
 _CLIPPING = ("clip_sample", "thresholding")  # scheduler options that make a step nonlinear
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
 # Schedulers of other processes. Some of their configurations still hold betas, left from an earlier scheduler.
@@ -55,7 +57,11 @@ class NoiseSchedule:
         Raises:
             ValueError: the scheduler has no betas, or its network predicts something that DDIM is not linear in.
         """
-        return _read(json.dumps(dict(scheduler_config), sort_keys=True, default=list))
+        try:
+            content = json.dumps(dict(scheduler_config), sort_keys=True, default=list)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the scheduler's configuration is not JSON: {one_line(error)}") from error
+        return _read(content)
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -186,13 +192,15 @@ def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
         expected = "linear, scaled_linear or squaredcos_cap_v2"
         raise ValueError(f"beta_schedule {config['beta_schedule']!r} is not supported: expected {expected}") from error
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} has a malformed configuration: {' '.join(str(error).split())[:100]}") from error
+        raise ValueError(f"{name} has a malformed configuration: {one_line(error, 100)}") from error
     trained, betas = scheduler.config.num_train_timesteps, len(scheduler.betas)
     if trained != betas:
         raise ValueError(f"the scheduler has {betas} trained_betas for {trained} num_train_timesteps")
     if scheduler.config.prediction_type not in _STEPS:
         found = scheduler.config.prediction_type
         raise ValueError(f"prediction_type {found!r} is not supported: expected one of {sorted(_STEPS)}")
+    if type(scheduler.config.steps_offset) is not int:
+        raise ValueError(f"steps_offset: expected a whole number, got {scheduler.config.steps_offset!r:.100}")
     if scheduler.config.timestep_spacing not in _SPACINGS:
         found = scheduler.config.timestep_spacing
         raise ValueError(f"timestep_spacing {found!r} is not supported: expected one of {sorted(_SPACINGS)}")
