@@ -1,5 +1,7 @@
 """Prompts to token ids, with tokenizer.json alone: its padding and truncation settings are the bundle's."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -8,51 +10,91 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tiue_runtime.errors import BundleError
+from tiue_runtime.bundle.tokenizer_json import read_tokenizer
+from tiue_runtime.errors import BundleError, RequestError, clip, shorten
+
+# A prompt is read in windows from its beginning, since tokens cost time although all but `length` of them are cut off.
+# The first window has this many characters for each token, and the next ones each have four times as many.
+CHARACTERS_PER_TOKEN = 64
+MOST_CHARACTERS = 1_000_000  # of a prompt; those that follow are cut off whatever stands before them
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Token ids of a list of prompts."""
 
-    input_ids: NDArray[np.int64]  # (B,L)
-    attention_mask: NDArray[np.int64]  # (B,L), 1 where a token is, 0 where padding is
-    cut: tuple[str, ...]  # per prompt, the part that did not fit into L tokens; "" where all did
+    input_ids: NDArray[np.int64]  # (B, L)
+    attention_mask: NDArray[np.int64]  # (B, L), 1 where a token is, 0 where padding is
+    cut: tuple[str, ...]  # for each prompt, the part that did not fit into L tokens; "" where all did
 
 
 class PromptTokenizer:
-    """tokenizer.json, checked to pad and truncate to exactly `length` tokens. Raises BundleError."""
+    """tokenizer.json, checked to pad and truncate to exactly `length` tokens.
+
+    Raises:
+        BundleError: the file is not one that the exporter writes.
+    """
 
     def __init__(self, path: Path, length: int) -> None:
-        try:
-            tokenizer: Any = cast(Any, Tokenizer).from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise BundleError(f"{path}: not a tokenizer: {error}") from error
-        padding = tokenizer.padding["length"] if tokenizer.padding else None
-        truncation = tokenizer.truncation["max_length"] if tokenizer.truncation else None
-        self._tokenizer = tokenizer
-        if (padding, truncation) != (length, length):
-            raise BundleError(
-                f"{path}: expected padding and truncation to text_length {length}, "
-                f"got padding to {padding} and truncation to {truncation}. Export the bundle again."
-            )
+        text = read_tokenizer(path, length)
+        self._path, self._length = path, length
+        with self._errors():
+            self._tokenizer: Any = cast(Any, Tokenizer).from_str(text)
+            self._keeps_the_end = self._tokenizer.truncation["direction"] == "left"
 
     def __call__(self, prompts: list[str]) -> Tokens:
-        """Encode prompts to rows of exactly `length` tokens."""
-        encodings: list[Any] = [self._tokenizer.encode(prompt) for prompt in prompts]
+        """Encode prompts to rows of exactly `length` tokens. Raises BundleError, RequestError."""
+        for prompt in prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"prompt: expected whole characters, got half of one in {shorten(prompt)}"
+                ) from error
+        with self._errors():
+            encodings, cut = zip(*map(self._encode, prompts), strict=True)
         return Tokens(
             np.array([encoding.ids for encoding in encodings], dtype=np.int64),
             np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
-            tuple(map(_cut_part, prompts, encodings)),
+            cut,
         )
+
+    def _encode(self, prompt: str) -> tuple[Any, str]:
+        """Encode the part of a prompt that decides its first tokens. Returns them, and the part that is cut off."""
+        if self._keeps_the_end:
+            read = prompt[-MOST_CHARACTERS:]
+            encoding = self._tokenizer.encode(read)
+            before = len(prompt) - len(read)
+            first = min((start for start, _ in _places(encoding)), default=0) if encoding.overflowing else 0
+            return encoding, prompt[: before + first].strip()
+        window = CHARACTERS_PER_TOKEN * self._length
+        while window < min(len(prompt), MOST_CHARACTERS):
+            encoding = self._tokenizer.encode(prompt[:window])
+            # Tokens depend on the word that they are part of, and on no text far behind it.
+            if encoding.overflowing and 2 * max((end for _, end in _places(encoding)), default=0) <= window:
+                return encoding, _cut_part(prompt, encoding)
+            window *= 4
+        encoding = self._tokenizer.encode(prompt[:MOST_CHARACTERS])
+        return encoding, _cut_part(prompt, encoding) or prompt[MOST_CHARACTERS:].strip()
+
+    @contextmanager
+    def _errors(self) -> Generator[None]:
+        """Turn what the tokenizers library raises into errors of this package."""
+        try:
+            yield
+        except BaseException as error:  # A panic of the library is no Exception; all else that is none goes on.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise BundleError(f"{self._path}: the tokenizer failed: {clip(str(error))}") from error
+            raise
+
+
+def _places(encoding: Any) -> list[tuple[int, int]]:
+    """Return (start, end) in characters of every token that stands for a part of the prompt."""
+    pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    return [(start, end) for (start, end), special in pairs if end > start and not special]
 
 
 def _cut_part(prompt: str, encoding: Any) -> str:
-    """What of a prompt lies in the overflow of its encoding."""
-    starts = [
-        start
-        for overflow in encoding.overflowing
-        for (start, end), special in zip(overflow.offsets, overflow.special_tokens_mask, strict=True)
-        if end > start and not special
-    ]
+    """Return the part of a prompt that lies in the overflow of its encoding, and all that follows."""
+    starts = [start for overflow in encoding.overflowing for start, _ in _places(overflow)]
     return prompt[min(starts) :].strip() if starts else ""

@@ -21,7 +21,7 @@ def replacing(path: Path) -> Generator[IO[bytes]]:
     Raises:
         OSError: `path` cannot be written. PermissionError is of its kind.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
     mode = _mode(target)
     temporary, descriptor = _create(target.parent)
     try:
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Generator[IO[bytes]]:
 
 def check_writable(path: Path) -> None:
     """Raise OSError unless `replacing` can write `path`. The folder is tried by making a file in it."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
     _mode(target)
     temporary, descriptor = _create(target.parent)
     os.close(descriptor)
