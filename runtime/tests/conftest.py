@@ -42,8 +42,14 @@ def pipe() -> Pipeline:
 
 
 @pytest.fixture(scope="session")
-def heavy_pipe() -> Pipeline:
-    return Pipeline.load(TINY.with_name("heavy"), device="cpu")
+def heavy() -> Path:
+    """The tiny bundle with estimates of memory and two image decoders."""
+    return TINY.with_name("heavy")
+
+
+@pytest.fixture(scope="session")
+def heavy_pipe(heavy: Path) -> Pipeline:
+    return Pipeline.load(heavy, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiue_runtime import Pipeline
+from tiue_runtime import OutOfMemoryError, Pipeline
 from tiue_runtime.ort import sessions
+from tiue_runtime.ort.graph import Graph
 from tiue_runtime.tools.cli import main
 
 
@@ -82,8 +83,8 @@ def test_a_cut_prompt_is_one_warning_line(run, tmp_path):
 
 
 MISTAKES = {
-    "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "out: cannot write "),
-    "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "out: cannot write "),
+    "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "--out: cannot write "),
+    "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "--out: cannot write "),
     "out is a folder": (["generate", "a", "--out", "TMP/folder.png"], "is a directory"),
     "other format": (["generate", "a", "--out", "TMP/a.jpg"], "out: expected a file name that ends in .png"),
     "no out": (["generate", "a"], "--out"),
@@ -94,13 +95,13 @@ MISTAKES = {
         "unrecognized arguments: --sede",
     ),
     "seed text": (["generate", "a", "--out", "TMP/a.png", "--seed", "x"], "--seed: invalid int value: 'x'"),
-    "seed": (["generate", "a", "--out", "TMP/a.png", "--seed", "-1"], "seed: expected an integer"),
-    "steps": (["generate", "a", "--out", "TMP/a.png", "--steps", "3"], "steps: this bundle was trained for"),
-    "width": (["generate", "a", "--out", "TMP/a.png", "--width", "5"], "width: expected a multiple of 4"),
-    "num_images": (["generate", "a", "--out", "TMP/a.png", "--num-images", "0"], "num_images: expected"),
-    "device": (["generate", "a", "--out", "TMP/a.png", "--device", "tpu"], "device: expected"),
+    "seed": (["generate", "a", "--out", "TMP/a.png", "--seed", "-1"], "--seed: expected an integer"),
+    "steps": (["generate", "a", "--out", "TMP/a.png", "--steps", "3"], "--steps: this bundle was trained for"),
+    "width": (["generate", "a", "--out", "TMP/a.png", "--width", "5"], "--width: expected a multiple of 4"),
+    "num_images": (["generate", "a", "--out", "TMP/a.png", "--num-images", "0"], "--num-images: expected"),
+    "device": (["generate", "a", "--out", "TMP/a.png", "--device", "tpu"], "--device: expected"),
     "memory": (["generate", "a", "--out", "TMP/a.png", "--memory", "none"], "--memory: invalid choice: 'none'"),
-    "vae": (["generate", "a", "--out", "TMP/a.png", "--vae", "tiny"], "vae: bundle tiny has kl, got 'tiny'"),
+    "vae": (["generate", "a", "--out", "TMP/a.png", "--vae", "tiny"], "--vae: bundle tiny has kl, got 'tiny'"),
     "vae kind": (["bench", "--vae", "big"], "--vae: invalid choice: 'big'"),
     "bundle name": (["generate", "a", "--out", "TMP/a.png", "--bundle", "nothing"], "neither a directory"),
     "bundle path": (["info", "--bundle", "TMP/none"], "is not a directory"),
@@ -209,9 +210,64 @@ def test_a_terminal_that_cannot_show_a_name_stops_nothing(tiny, tmp_path, encodi
     assert len(done.stdout.splitlines()) == 4
 
 
-def test_a_reader_that_leaves_early_causes_no_traceback(tiny):
-    command = [sys.executable, "-m", "tiue_runtime", "info", "--json", "--bundle", str(tiny)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == b""
+@pytest.mark.parametrize("arguments", [["info", "--json"], ["verify"], ["doctor"], ["--help"], ["--version"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_causes_no_traceback(tiny, arguments, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "TIUE_BUNDLE": str(tiny)}
+    assert without_reader(arguments, environment) == (0, b"")
+
+
+def test_pictures_are_saved_without_a_reader(tiny, tmp_path):
+    arguments = ["generate", "a", "--bundle", str(tiny), "--out", str(tmp_path / "a.png"), "--num-images", "3"]
+    assert without_reader(arguments, {**os.environ, "PYTHONUNBUFFERED": "1"}) == (0, b"")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def without_reader(arguments, environment):
+    """Run a command whose stdout nobody reads. Returns its exit code and stderr."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tiue_runtime", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(write)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_json_is_json_in_every_encoding(copy, edit, encoding):
+    edit(lambda content: content.update(license="caf\u00e9 \u2764 \U0001f600"))
+    command = [sys.executable, "-m", "tiue_runtime", "info", "--json", "--bundle", str(copy)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=True)
+    assert json.loads(done.stdout)["license"] == "caf\u00e9 \u2764 \U0001f600"
+
+
+def test_a_full_disk_behind_stdout_is_an_error(run, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.stdout, "write", fail)
+    code, _, err = run("verify")
+    assert code == 2 and "No space left on device" in err
+
+
+def test_errors_name_flags(run, heavy, tmp_path, monkeypatch):
+    command = ("generate", "a", "--out", tmp_path / "a.png", "--bundle", heavy, "--device", "cpu")
+    said = "tiue-runtime: error: --num-images, --height, --width: "
+    assert run(*command, "--num-images", 10**6)[2].startswith(said)
+    assert run(*command, "--timeout", 0)[2].startswith("tiue-runtime: error: --timeout: ")
+
+    def fail(*_, **__):
+        raise OutOfMemoryError("unet_decoder ran out of memory on cpu")
+
+    monkeypatch.setattr(Graph, "__call__", fail)
+    _, _, err = run(*command, "--no-vae-tiling")
+    assert "with --memory low, allow --vae-tiling, load with --vae tiny" in err
+
+
+def test_absurd_numbers_are_refused_at_once(run, tmp_path, heavy):
+    command = ("generate", "a", "--out", tmp_path / "a.png", "--bundle", heavy, "--device", "cpu")
+    for number in (10**6, 2**63, 10**4000, -(10**4000), "9" * 5000, "1e9"):
+        code, out, err = run(*command, "--num-images", number)
+        assert (code, out) == (2, "") and "--num-images" in err
+        assert len(err) < 400 and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -17,8 +17,11 @@ from tiue_runtime.errors import BundleError, InferenceError, OutOfMemoryError, R
 from tiue_runtime.host import memory as host_memory
 from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import lower_mode, timesteps_at_once
+from tiue_runtime.ort import graph as graph_module
 from tiue_runtime.ort import sessions
 from tiue_runtime.ort.devices import Device, Settings
+from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.placement import Placement
 
 HEART, STAR = "a red heart", "a blue star"
 CPU = Device("cpu")
@@ -42,16 +45,6 @@ class Scarce:
 
     def __getattr__(self, name):
         return getattr(self._graph, name)
-
-
-@pytest.fixture(scope="module")
-def heavy(tiny):
-    return tiny.parent / "heavy"
-
-
-@pytest.fixture(scope="module")
-def heavy_pipe(heavy):
-    return Pipeline.load(heavy, device="cpu")
 
 
 @pytest.fixture
@@ -160,9 +153,13 @@ def test_what_a_graph_keeps_is_not_asked_for_again(heavy, free):
     manifest = Bundle.load(heavy).manifest
     free(0)
     budget = Budget(manifest, "portable", CPU)
-    budget.held("unet_decoder", 4, 100)
+    with budget.run("unet_decoder", 4, 100, keeps=lambda: True):
+        pass
     assert [budget.fits("unet_decoder", rows, 100) for rows in (3, 4, 5)] == [True, True, False]
     assert not budget.fits("vae_decoder", 1, 1)
+    with pytest.raises(OutOfMemoryError), budget.run("unet_decoder", 4, 100, keeps=lambda: True):
+        raise OutOfMemoryError
+    assert not budget.fits("unet_decoder", 1, 100)
 
 
 @pytest.mark.parametrize("name", ["unet_decoder", "vae_decoder"])
@@ -298,7 +295,7 @@ def test_tiling_when_asked_for_and_when_refused(heavy_pipe, monkeypatch, free, c
     close(tiled.images, heavy_pipe(HEART, vae_tiling=False, **size).images)
     assert heavy_pipe(HEART, vae_tiling=True, **{**size, "height": 128}).tile is None
     monkeypatch.setattr(heavy_pipe.graphs, "vae_decoder", Scarce(heavy_pipe.graphs.vae_decoder, latents=0))
-    with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, allow vae_tiling, load with vae="tiny"$'):
+    with pytest.raises(OutOfMemoryError, match=r'^vae_decoder ran out.*, allow `vae_tiling`, load with vae="tiny"$'):
         heavy_pipe(HEART, vae_tiling=False, **size)
 
 
@@ -393,7 +390,7 @@ def test_a_real_shortage_in_the_image_decoder(heavy):
 def test_no_layout_of_memory_is_kept_from_a_larger_run(heavy_pipe):
     # With it, 4 timesteps in parallel make one alone take the memory of 4 (ONNX Runtime 1.32).
     for graph in (heavy_pipe.graphs.unet_decoder, heavy_pipe.graphs.vae_decoder):
-        assert not graph._session.get_session_options().enable_mem_pattern
+        assert not graph.session().get_session_options().enable_mem_pattern
 
 
 @pytest.mark.parametrize(
@@ -512,10 +509,6 @@ def test_memory_of_a_gpu_without_a_driver():
     assert host_memory._cuda_free(0, lambda _: object()) is None
 
 
-def graphs_of(pipe):
-    return tuple(pipe.graphs)
-
-
 def loaded(pipe):
     return [graph.name for graph in pipe.graphs if graph.loaded]
 
@@ -527,9 +520,10 @@ def low_pipe(tiny):
 
 def test_low_memory_holds_one_graph_at_a_time(low_pipe, pipe, monkeypatch):
     held = []
-    for graph in graphs_of(low_pipe):
-        create = graph._create
-        monkeypatch.setattr(graph, "_create", lambda create=create: held.append(loaded(low_pipe)) or create())
+    create = graph_module.create_session
+    monkeypatch.setattr(
+        graph_module, "create_session", lambda *args: held.append(loaded(low_pipe)) or create(*args)
+    )  # fmt: skip
     assert loaded(low_pipe) == []
     result = low_pipe(HEART, seed=1, num_images=2, output_type="np")
     assert held == [[]] * 4  # each was loaded when no other was there
@@ -543,10 +537,15 @@ def test_low_memory_holds_one_graph_at_a_time(low_pipe, pipe, monkeypatch):
 def test_low_memory_for_one_request(tiny, monkeypatch, request_of):
     """What is loaded already goes before its turn, too."""
     pipe = Pipeline.load(tiny, device="cpu")
-    held, graphs = [], graphs_of(pipe)
-    for graph in graphs:
-        run = graph._run
-        monkeypatch.setattr(graph, "_run", lambda *args, run=run: held.append(loaded(pipe)) or run(*args))
+    held, graphs = [], tuple(pipe.graphs)
+    run = Graph.__call__
+
+    def run_and_note(*args, **options):
+        outputs = run(*args, **options)
+        held.append(loaded(pipe))
+        return outputs
+
+    monkeypatch.setattr(Graph, "__call__", run_and_note)
     pipe(**request_of, seed=1, steps=2, memory="low")
     order = [graph.name for graph in graphs if "prompt" in request_of or graph is not pipe.graphs.text_encoder]
     assert held == [[name] for name in order for _ in range(2 if name == "unet_decoder" else 1)]
@@ -603,7 +602,7 @@ def test_running_out_of_memory_while_loading(heavy, monkeypatch, error):
 
 def test_recordings_and_low_memory_exclude_each_other(tiny):
     with pytest.raises(RequestError, match="cuda_graphs"):
-        Pipeline(Bundle.load(tiny), Device("cuda"), settings=Settings(cuda_graphs=True), memory="low")
+        Pipeline(Bundle.load(tiny), Placement(Device("cuda"), "portable", Settings(cuda_graphs=True)), memory="low")
 
 
 def test_the_memory_mode_is_checked_at_load(tiny):

@@ -258,7 +258,7 @@ def test_what_openvino_says_of_memory_and_where():
 
 def test_threads(tiny, monkeypatch):
     def threads(pipe):
-        return pipe.graphs.unet_decoder._session.get_session_options().intra_op_num_threads
+        return pipe.graphs.unet_decoder.session().get_session_options().intra_op_num_threads
 
     monkeypatch.setattr("tiue_runtime.ort.devices.thread_count", lambda: 2)
     assert threads(Pipeline.load(tiny, device="cpu")) == 2
@@ -300,7 +300,7 @@ def test_the_default_model(precision):
         Pipeline.load("emoji", device="openvino", precision=precision),
     )
     graphs = tuple(actual.graphs)
-    assert all(sessions.took_all(graph._session) for graph in graphs)
+    assert all(sessions.took_all(graph.session()) for graph in graphs)
     for size, count, memory in ((64, 1, "parallel"), (96, 3, "sequential"), (64, 2, "partial"), (64, 1, "parallel")):
         options = {"num_images": count, "seed": 3, "height": size, "memory": memory, "output_type": "np"}
         ours, theirs = expected(HEART, **options).images, actual(HEART, **options).images

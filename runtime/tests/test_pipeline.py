@@ -124,7 +124,7 @@ def test_cancel_stops_between_graphs_and_steps(pipe):
     with pytest.raises(Cancelled, match="cancelled before unet_decoder"):
         pipe(HEART, callback=callback, cancel=event)
     assert steps == [1, 2]
-    answers = iter([False, False, False, True])
+    answers = iter([False] * 4 + [True])  # before the noise and each graph
     with pytest.raises(Cancelled, match="cancelled before vae_decoder"):
         pipe(HEART, cancel=lambda: next(answers))
     assert pipe(HEART, cancel=threading.Event()).images
@@ -168,15 +168,15 @@ def test_generate_keeps_its_pipeline(tiny, pipe, monkeypatch):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What generate keeps, empty at first."""
-    monkeypatch.setattr(generating, "_kept", {})
-    return generating._kept
+    """The pipelines that generate keeps, none at first."""
+    monkeypatch.setattr(generating, "kept_pipelines", generating.KeptPipelines())
+    return generating.kept_pipelines.all
 
 
 def test_generate_has_one_pipeline_for_all_memory_modes(kept, tiny):
     for memory, graphs in (("low", 0), (None, 4), ("low", 0), ("sequential", 4)):
         tiue_runtime.generate(HEART, bundle=tiny, device="cpu", memory=memory)
-        [pipe] = kept.values()
+        [pipe] = kept()
         assert sum(graph.loaded for graph in pipe.graphs) == graphs
 
 
@@ -184,20 +184,20 @@ def test_generate_loads_a_bundle_again_that_was_written_again(kept, copy):
     def shade():
         return np.asarray(tiue_runtime.generate(HEART, seed=1, bundle=copy, device="cpu")[0])
 
-    first, old = shade(), weakref.ref(*kept.values())
+    first, old = shade(), weakref.ref(*kept())
     bundle = Bundle.load(copy)
     schedule = replace(bundle.manifest.schedules[4], noise_weight=0.9)  # as many bytes as before
     write_bundle(copy, replace(bundle.manifest, schedules={**bundle.manifest.schedules, 4: schedule}))
     assert not np.array_equal(shade(), first)
     assert old() is None
-    assert len(kept) == 1
+    assert len(kept()) == 1
 
 
 def test_generate_keeps_the_two_used_last(kept, tiny, copy):
     heavy = tiny.parent / "heavy"
     for bundle in (tiny, copy, tiny, heavy):
         tiue_runtime.generate(HEART, bundle=bundle, device="cpu", height=8, width=8)
-    assert [directory for directory, *_ in kept] == [tiny.resolve(), heavy.resolve()]
+    assert [pipe.bundle.directory for pipe in kept()] == [tiny.resolve(), heavy.resolve()]
 
 
 def test_result_says_where_it_ran(pipe):
@@ -294,8 +294,8 @@ def test_features_that_are_not_finite_are_laid_to_the_encoder(pipe, monkeypatch)
 
 @pytest.mark.parametrize("output_type", ["pil", "np"])
 @pytest.mark.parametrize("bundle, remedy", [
-    ("tiny", r"fp16 overflowed: export the bundle again with --precision fp32"),
-    ("heavy", r'fp16 overflowed: export the bundle again with --precision fp32, or load with vae="tiny"'),
+    ("tiny", r"fp16 overflowed: export the bundle again in fp32"),
+    ("heavy", r'fp16 overflowed: export the bundle again in fp32, or load with vae="tiny"'),
 ])  # fmt: skip
 def test_overflow_is_not_turned_into_a_black_image(tiny, tmp_path, bundle, remedy, output_type):
     directory = shutil.copytree(tiny.parent / bundle, tmp_path / bundle)

@@ -1,11 +1,12 @@
-"""How much memory a run will take and how much is free, so that requests are split before they fail."""
+"""How much memory a run will take, how much is free, and what graphs hold: requests are split before they fail."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 
-from tiue_runtime.bundle import CUDA, PORTABLE, Manifest
+from tiue_runtime.bundle import CUDA, PORTABLE, UNET_DECODER, Manifest
+from tiue_runtime.errors import OutOfMemoryError, RequestError
 from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import MODES, Mode, timesteps_at_once
 from tiue_runtime.ort.devices import Device
@@ -14,7 +15,12 @@ from tiue_runtime.ort.devices import Device
 # machine, does not know (fragments of ONNX Runtime's arena, workspaces of convolutions) and for other programs.
 USABLE = 0.8
 
-_MIB = 2**20
+# A request is refused only if the estimate exceeds the free memory by this factor. Below it, the estimate may err: it
+# was measured with one provider, and another may take less.
+HOPELESS = 2.0
+
+# Less than this is never refused, because asking the system for its free memory takes longer than drawing the noise.
+LITTLE = 2**26
 
 
 class Budget:
@@ -33,7 +39,7 @@ class Budget:
 
     @contextmanager
     def request(self) -> Generator[None]:
-        """Around a request: of several at once, none can count on what a graph keeps."""
+        """Count a request while it runs: of several at once, none can count on what a graph holds."""
         with self._lock:
             self._requests += 1
         try:
@@ -43,34 +49,90 @@ class Budget:
                 self._requests -= 1
 
     def fits(self, graph: str, rows: int, latents: int, before: tuple[str, int, int] | None = None) -> bool:
-        """Whether a run of `rows` rows of `latents` = h*w latent pixels fits, also beside what a run `before` keeps."""
+        """Say whether a run fits into free memory.
+
+        Args:
+            graph: the name of the graph.
+            rows: of the run: pictures, times the timesteps of each.
+            latents: h*w.
+            before: graph, rows and latents of an earlier run whose memory will still be held.
+        """
         need = self._more(graph, rows, latents)
         if need <= 0:
             return True
-        free = free_memory(self._device.index if self._device.is_gpu else None)
+        free = self._free()
         if free is not None and before is not None:
             free -= max(self._more(*before), 0)
         return free is None or need <= USABLE * free
 
     def _more(self, graph: str, rows: int, latents: int) -> float:
-        """What a run needs beyond what its graph has kept. 0 where nothing is known."""
-        kept = self._held.get(graph, 0) if self._requests <= 1 else 0
-        return (self._need(graph, rows, latents) or 0) - kept
+        """Return the bytes that a run needs beyond what its graph holds. 0 where nothing is known."""
+        held = self._held.get(graph, 0) if self._requests <= 1 else 0
+        return (self._need(graph, rows, latents) or 0) - held
 
-    def held(self, graph: str, rows: int, latents: int) -> None:
-        """Note a run whose memory its graph holds for the next one."""
-        self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
+    @contextmanager
+    def run(self, graph: str, rows: int, latents: int, keeps: Callable[[], bool]) -> Generator[None]:
+        """Note what a graph holds after the run in this `with` block.
+
+        Args:
+            graph: the name of the graph.
+            rows: as in `fits`.
+            latents: h*w.
+            keeps: says, after the run, whether its memory stays with the graph for the next one.
+        """
+        try:
+            yield
+        except OutOfMemoryError:
+            self.freed(graph)
+            raise
+        if keeps():
+            self._held[graph] = max(self._held.get(graph, 0), self._need(graph, rows, latents) or 0)
+        else:
+            self.freed(graph)
 
     def freed(self, graph: str) -> None:
-        """Note that a graph gave its memory back."""
+        """Note that a graph holds nothing any more."""
         self._held.pop(graph, None)
 
     def fastest_mode(self, graph: str, steps: int, images: int, latents: int) -> Mode:
-        """The first mode whose decoder runs fit; the last one if none does."""
+        """Return the first mode whose decoder runs fit, or the last one if none does."""
         for mode in MODES:
             if self.fits(graph, timesteps_at_once(mode, steps) * images, latents):
                 return mode
         return "sequential"
+
+    def refuse_excess(self, shape: tuple[int, ...], fields: str) -> None:
+        """Refuse a request that no mode can fit into memory.
+
+        Args:
+            shape: of its latents, (B, C, h, w).
+            fields: names of the options that the shape comes from, for the message.
+
+        Raises:
+            RequestError: the noise and the pictures alone, without any work, exceed the free memory, or the least work
+                exceeds it by far.
+        """
+        count, channels, height, width = shape
+        scale = self._manifest.pixels_per_latent
+        pixels = count * height * width * scale**2
+        # Bytes of a pixel: z_T and z_0; then the decoder's image, the same in [0, 1], and the picture.
+        arrays = pixels * (2 * 4 * channels / scale**2 + 3 * (4 + 4 + 1))
+        work = max(self._more(UNET_DECODER, count, height * width), 0)  # one timestep
+        if arrays + work <= LITTLE:
+            return
+        needs = [(arrays, free_memory(None), 1.0)]
+        needs += [(work, self._free(), HOPELESS)] if self._device.is_gpu else [(arrays + work, needs[0][1], HOPELESS)]
+        for need, free, factor in needs:
+            if free is not None and need > factor * free:
+                pictures = f"{count} picture{'' if count == 1 else 's'} of {width * scale}x{height * scale} pixels"
+                raise RequestError(
+                    f"{fields}: {pictures} need {need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; "
+                    "ask for fewer or smaller ones"
+                )
+
+    def _free(self) -> int | None:
+        """Return the free bytes of the device."""
+        return free_memory(self._device.index if self._device.is_gpu else None)
 
     def _need(self, graph: str, rows: int, latents: int) -> float | None:
         for variant in (self._variant, PORTABLE):

@@ -28,7 +28,8 @@ def decode_image(
         The image, float32 (B, 3, H, W) in [-1, 1], and (height, width) of its tiles in pixels, if any.
 
     Raises:
-        InferenceError, OutOfMemoryError, Cancelled.
+        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is of its kind.
+        Cancelled: the caller wants to stop.
     """
     graph, name, budget = turns.graphs.vae_decoder, turns.graphs.vae_name, turns.graphs.budget
     pixels = manifest.pixels_per_latent
@@ -48,14 +49,12 @@ def decode_image(
         if plan is not ways[first] or (plan.tiled and tiling is None):
             warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=3)
         try:
-            image = decode_parts(run_part, z_0, plan, pixels)
+            with budget.run(name, plan.rows, plan.height * plan.width, keeps=lambda: graph.keeps):
+                image = decode_parts(run_part, z_0, plan, pixels)
         except LoadingError:
             raise  # It would fail for a tile, too.
         except OutOfMemoryError as error:
-            budget.freed(name)
             why = str(error)
             continue
-        if graph.keeps:
-            budget.held(name, plan.rows, plan.height * plan.width)
         return image, (plan.height * pixels, plan.width * pixels) if plan.tiled else None
     raise OutOfMemoryError(why)

@@ -1,5 +1,7 @@
 """What this package raises for problems that its caller can fix. All are ValueErrors."""
 
+import reprlib
+
 
 class TiueError(ValueError):
     """Base of every error that tiue_runtime raises on purpose."""
@@ -18,7 +20,7 @@ class RequestError(TiueError):
 
 
 class Cancelled(TiueError):
-    """The caller's `cancel` asked the request to stop."""
+    """The request was asked to stop, or took longer than its timeout."""
 
 
 class InferenceError(TiueError):
@@ -61,12 +63,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 SHOWN = 100  # characters of a value in a message
 
 
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = 4 * SHOWN
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxfrozenset = _repr.maxdeque = SHOWN
+
+
 def shorten(value: object) -> str:
     """Return a value, as Python writes it, for a message: one line of at most SHOWN characters."""
     try:
-        return clip(repr(value[: 4 * SHOWN] if isinstance(value, str | bytes) else value))
-    except (ValueError, RecursionError):  # An integer of thousands of digits, or a value that is nested as deeply.
-        return f"a {type(value).__name__} that is too large to show"
+        return clip(_repr.repr(value[: 4 * SHOWN] if isinstance(value, str | bytes) else value))
+    except Exception:  # Python shows no integer of thousands of digits, and objects may fail to show themselves.
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def clip(text: str) -> str:

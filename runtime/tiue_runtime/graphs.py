@@ -15,10 +15,10 @@ from tiue_runtime.bundle import Bundle
 from tiue_runtime.errors import OutOfMemoryError
 from tiue_runtime.modes import Memory
 from tiue_runtime.ort.cuda_graphs import CudaGraphs
-from tiue_runtime.ort.devices import KINDS, Device, Settings
 from tiue_runtime.ort.engines import with_cache
 from tiue_runtime.ort.graph import Graph
 from tiue_runtime.ort.interrupt import for_each
+from tiue_runtime.ort.placement import Placement
 from tiue_runtime.ort.sessions import first_line
 from tiue_runtime.run import Run
 
@@ -34,21 +34,18 @@ class Graphs:
 
     Args:
         bundle: where they are.
-        device: where they run.
-        variant: which of the bundle's graphs.
-        settings: of their sessions.
+        placement: where and how they run.
         vae: the kind of image decoder.
         memory: with "low", graphs are loaded in each request, when their turn comes.
     """
 
-    def __init__(
-        self, bundle: Bundle, device: Device, variant: str, settings: Settings, vae: str, memory: Memory
-    ) -> None:
-        self._bundle, self._device, self.variant, self._settings, self._vae = bundle, device, variant, settings, vae
+    def __init__(self, bundle: Bundle, placement: Placement, vae: str, memory: Memory) -> None:
+        self._bundle, self._device, self._settings, self._vae = bundle, placement.device, placement.settings, vae
+        self.variant = placement.variant
         # Where graphs are loaded one by one in any case, there is nothing to gain from waiting.
-        self._load_now = memory != "low" and KINDS[device.kind].loads_at_once == 1
-        self.budget = Budget(bundle.manifest, variant, device)
-        self.cuda_graphs = CudaGraphs() if settings.cuda_graphs else None
+        self._load_now = memory != "low" and self._device.row.loads_at_once == 1
+        self.budget = Budget(bundle.manifest, self.variant, self._device)
+        self.cuda_graphs = CudaGraphs() if self._settings.cuda_graphs else None
         expect = Graph.expect
         self.text_encoder = self._graph(
             contract.TEXT_ENCODER,
@@ -83,7 +80,7 @@ class Graphs:
         """Load the graphs that are not loaded. Raises BundleError, DeviceError, OutOfMemoryError."""
         missing = [graph for graph in self if not graph.loaded]
         with self._loading():
-            for_each(Graph.session, missing, KINDS[self._device.kind].loads_at_once)
+            for_each(Graph.session, missing, self._device.row.loads_at_once)
 
     def unload(self, *graphs: Graph) -> None:
         """Free graphs and the memory that they hold."""
@@ -111,7 +108,7 @@ class Graphs:
         try:
             yield
         except OutOfMemoryError as error:
-            without = " and without cuda_graphs" if self.cuda_graphs else ""
+            without = " and without `cuda_graphs`" if self.cuda_graphs else ""
             raise self.out_of_memory(error, f'load with memory="low"{without}') from error
 
     def out_of_memory(self, error: Exception, *remedies: str) -> OutOfMemoryError:
@@ -125,7 +122,7 @@ class Graphs:
         if variant == contract.CUDA and contract.PORTABLE in manifest.variants:
             remedy = 'Its cuda graphs overflowed: load with variant="portable"'
         elif manifest.precision != "fp32" and variant != contract.CPU:  # The cpu graphs compute in fp32 in any case.
-            remedy = f"{manifest.precision} overflowed: export the bundle again with --precision fp32"
+            remedy = f"{manifest.precision} overflowed: export the bundle again in fp32"
         else:
             remedy = "Look for damaged weights with `tiue-runtime verify` and for extreme latents or prompt_embeds"
         return remedy + (f", or {_LOAD_TINY}" if vae and self._tiny_is_left() else "")
@@ -196,21 +193,14 @@ class Halves:
         count, _, height, width = self._shape
         this_run = contract.UNET_DECODER, len(rows) * count, height * width
         # Free the decoder's memory now if, with it held, the image decoder would have to work in tiles.
-        release = graph.releases and self._decoded and len(rows) == self._left
-        release = release and not budget.fits(graphs.vae_name, 1, height * width, before=this_run)
+        last = graph.releases and self._decoded and len(rows) == self._left
+        release = last and not budget.fits(graphs.vae_name, 1, height * width, before=this_run)
         feed = {**features, contract.STEP_INDEX: rows, contract.STEP_WEIGHT: weights}
-        try:
+        with budget.run(*this_run, keeps=lambda: graph.keeps and not release):
             contribution = self._turns(contract.UNET_DECODER, graph, feed, release=release)[contract.CONTRIBUTION]
-        except OutOfMemoryError:
-            budget.freed(contract.UNET_DECODER)
-            raise
         if not np.isfinite(contribution).all():
             self._check_features(features)  # The decoder is not to blame for its inputs.
         graph.check_output(contract.CONTRIBUTION, contribution, self._shape, graphs.overflow_remedy())
-        if release:
-            budget.freed(contract.UNET_DECODER)
-        elif graph.keeps:
-            budget.held(*this_run)
         self._left -= len(rows)
         return contribution
 

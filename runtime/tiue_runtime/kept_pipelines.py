@@ -13,7 +13,7 @@ from PIL.Image import Image
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.modes import Memory
-from tiue_runtime.options import RequestOptions, Vae
+from tiue_runtime.options import LoadOptions, RequestOptions, Vae, complete
 from tiue_runtime.pipeline import Pipeline
 
 
@@ -25,37 +25,60 @@ def generate(
     vae: Vae | None = None,
     **options: Unpack[RequestOptions],
 ) -> list[Image]:
-    """Make pictures of a prompt with a pipeline that stays loaded; options are those of `Pipeline.__call__`.
+    """Make pictures of a prompt with a pipeline that stays loaded.
 
-    Two pipelines stay, the last used of different bundle, device or vae. A bundle that was written again in its place
-    is loaded again. After memory="low" none of the pipeline's graphs is loaded.
+    Two pipelines stay: those used last, of different bundle, device or vae. A bundle that was written again in its
+    place is loaded again. After memory="low" none of the pipeline's graphs is loaded.
 
-    Raises BundleError, DeviceError, RequestError, Cancelled, InferenceError, and of its kind OutOfMemoryError.
+    Args:
+        prompt: as in `Pipeline.__call__`.
+        bundle: as in `Pipeline.load`.
+        device: as in `Pipeline.load`.
+        vae: as in `Pipeline.load`.
+        **options: as in `Pipeline.__call__`.
+
+    Returns:
+        The pictures, in the order of `Result`.
+
+    Raises:
+        BundleError, DeviceError: as `Pipeline.load`.
+        RequestError, Cancelled, InferenceError: as `Pipeline.__call__`. OutOfMemoryError is an InferenceError.
     """
+    complete(LoadOptions, {"device": device, "vae": vae})
     given = options.get("memory")
     options["memory"] = memory = "auto" if given is None else given
-    pipeline = _kept_pipeline(Bundle.load(find_bundle(bundle).resolve()), device, vae, memory)
+    pipeline = kept_pipelines.get(Bundle.load(find_bundle(bundle).resolve()), device, vae, memory)
     return pipeline(prompt, **options).images
 
 
-_KEPT = 2
+class KeptPipelines:
+    """The pipelines that were used last. Calls from several threads at once are safe.
+
+    Args:
+        most: how many are kept.
+    """
+
+    def __init__(self, most: int = 2) -> None:
+        self._most = most
+        self._kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # the one used last is the last
+        self._loading = Lock()
+
+    def get(self, bundle: Bundle, device: str, vae: Vae | None, memory: Memory) -> Pipeline:
+        """Return the kept pipeline if it is of the same files, else a new one, loaded for a call with `memory`."""
+        key = bundle.directory, device, vae
+        with self._loading:
+            pipeline = self._kept.pop(key, None)
+            if pipeline is None or pipeline.bundle != bundle:
+                pipeline = None  # Free it, and the one used longest ago, before another one is loaded.
+                if len(self._kept) >= self._most:
+                    del self._kept[next(iter(self._kept))]
+                pipeline = Pipeline.load(bundle.directory, device=device, vae=vae, memory=memory)
+            self._kept[key] = pipeline
+            return pipeline
+
+    def all(self) -> list[Pipeline]:
+        """Return the kept pipelines. The one used last is the last."""
+        return list(self._kept.values())
 
 
-_kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # the last used is the last
-
-
-_loading = Lock()
-
-
-def _kept_pipeline(bundle: Bundle, device: str, vae: Vae | None, memory: Memory) -> Pipeline:
-    """The pipeline of an earlier call if it is of the same files, else a new one, loaded for a call with `memory`."""
-    key = bundle.directory, device, vae
-    with _loading:
-        pipeline = _kept.pop(key, None)
-        if pipeline is None or pipeline.bundle != bundle:
-            pipeline = None  # let go of it, and of the one used longest ago, before there is another
-            if len(_kept) >= _KEPT:
-                del _kept[next(iter(_kept))]
-            pipeline = Pipeline.load(bundle.directory, device=device, vae=vae, memory=memory)
-        _kept[key] = pipeline
-        return pipeline
+kept_pipelines = KeptPipelines()  # of this process

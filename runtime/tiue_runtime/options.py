@@ -3,19 +3,36 @@
 `Pipeline.__call__`, `warmup`, `generate`, `bench` and the command line all take their options from here.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import numpy as np
 
 from tiue_runtime.bundle import VAE_KINDS, VARIANTS
+from tiue_runtime.errors import RequestError, shorten
 from tiue_runtime.modes import Memory
 from tiue_runtime.ort.devices import Precision
 from tiue_runtime.run import Callback, Cancel
 
 Vae = Literal["kl", "tiny"]  # bundle.VAE_KINDS
 OutputType = Literal["pil", "np", "latent"]
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,14 @@ class Option:
     choices: tuple[str, ...] = ()
     flag: bool = True  # whether the command line has it
     metavar: str | None = None
+
+
+class Described(NamedTuple):
+    """An option and its type."""
+
+    kind: Any  # without None
+    option: Option
+    optional: bool  # whether it may be None
 
 
 class RequestOptions(TypedDict, total=False):
@@ -104,34 +129,115 @@ class LoadOptions(TypedDict, total=False):
 
 
 @cache
-def described(options: type) -> dict[str, tuple[Any, Option]]:
+def described(options: type) -> dict[str, Described]:
     """Return the type and the description of every option of a TypedDict in this module."""
-    found: dict[str, tuple[Any, Option]] = {}
+    found: dict[str, Described] = {}
     for name, hint in get_type_hints(options, include_extras=True).items():
         kind, option = get_args(hint)
-        found[name] = _without_none(kind), option
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        others = [part for part in parts if part is not NoneType]
+        found[name] = Described(others[0] if len(others) == 1 else kind, option, NoneType in parts)
     return found
 
 
 def complete(options: type, given: Mapping[str, object]) -> dict[str, Any]:
-    """Return all options with their defaults where they are not given. Raises TypeError for unknown ones."""
+    """Return all options, with their defaults where they are not given.
+
+    Args:
+        options: RequestOptions or LoadOptions.
+        given: values by name. Integers and truth values of other libraries become those of Python.
+
+    Raises:
+        TypeError: a name is unknown.
+        RequestError: a value is of another type. Its range is not checked here.
+    """
     known = described(options)
     for name in given:
         if name not in known:
             raise TypeError(f"unexpected option {name!r}; expected some of {', '.join(known)}")
-    return {name: given.get(name, option.default) for name, (_, option) in known.items()}
+    return {name: _checked(name, known[name], given[name]) if name in given else known[name].option.default
+            for name in known}  # fmt: skip
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise RequestError unless a value is one of the strings that are allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise RequestError(f"{name}: expected one of {', '.join(allowed)}, got {shorten(value)}")
 
 
 def choices(kind: Any, option: Option) -> tuple[str, ...]:
     """Return the values that an option may take, if they are listed."""
-    if option.choices:
-        return option.choices
-    values: list[str] = []
-    for value in get_args(kind) if get_origin(kind) in (Literal, Union, UnionType) else ():
-        values += [value] if isinstance(value, str) else get_args(value)
-    return tuple(values)
+    return option.choices or _literals(kind)
 
 
-def _without_none(kind: Any) -> Any:
-    parts = [part for part in get_args(kind) if part is not type(None)]
-    return parts[0] if get_origin(kind) in (Union, UnionType) and len(parts) == 1 else kind
+def document(options: type) -> Callable[[Function], Function]:
+    """Replace `{options}` in the docstring of a function by the options of a TypedDict, one a line, with their help."""
+
+    def decorate(function: Function) -> Function:
+        if function.__doc__:  # Python removes docstrings with -OO.
+            indent = next(line for line in function.__doc__.splitlines() if "{options}" in line).partition("{")[0]
+            lines = [f"{name}: {option.help}." for name, (_, option, _) in described(options).items()]
+            function.__doc__ = function.__doc__.replace("{options}", f"\n{indent}".join(lines))
+        return function
+
+    return decorate
+
+
+def _literals(kind: Any) -> tuple[str, ...]:
+    """Return the strings of a Literal, or of a union of them."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return tuple(value for part in parts for value in _literals(part))
+
+
+def _checked(name: str, described: Described, value: Any) -> Any:
+    """Return a value in the plain form of its option's type, or raise RequestError."""
+    kind, _, optional = described
+    if value is None and optional:
+        return None
+    if literals := _literals(kind):
+        one_of(name, value, literals)
+        return value
+    plain = _PLAIN.get(kind)
+    if plain is None:  # An array, a function or a mapping: whoever uses it checks it.
+        return value
+    expected, convert = plain
+    converted = convert(value)
+    if converted is None:
+        raise RequestError(f"{name}: expected {expected}{' or None' if optional else ''}, got {shorten(value)}")
+    return converted
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except Exception:  # A foreign object's conversion may raise anything.
+        return None
+
+
+def _number(value: Any) -> float | None:
+    numbers = int | float | np.integer | np.floating
+    if not isinstance(value, numbers) or isinstance(value, bool | np.timedelta64):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _truth(value: Any) -> bool | None:
+    return bool(cast(object, value)) if isinstance(value, bool | np.bool_) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+# For each type: how a message calls it, and a function that gives a value's plain form, or None for a wrong value.
+_PLAIN: dict[Any, tuple[str, Callable[[Any], object]]] = {
+    int: ("an integer", _integer),
+    float: ("a number", _number),
+    bool: ("True or False", _truth),
+    str: ("a string", _text),
+}

@@ -9,9 +9,9 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, Unpack, cast, overload
+from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,10 @@ from tiue_runtime.errors import OutOfMemoryError, RequestError, clip, shorten
 from tiue_runtime.graphs import Graphs, Halves, Turns
 from tiue_runtime.images import to_pil, to_unit
 from tiue_runtime.modes import Ladder, Memory, Mode
-from tiue_runtime.options import LoadOptions, OutputType, RequestOptions, Vae, complete
-from tiue_runtime.ort.devices import Device, Precision, Settings
-from tiue_runtime.ort.placement import check_settings, choose_device, choose_variant, settle_precision
-from tiue_runtime.request import Request, check_memory
+from tiue_runtime.options import LoadOptions, OutputType, RequestOptions, Vae, complete, document, one_of
+from tiue_runtime.ort.devices import Precision
+from tiue_runtime.ort.placement import Placement, place
+from tiue_runtime.request import Request
 from tiue_runtime.run import Run
 from tiue_runtime.tokenizer import PromptTokenizer
 
@@ -63,37 +63,26 @@ class Pipeline:
     precision: Precision | None  # as in `Result`
     memory: Memory  # for calls that do not say
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: Device,
-        vae: Vae | None = None,
-        variant: str | None = None,
-        settings: Settings | None = None,
-        memory: Memory = "auto",
-    ) -> None:
-        """Load the graphs of `bundle` on `device`. `Pipeline.load` finds both."""
-        settings = settings or Settings()
-        check_memory(memory, cuda_graphs=settings.cuda_graphs)
-        check_settings(device, settings)
-        settings = settle_precision(device, settings)
+    def __init__(self, bundle: Bundle, placement: Placement, vae: Vae | None = None, memory: Memory = "auto") -> None:
+        """Load the graphs of a bundle where they are placed. `Pipeline.load` finds both."""
         manifest = bundle.manifest
-        self.bundle, self.device, self.memory = bundle, str(device), memory
+        self.bundle, self.device, self.variant = bundle, str(placement.device), placement.variant
+        self.precision, self.cuda_graphs = placement.precision, placement.settings.cuda_graphs
+        self.memory = self._check_memory(memory)
         self.vae = manifest.vaes[0] if vae is None else vae
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {shorten(vae)}")
-        self.variant = choose_variant(device, manifest.variants, variant)
         if SAFETY_CHECKER in manifest.graphs:
             warnings.warn(
                 f"bundle {manifest.name} has a safety checker, which this version of tiue-runtime does not run: "
                 "pictures are not checked",
                 stacklevel=2,
             )
-        self.cuda_graphs, self.precision = settings.cuda_graphs, settings.precision
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
-        self.graphs = Graphs(bundle, device, self.variant, settings, self.vae, memory)
+        self.graphs = Graphs(bundle, placement, self.vae, memory)
 
     @classmethod
+    @document(LoadOptions)
     def load(
         cls, bundle: str | Path | None = None, *, memory: Memory = "auto", **options: Unpack[LoadOptions]
     ) -> "Pipeline":
@@ -104,33 +93,27 @@ class Pipeline:
                 else the installed "emoji".
             memory: for calls that do not say. With "low" nothing is loaded now, but each graph in each call when its
                 turn comes. Errors of a graph show only then.
-            **options: see LoadOptions. The default of device, "auto", is CUDA if a session really starts on it, else
-                OpenVINO likewise, else the CPU: of those that run one of the bundle's variants, or the one asked for.
-                OpenVINO is passed over where the CPU does not multiply in bf16 and the bundle has a "cpu" variant.
-                With cuda_graphs, `warmup` records the kernels of a shape, and later calls of that shape launch all of
-                them at once; requests are then made one at a time. provider_options need a device by name. TensorRT
-                compiles for minutes, into the user's cache directory or that of the environment variable TIUE_CACHE.
+            **options: the options of LoadOptions:
+                {options}
+
+        The device "auto" is CUDA if a session really starts on it, else OpenVINO likewise, else the CPU. Devices that
+        run none of the bundle's variants are passed over. OpenVINO is also passed over where the CPU does not multiply
+        in bf16 and the bundle has a "cpu" variant. provider_options need a device by name.
+
+        With cuda_graphs, `warmup` records the kernels of a shape. Later calls of that shape launch all of them at once,
+        and requests are made one at a time. TensorRT compiles for minutes, into the user's cache directory or that of
+        the environment variable TIUE_CACHE.
 
         Raises:
             BundleError: there is no such bundle, or it is damaged.
             DeviceError: the device or a setting cannot be had.
             OutOfMemoryError: the graphs do not fit into memory.
-            RequestError: vae or memory is wrong.
+            RequestError: vae or memory is wrong, or an option is of another type.
         """
         given = complete(LoadOptions, options)
-        device, vae, variant = given["device"], given["vae"], given["variant"]
+        vae = given.pop("vae")
         found = Bundle.load(find_bundle(bundle))
-        provider_options = given["provider_options"]
-        settings = Settings(
-            dict[str, object]() if provider_options is None else provider_options,
-            given["cuda_graphs"],
-            given["precision"],
-            given["threads"],
-        )
-        chosen = choose_device(device, settings, found.manifest.variants if variant is None else (variant,))
-        if device == "auto" and chosen.kind != "cuda":
-            settings = replace(settings, cuda_graphs=False)
-        return cls(found, chosen, vae, variant, settings, memory)
+        return cls(found, place(variants=found.manifest.variants, **given), vae, memory)
 
     def warmup(self, **options: Unpack[RequestOptions]) -> None:
         """Make a picture and throw it away, so that the first real one of that size and number is as quick as others.
@@ -139,7 +122,8 @@ class Pipeline:
         replay them, and all others run without. Nothing else in this process may use the GPU meanwhile.
         With TensorRT, engines are built for the shapes between the smallest and the largest seen.
 
-        Raises what `__call__` raises.
+        Args:
+            **options: as in `__call__`, which also tells what is raised.
         """
         recording = self.graphs.cuda_graphs
         with recording.recording() if recording else nullcontext():
@@ -163,6 +147,7 @@ class Pipeline:
         **options: Unpack[RequestOptions],
     ) -> Result[Float32]: ...
 
+    @document(RequestOptions)
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -176,51 +161,63 @@ class Pipeline:
             prompt: a string or a list of strings. The part that exceeds the bundle's text length is cut, with a
                 warning.
             output_type: "pil"; "np", float32 (B, H, W, 3) in [0, 1]; or "latent", z_0 float32 (B, C, h, w).
-            **options: see RequestOptions. All memory modes make the same pictures. A mode that runs out of memory is
-                followed by the next, with a warning. Pictures that are decoded in tiles differ from those decoded
-                whole, because group norms see one tile at a time.
+            **options: the options of RequestOptions:
+                {options}
+
+        All memory modes make the same pictures. A mode that runs out of memory is followed by the next, with a warning.
+        Pictures that are decoded in tiles differ from those decoded whole, because group norms see one tile at a time.
+
+        Returns:
+            The pictures, prompt-major, and how they were made.
 
         Raises:
-            RequestError: an argument is wrong.
+            RequestError: an argument is wrong, or the request would exceed the free memory by far.
             Cancelled: `cancel` or `timeout` ended the request.
             InferenceError: a graph failed. OutOfMemoryError is of its kind.
         """
         given = complete(RequestOptions, options)
         run = Run(given["cancel"], given["callback"], given["timeout"])
-        memory = given["memory"] = self.memory if given["memory"] is None else given["memory"]
-        check_memory(memory, cuda_graphs=self.cuda_graphs)
-        width = None if given["prompt_embeds"] is None else self.graphs.text_width
-        request = Request.make(self.bundle.manifest, width, prompt, output_type, given)
+        memory = given["memory"] = self._check_memory(given["memory"] or self.memory)
+        manifest, graphs = self.bundle.manifest, self.graphs
         try:
-            with self.graphs.request(run, low=memory == "low") as turns:
+            request = Request.make(manifest, graphs.budget, lambda: graphs.text_width, prompt, output_type, given)
+            z_T = request.noise(run)
+            with graphs.request(run, low=memory == "low") as turns:
                 text = self._encode_text(request, turns)
                 ladder = Ladder(self._first_mode(request), request.steps)
                 halves = Halves(turns, request.steps, decoded=output_type != "latent")
-                z_0 = denoise(halves, self.bundle.manifest, request.latents, text, ladder, run)
+                z_0 = denoise(halves, manifest, z_T, text, ladder, run)
                 images: Any = z_0
                 tile = None
                 if output_type != "latent":
-                    image, tile = decode_image(turns, self.bundle.manifest, z_0, request.vae_tiling)
+                    image, tile = decode_image(turns, manifest, z_0, request.vae_tiling)
                     unit = to_unit(image)
                     images = to_pil(unit) if output_type == "pil" else unit
         except (OutOfMemoryError, MemoryError) as error:
             low = [] if memory == "low" or self.cuda_graphs else ['with memory="low"']
-            tiles = ["allow vae_tiling"] if request.vae_tiling is False else []
+            tiles = ["allow `vae_tiling`"] if given["vae_tiling"] is False else []
             remedies = ["make smaller pictures", "fewer at once", *low, *tiles]
-            raise self.graphs.out_of_memory(error, *remedies) from error
+            raise graphs.out_of_memory(error, *remedies) from error
         run.timings["total"] = time.perf_counter() - run.begun
         made = self.device, self.precision, request.steps, ladder.mode, self.vae, tile
         return Result(images, request.seeds, run.timings, *made)
 
+    def _check_memory(self, memory: Memory) -> Memory:
+        """Return `memory` if this pipeline can take it. Raises RequestError."""
+        one_of("memory", memory, get_args(Memory))
+        if memory == "low" and self.cuda_graphs:
+            raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
+        return memory
+
     def _first_mode(self, request: Request) -> Mode:
         """Return the mode to begin with: the one asked for, or the first that fits into free memory."""
         if request.memory == "auto":
-            count, _, height, width = request.latents.shape
+            count, _, height, width = request.shape
             return self.graphs.budget.fastest_mode(UNET_DECODER, request.steps, count, height * width)
         return "sequential" if request.memory == "low" else request.memory
 
     def _encode_text(self, request: Request, turns: Turns) -> Float32:
-        """Text embeddings (B, L, D), each prompt encoded once and repeated for its images."""
+        """Return text embeddings (B, L, D). Each prompt is encoded once and repeated for its images."""
         if request.prompts is None:
             text = cast(Float32, request.prompt_embeds)
         else:

@@ -1,23 +1,23 @@
-"""What a caller asked for, checked and made complete before any graph runs."""
+"""What a caller asked for, checked and made complete before any graph runs and before memory is taken."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiue_runtime.budget import Budget
 from tiue_runtime.bundle import Manifest
 from tiue_runtime.errors import RequestError, clip, shorten
-from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import Memory
 from tiue_runtime.noise import check_seed, gaussian
-from tiue_runtime.options import OutputType
+from tiue_runtime.options import OutputType, one_of
+from tiue_runtime.run import Run
 
 Float32 = NDArray[np.float32]
-LARGEST = 2**20  # pictures, and pixels of a side
-LITTLE = 2**26  # bytes, for which asking the system how much is free would take longer than the noise
+LARGEST = 2**20  # pictures of a prompt, and pixels of a side
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Request:
     num_images: int  # per prompt
     seeds: tuple[int, ...]  # of each picture; empty when the caller brought the latents
     steps: int
-    latents: Float32  # z_T (B,C,h,w)
+    shape: tuple[int, ...]  # of z_T, (B, C, h, w)
+    latents: Float32 | None  # z_T, if the caller brought it
     memory: Memory  # "auto" where the free memory shall decide; "low" holds graphs only while they are used
     vae_tiling: bool | None
 
@@ -37,7 +38,8 @@ class Request:
     def make(
         cls,
         manifest: Manifest,
-        text_width: int | None,
+        budget: Budget,
+        text_width: Callable[[], int | None],
         prompt: str | Sequence[str] | None,
         output_type: OutputType,
         options: Mapping[str, Any],
@@ -46,76 +48,63 @@ class Request:
 
         Args:
             manifest: of the bundle.
-            text_width: D of text (B, L, D), if known.
+            budget: of the pipeline, which refuses more than memory can hold.
+            text_width: returns D of text (B, L, D), if that is known. Called only if embeddings are given.
             prompt: a string, a sequence of strings, or None.
             output_type: one of OutputType.
-            options: RequestOptions, complete; memory is checked already.
+            options: RequestOptions, complete, of the right types; memory is checked already.
 
         Raises:
             RequestError: a value is wrong. The message begins with its name.
         """
-        num_images, seed, steps = options["num_images"], options["seed"], options["steps"]
-        height, width, vae_tiling = options["height"], options["width"], options["vae_tiling"]
-        latents, prompt_embeds = options["latents"], options["prompt_embeds"]
-        _one_of("output_type", output_type, get_args(OutputType))
-        if not isinstance(vae_tiling, bool | None):
-            raise RequestError(f"vae_tiling: expected True, False or None, got {shorten(vae_tiling)}")
-        if (prompt is None) == (prompt_embeds is None):
+        one_of("output_type", output_type, get_args(OutputType))
+        if (prompt is None) == (options["prompt_embeds"] is None):
             given = "neither" if prompt is None else "both"
             raise RequestError(f"prompt: expected either prompt or prompt_embeds, got {given}")
-        num_images = _positive("num_images", num_images)
-        steps = manifest.default_steps if steps is None else steps
-        if not _is_int(steps) or steps not in manifest.schedules:
+        num_images = options["num_images"]
+        if not 1 <= num_images <= LARGEST:
+            raise RequestError(f"num_images: expected an integer from 1 to {LARGEST}, got {shorten(num_images)}")
+        steps = manifest.default_steps if options["steps"] is None else options["steps"]
+        if steps not in manifest.schedules:
             known = ", ".join(map(str, sorted(manifest.schedules)))
             raise RequestError(f"steps: this bundle was trained for {known}, got {shorten(steps)}")
-        prompts = None if prompt is None else _prompts(prompt)
-        embeds = None
-        if prompts is None:
-            shape = (None, manifest.text_length, text_width)
-            embeds = _array("prompt_embeds", prompt_embeds, shape, "B,L,D")
-        count = num_images * (len(prompts or ()) if embeds is None else len(embeds))
-        if latents is None:
-            height = _size("height", height, manifest.default_height, manifest.size_multiple)
-            width = _size("width", width, manifest.default_width, manifest.size_multiple)
-            seeds = _seeds(seed, count)
-            _check_size(count, height, width, manifest)
-            shape = (manifest.latent_channels, height // manifest.pixels_per_latent,
-                     width // manifest.pixels_per_latent)  # fmt: skip
-            # Each picture's noise is drawn alone, so that it does not depend on its batch.
-            noise = np.stack([gaussian(s, shape) for s in seeds])
+        sizes = [_size(side, options[side], manifest.size_multiple) for side in ("height", "width")]
+        prompts = embeds = None
+        if prompt is None:
+            shape = (None, manifest.text_length, text_width())
+            texts = embeds = _shaped("prompt_embeds", options["prompt_embeds"], shape, "B,L,D")
         else:
-            seeds = ()  # the caller's noise is no seed's, whether or not a seed was given too
-            noise = _array("latents", latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
-            for name, pixels, size in zip(("height", "width"), (height, width), noise.shape[2:], strict=True):
-                implied = size * manifest.pixels_per_latent
-                if pixels is not None and pixels != implied:
-                    raise RequestError(f"{name}: latents of shape {noise.shape} make {implied}, got {pixels}")
-                _size(f"latents: {name} of the image", implied, implied, manifest.size_multiple)
+            texts = prompts = _prompts(prompt)
+        count, latents = num_images * len(texts), options["latents"]
+        seeds = _seeds(options["seed"], count)
+        if latents is None:
+            fields, height, width = "num_images, height, width", *sizes
+            scale = manifest.pixels_per_latent
+            height, width = (height or manifest.default_height) // scale, (width or manifest.default_width) // scale
+        else:
+            fields, seeds = "latents", range(0)  # The caller's noise is no seed's, even if a seed was given, too.
+            latents = _shaped(fields, latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
+            height, width = _sizes_of_latents(latents.shape, sizes, manifest)
+        shape = (count, manifest.latent_channels, height, width)
+        budget.refuse_excess(shape, fields)
+        embeds = None if embeds is None else _finite("prompt_embeds", embeds)
+        latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]
         if memory == "auto" and options["callback"] is not None:
             memory = "sequential"  # The other modes have no preview of every step.
-        return cls(prompts, embeds, num_images, seeds, int(steps), noise, memory, vae_tiling)
+        return cls(
+            prompts, embeds, num_images, tuple(seeds), steps, shape, latents, memory, options["vae_tiling"]
+        )  # fmt: skip
 
-
-def check_memory(memory: Memory, *, cuda_graphs: bool) -> None:
-    """Raise RequestError unless `memory` is one that a pipeline, with or without recordings, can take."""
-    _one_of("memory", memory, get_args(Memory))
-    if memory == "low" and cuda_graphs:
-        raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
-
-
-def _check_size(count: int, height: int, width: int, manifest: Manifest) -> None:
-    """Raise RequestError if the noise and the pictures alone, without any work, exceed the free memory."""
-    latents = manifest.latent_channels / manifest.pixels_per_latent**2
-    # Bytes of a pixel: z_T and z_0; then the decoder's image, the same in [0, 1], and the picture.
-    need = count * height * width * (2 * 4 * latents + 3 * (4 + 4 + 1))
-    free = free_memory() if need > LITTLE else None
-    if free is not None and need > free:
-        pictures = "1 picture" if count == 1 else f"{count} pictures"
-        raise RequestError(
-            f"num_images, height, width: {pictures} of {width}x{height} pixels need {need / 2**30:,.1f} GiB, and "
-            f"{free / 2**30:,.1f} GiB are free; ask for fewer or smaller ones"
-        )
+    def noise(self, run: Run) -> Float32:
+        """Return z_T, float32 (B, C, h, w). Each picture's is drawn alone, so that it does not depend on its batch."""
+        if self.latents is not None:
+            return self.latents
+        noise = np.empty(self.shape, dtype=np.float32)
+        for i, seed in enumerate(self.seeds):
+            run.check("the noise was drawn")
+            noise[i] = gaussian(seed, self.shape[1:])
+        return noise
 
 
 def _prompts(prompt: object) -> list[str]:
@@ -129,54 +118,51 @@ def _prompts(prompt: object) -> list[str]:
     for i, item in enumerate(items):
         if not isinstance(item, str):
             raise RequestError(f"prompt[{i}]: expected a string, got {type(item).__name__}")
-        if any("\ud800" <= character <= "\udfff" for character in item):
-            raise RequestError(f"prompt[{i}]: expected text, got bytes that are not UTF-8: {clip(ascii(item))}")
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt[{i}]: expected text, got bytes that are not UTF-8: {clip(ascii(item))}"
+            ) from error
     return cast(list[str], items)
 
 
-def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
+def _seeds(seed: int | None, count: int) -> range:
     first = secrets.randbits(32) if seed is None else check_seed(seed, count)
-    return tuple(range(first, first + count))
+    return range(first, first + count)
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise RequestError(f"{name}: expected one of {', '.join(allowed)}, got {shorten(value)}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _positive(name: str, value: int) -> int:
-    if not _is_int(value) or not 1 <= value <= LARGEST:
-        raise RequestError(f"{name}: expected an integer from 1 to {LARGEST}, got {shorten(value)}")
-    return int(value)
-
-
-def _size(name: str, value: int | None, default: int, multiple: int) -> int:
-    if value is None:
-        return default
-    if not _is_int(value):
-        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, got {shorten(value)}")
-    if value > LARGEST:
+def _size(name: str, value: int | None, multiple: int) -> int | None:
+    """Return a number of pixels that the bundle allows for a side, or None. Raises RequestError."""
+    if value is not None and value > LARGEST:
         raise RequestError(f"{name}: expected at most {LARGEST} pixels, got {shorten(value)}")
-    if value < multiple or value % multiple:
+    if value is not None and (value < multiple or value % multiple):
         below = max(value // multiple, 0) * multiple
         near = f"{below} or {below + multiple}" if below else f"{multiple}"
-        raise RequestError(f"{name}: expected a multiple of {multiple} in pixels, such as {near}, got {shorten(value)}")
-    return int(value)
+        raise RequestError(
+            f"{name}: expected a multiple of {multiple} in pixels, for example {near}, got {shorten(value)}"
+        )
+    return value
 
 
-def _array(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> Float32:
-    """`value` as float32 of `shape`, where None is any size of at least 1."""
+def _sizes_of_latents(shape: tuple[int, ...], sizes: Sequence[int | None], manifest: Manifest) -> tuple[int, ...]:
+    """Return (h, w) of latents, if the bundle allows them and they agree with `sizes` in pixels."""
+    for name, pixels, size in zip(("height", "width"), sizes, shape[2:], strict=True):
+        implied = size * manifest.pixels_per_latent
+        if pixels is not None and pixels != implied:
+            raise RequestError(f"{name}: latents of shape {shape} make {implied}, got {pixels}")
+        _size(f"latents: {name} of the image", implied, manifest.size_multiple)
+    return shape[2:]
+
+
+def _shaped(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> NDArray[np.floating[Any]]:
+    """Return a value as an array of floats of `shape`, where None is any size of at least 1. Raises RequestError."""
     try:
         array = np.asarray(value)
     except Exception as error:  # A foreign object's conversion may raise anything.
         raise RequestError(
             f"{name}: expected a numpy array, got {type(value).__name__}, which numpy cannot read: "
-            f"{clip(str(error))}. "
-            "Of a torch tensor pass .detach().float().cpu().numpy()"
+            f"{clip(str(error))}. Of a torch tensor pass .detach().float().cpu().numpy()"
         ) from error
     fits = array.ndim == len(shape) and all(
         size >= 1 and wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
@@ -187,7 +173,14 @@ def _array(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> F
         )
         raise RequestError(f"{name}: expected shape ({sizes}), got {shorten(array.shape)}")
     if array.dtype.kind != "f":
-        raise RequestError(f"{name}: expected floating-point values, got {array.dtype}")
+        raise RequestError(f"{name}: expected floating-point values, got {clip(str(array.dtype))}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise RequestError(f"{name}: expected a numpy array without a mask; call .filled(value)")
+    return array
+
+
+def _finite(name: str, array: NDArray[np.floating[Any]]) -> Float32:
+    """Return an array in float32. Raises RequestError if its values are not finite there."""
     with np.errstate(over="ignore"):  # Values beyond float32 become infinite, and are refused as such.
         values = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(values).all():

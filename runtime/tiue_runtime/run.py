@@ -1,9 +1,10 @@
 """One request while it runs: the only way in which its stages report, are timed, and are told to stop."""
 
+import inspect
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,15 +44,19 @@ class Run:
         """
         self.begun = time.perf_counter()
         self.timings: dict[str, float] = {}  # seconds, by stage
-        self._asked: object = getattr(cancel, "is_set", cancel)
+        asked: Any = cancel if isinstance(cancel, type) else getattr(cancel, "is_set", cancel)
+        self._asked: Callable[[], bool] | None = asked
         self._callback = callback
         self._timeout = timeout
-        if cancel is not None and not callable(self._asked):
-            raise RequestError(f"cancel: expected a threading.Event or a function, got {shorten(cancel)}")
-        if callback is not None and not callable(callback):
-            raise RequestError(f"callback: expected a function or None, got {shorten(callback)}")
-        is_number = isinstance(timeout, int | float | np.number) and not isinstance(timeout, bool)
-        if timeout is not None and not (is_number and timeout > 0):
+        if asked is not None and not _takes(asked, 0):
+            raise RequestError(
+                f"cancel: expected a threading.Event, a function without arguments, or None, got {shorten(cancel)}"
+            )
+        if callback is not None and not _takes(callback, 3):
+            raise RequestError(
+                f"callback: expected a function of step, steps and preview, or None, got {shorten(callback)}"
+            )
+        if timeout is not None and not timeout > 0:
             raise RequestError(f"timeout: expected seconds greater than 0, or None, got {shorten(timeout)}")
 
     @property
@@ -63,13 +68,17 @@ class Run:
         """Say whether the caller wants to stop, or the time is over."""
         if self._timeout is not None and time.perf_counter() - self.begun > self._timeout:
             return True
-        return callable(self._asked) and bool(self._asked())
+        return self._asked is not None and bool(self._asked())
+
+    def check(self, what: str) -> None:
+        """Raise Cancelled before `what` if the caller wants to stop, or the time is over."""
+        if self.cancelled():
+            raise Cancelled(f"cancelled before {what}")
 
     @contextmanager
     def stage(self, name: str) -> Generator[None]:
-        """Time a stage, such as the run of a graph. Raises Cancelled instead of beginning it if the caller wants so."""
-        if self.cancelled():
-            raise Cancelled(f"cancelled before {name}")
+        """Time a stage, for example the run of a graph. Raises Cancelled as `check` does."""
+        self.check(name)
         begun = time.perf_counter()
         yield
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - begun
@@ -84,3 +93,16 @@ class Run:
         """
         if self._callback is not None:
             self._callback(step, steps, preview())
+
+
+def _takes(function: object, count: int) -> bool:
+    """Say whether a function can be called with `count` arguments, as far as Python can tell without the call."""
+    if not callable(function) or isinstance(function, type) or inspect.iscoroutinefunction(function):
+        return False
+    try:
+        inspect.signature(function).bind(*(None,) * count)
+    except TypeError:
+        return False
+    except ValueError:  # Some functions that are written in C do not tell.
+        return True
+    return True

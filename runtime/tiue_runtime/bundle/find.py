@@ -8,6 +8,7 @@ import os
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from tiue_runtime.bundle import MANIFEST
 from tiue_runtime.errors import BundleError, shorten
@@ -31,12 +32,19 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     bundle.json, so that a folder that happens to be called like a bundle does not hide it.
     Raises BundleError.
     """
-    if name_or_path == "":
+    if isinstance(name_or_path, str) and name_or_path == "":
         raise BundleError("bundle: expected a directory or the name of an installed bundle, got an empty string")
+    if not isinstance(cast(object, name_or_path), str | os.PathLike | None):
+        raise BundleError(
+            f"bundle: expected a directory or the name of an installed bundle, got {shorten(name_or_path)}"
+        )
     wanted = name_or_path or os.environ.get(DEFAULT_VARIABLE) or DEFAULT_NAME
     path = Path(wanted)
-    if (path / MANIFEST).is_file():
-        return path
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+    except (OSError, ValueError) as error:  # A name that is too long, or has a null character.
+        raise BundleError(f"bundle: {shorten(str(wanted))} is no name of a directory: {error.args[-1]}") from error
     text = os.fspath(wanted)
     if isinstance(wanted, Path) or any(separator in text for separator in (os.sep, os.altsep) if separator):
         problem = f"has no {MANIFEST}" if path.is_dir() else "is not a directory"

@@ -206,7 +206,7 @@ def _choose_any(variants: Collection[str]) -> Device:
         problem = probe(device)
         if not problem:
             return device
-        warnings.warn(f"running on the CPU, because {kind.title} could not be started: {problem}", stacklevel=4)
+        warnings.warn(f"running on the CPU, because {kind.title} could not be started: {problem}", stacklevel=5)
     return last
 
 

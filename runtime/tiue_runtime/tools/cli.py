@@ -1,14 +1,17 @@
 """The command line: `tiue-runtime` and `python -m tiue_runtime`."""
 
 import argparse
+import errno
 import io
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import IO, Any, NoReturn, TypeVar, cast
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
@@ -17,13 +20,19 @@ from tiue_runtime.options import LoadOptions, RequestOptions, choices, described
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 130
+_SHOWN = 300  # characters of a message about flags
+_CHECKED_FILES = 1000  # more pictures than these are hardly ever made at once
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, instead of one line after the usage."""
+    """A parser that says in one line what is wrong, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message} (see {self.prog} --help)")
+        short = message if len(message) <= _SHOWN else f"{message[: _SHOWN - 3]}..."
+        raise RequestError(f"{short} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        _write(message, sys.stderr if file is None else file, end="")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,10 +48,6 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             return command(arguments)
-    except BrokenPipeError:
-        # The reader of stdout, such as head, has gone. Python must not try to write to it when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (TiueError, OSError) as error:
         _say("error", error)
         return _USER_ERROR
@@ -56,20 +61,57 @@ def _show_warning(message: object, *_: object, **__: object) -> None:
 
 
 def _say(kind: str, message: object) -> None:
-    print(f"tiue-runtime: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    _write(f"tiue-runtime: {kind}: {_with_flags(' '.join(str(message).split()))}", sys.stderr)
+
+
+def _write(text: str, stream: IO[str] | None = None, end: str = "\n") -> None:
+    """Print to a stream, or to stdout. If its reader has gone, for example head, the command goes on in silence."""
+    output: IO[str] | None = stream or sys.stdout
+    if output is None:  # Programs without a console have none.
+        return
+    try:
+        print(text, file=output, end=end, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno != errno.EINVAL:  # EINVAL: a closed pipe on Windows
+            raise
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, output.fileno())
+        os.close(nothing)
+
+
+def _with_flags(message: str) -> str:
+    """Replace the names of options in a message of the library by the flags of the command line."""
+    message = re.sub(rf"^{_NAME}(, {_NAME})*(?=:)", lambda found: re.sub(_NAME, _flag, found[0]), message)
+    message = re.sub(rf"\b{_NAME}=\"([^\"]+)\"", lambda found: f"{_flag(found)} {found[2]}", message)
+    return re.sub(f"`{_NAME}`", _flag, message)
+
+
+def _flag(found: re.Match[str]) -> str:
+    return "--" + found[1].replace("_", "-")
+
+
+def _names() -> Iterator[str]:
+    """List the options that have flags."""
+    yield from ("bundle", "cuda_graphs", "out", "runs")
+    for options in (RequestOptions, LoadOptions):
+        yield from (name for name, (_, option, _) in described(options).items() if option.flag)
+
+
+_NAME = f"({'|'.join(_names())})"
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.png import check_png_path, save_png
+    from tiue_runtime.request import LARGEST
 
-    paths = _numbered(Path(arguments.out), arguments.num_images or 1)
-    for path in paths:
+    out, count = Path(arguments.out), min(arguments.num_images or 1, LARGEST)  # More are refused by the pipeline.
+    for path in islice(_numbered(out, count), _CHECKED_FILES):
         check_png_path(path)
     options = _given(arguments, RequestOptions)
     pipeline = Pipeline.load(arguments.bundle, memory=options.get("memory") or "auto", **_given(arguments, LoadOptions))
     result = pipeline(arguments.prompt, **options)
-    for path, image, seed in zip(paths, result.images, result.seeds, strict=True):
+    for path, image, seed in zip(_numbered(out, count), result.images, result.seeds, strict=True):
         text = {
             "prompt": arguments.prompt,
             "seed": str(seed),
@@ -78,9 +120,9 @@ def _generate(arguments: argparse.Namespace) -> int:
             "Software": f"tiue-runtime {__version__}",
         }
         save_png(image, path, text)
-        print(f"{path}  {image.width}x{image.height}  seed {seed}")
+        _write(f"{path}  {image.width}x{image.height}  seed {seed}")
     computed = f" in {result.precision}" if result.precision else ""
-    print(f"{result.timings['total']:.2f} s on {result.device}{computed}, without loading")
+    _write(f"{result.timings['total']:.2f} s on {result.device}{computed}, without loading")
     return 0
 
 
@@ -91,7 +133,8 @@ def _info(arguments: argparse.Namespace) -> int:
     bundle = Bundle.load(find_bundle(arguments.bundle))
     if arguments.json:
         content = json.loads((bundle.directory / MANIFEST).read_text(encoding="utf-8"))
-        print(json.dumps({"directory": str(bundle.directory), **content}, indent=2, ensure_ascii=False))
+        # In ASCII, because a terminal's escapes for characters that it cannot show are not those of JSON.
+        _write(json.dumps({"directory": str(bundle.directory), **content}, indent=2))
         return 0
     manifest = bundle.manifest
     megabytes = sum(file.size for file in manifest.files.values()) / 1e6
@@ -118,7 +161,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     bundle = Bundle.load(find_bundle(arguments.bundle))
     bundle.verify()
-    print(f"{bundle.directory}: {len(bundle.manifest.files)} files are as the exporter wrote them")
+    _write(f"{bundle.directory}: {len(bundle.manifest.files)} files are as the exporter wrote them")
     return 0
 
 
@@ -145,14 +188,17 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _print_rows(rows: dict[str, object]) -> None:
     column = max(map(len, rows)) + 2
     for key, value in rows.items():
-        print(f"{key:<{column}}{value}")
+        _write(f"{key:<{column}}{value}")
 
 
-def _numbered(path: Path, count: int) -> list[Path]:
-    """heart.png for one image, heart-1.png, heart-2.png ... for several."""
+def _numbered(path: Path, count: int) -> Iterator[Path]:
+    """Name the files of several pictures: heart.png for one, heart-1.png, heart-2.png and so on for more."""
     if count <= 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{i + 1:0{len(str(count))}}") for i in range(count)]
+        yield path
+        return
+    digits = len(str(count))
+    for i in range(count):
+        yield path.with_stem(f"{path.stem}-{i + 1:0{digits}}")
 
 
 def _parser() -> _Parser:
@@ -184,7 +230,7 @@ def _parser() -> _Parser:
 
     bench = _command(commands, "bench", _bench, "measure seconds per image, graph by graph")
     bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
-    bench.add_argument("--cuda-graphs", action="store_true", help="record the kernels once and replay them (cuda)")
+    bench.add_argument("--cuda-graphs", action="store_true", help=described(LoadOptions)["cuda_graphs"].option.help)
     _bundle_flag(bench)
     _option_flags(bench, RequestOptions)
     _option_flags(bench, LoadOptions)
@@ -211,8 +257,8 @@ def _bundle_flag(parser: _Parser) -> None:
 
 
 def _option_flags(parser: _Parser, options: type) -> None:
-    """Add a flag for every option that is written in a TypedDict of options.py."""
-    for name, (kind, option) in described(options).items():
+    """Add a flag for every option of a TypedDict that shall have one."""
+    for name, (kind, option, _) in described(options).items():
         if not option.flag:
             continue
         flag = "--" + name.replace("_", "-")
