@@ -5,6 +5,7 @@ tokenizer, license and provenance as JSON.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from tiue.components import Components, ComponentsError, check_fit, class_named
 from tiue.files import one_line, shortened, written_whole
 from tiue.recognize import kind_of_weights
 from tiue.unet import TiUE
-from tiue.weights import Stored, WeightsError, fill, read_headers
+from tiue.weights import Stored, WeightsError, fill, read_headers, without_wrappers
 
 FORMAT = 1
 PARTS = ("unet", "text_encoder", "vae")
@@ -286,6 +287,11 @@ def _fill(path: Path, modules: Mapping[str, Any], found: Mapping[str, Stored], a
     for part, module in modules.items():
         try:
             own = {name.removeprefix(f"{part}."): s for name, s in found.items() if name.startswith(f"{part}.")}
+            own, taken = without_wrappers(own, module.state_dict())
+            if taken:
+                warnings.warn(
+                    f"{path}: took off {taken} of the names of {part}'s tensors, a wrapped model", stacklevel=3
+                )
             fill(module, own, f"{part}.")
         except WeightsError as error:
             raise CheckpointError(f"{path} {error}") from error
