@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from export.cuda_definitions import lower
 from export.errors import ExportError, ParityError
+from export.options import INT8_FLOOR_DB, PSNR_FLOOR_DB
 from export.translate import TO_CHANNELS_FIRST
 from export.working_memory import fit, measured
 from tiue.checkpoint import Student
@@ -36,9 +37,6 @@ from tiue.text_encoder import encode_text, tokenize, uses_attention_mask
 # max |diff| over the standard deviation of the output. The two add float32 numbers in different orders,
 # through hundreds of layers: 1e-5 is usual, a wrong weight or constant gives 1e-1, and no eye sees 1e-3.
 FLOAT32_TOLERANCE = 1e-3
-# Reduced precision: the floor that Core ML's Stable Diffusion converter uses, too.
-PSNR_FLOOR_DB = 35.0
-INT8_FLOOR_DB = 30.0
 
 PROMPTS = ("a red heart", "", "Zwölf Boxkämpfer, a very long prompt " * 20)
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from tokenizers import Tokenizer
 from tolerances import GOLDEN_IMAGE_LEVELS, GOLDEN_LATENTS
 
 from export import assemble as assembling
-from export import parity
+from export import parity, publish
 from export import writer as files
+from export.errors import ExportError
 from export.onnx import main
 from tiue.checkpoint import Student, save_student
 
@@ -230,8 +232,8 @@ def test_parents_are_made_and_an_empty_directory_is_filled(students, tmp_path):
     (tmp_path / "empty").mkdir()
     building = tmp_path / "building"
     out.rename(building)
-    assembling.check_target(tmp_path / "empty", overwrite=False)
-    assembling._move_into_place(building, tmp_path / "empty")
+    publish.check_target(tmp_path / "empty", bundle.MANIFEST, overwrite=False)
+    publish.publish(building, tmp_path / "empty")
     bundle.Bundle.load(tmp_path / "empty").verify()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
@@ -270,8 +272,113 @@ def test_overwrite_swaps(emoji_bundle, tmp_path):
     (building / "new").touch()
     out.mkdir()
     (out / "old").touch()
-    assembling._move_into_place(building, out)
+    publish.publish(building, out)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.fixture
+def directories(tmp_path):
+    """A finished directory and a bundle that it replaces."""
+    built, out = tmp_path / "built", tmp_path / "out"
+    for path, name in ((built, "new"), (out, "old")):
+        path.mkdir()
+        (path / name).touch()
+        (path / bundle.MANIFEST).touch()
+    return built, out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_at_every_moment_there_is_a_bundle(directories):
+    built, out = directories
+    seen, stop = [], threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.append((out / bundle.MANIFEST).exists())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(200):
+        publish.publish(built, out)
+        built.mkdir()
+        (built / bundle.MANIFEST).touch()
+    stop.set()
+    thread.join()
+    assert len(seen) > 200 and all(seen)
+
+
+def test_without_an_exchange_a_failed_rename_puts_the_old_one_back(directories, monkeypatch):
+    built, out = directories
+    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *_, **__: object())
+    rename = Path.rename
+
+    def fail(self, target):
+        if self == built:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="No space"):
+            publish.publish(built, out)
+    assert (out / "old").exists() and (built / "new").exists()
+    publish.publish(built, out)
+    assert {path.name for path in out.iterdir()} == {"new", bundle.MANIFEST} and not built.exists()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from export.publish import building
+with building(Path(sys.argv[1]), print) as directory:
+    (directory / "half").touch()
+    if sys.argv[2] == "wait":
+        print("ready", flush=True)
+        sys.stdin.read()
+    os._exit(9)
+"""
+
+
+def test_leftovers_of_a_killed_export_are_named_and_removed(tmp_path):
+    out, said = tmp_path / ("x" * 255), []
+    assert subprocess.run([sys.executable, "-c", KILLED, out, "die"]).returncode == 9
+    (left,) = (path.name for path in tmp_path.iterdir() if path.is_dir())
+    with publish.building(out, said.append) as directory:
+        assert directory.is_dir() and len(list(tmp_path.iterdir())) == 2
+    assert said == [f"removing {left}, which a killed export left"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_at_work_is_left_alone(tmp_path):
+    command = [sys.executable, "-c", KILLED, tmp_path / "out", "wait"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        theirs = {path for path in tmp_path.iterdir() if path.is_dir()}
+        said = []
+        with publish.building(tmp_path / "out", said.append) as directory:
+            assert directory not in theirs
+        assert said == [] and theirs == {path for path in tmp_path.iterdir() if path.is_dir()}
+        other.communicate("")
+
+
+def test_a_bundle_that_a_killed_export_moved_aside_comes_back(directories):
+    _, out = directories
+    assert subprocess.run([sys.executable, "-c", KILLED, out, "die"]).returncode == 9
+    (left,) = (path for path in out.parent.iterdir() if path.name.startswith(".tiue-") and path.is_dir())
+    out.rename(left.with_name(f"{left.name}.old"))
+    with publish.building(out, print):
+        assert (out / "old").exists()
+
+
+def test_a_read_only_bundle_is_not_replaced(directories):
+    _, out = directories
+    out.chmod(0o555)
+    with pytest.raises(ExportError, match="read-only"):
+        publish.check_target(out, bundle.MANIFEST, overwrite=True)
+    out.chmod(0o755)
+    (out / bundle.MANIFEST).chmod(0o444)
+    with pytest.raises(ExportError, match="read-only"):
+        publish.check_target(out, bundle.MANIFEST, overwrite=True)
 
 
 def no_checkpoint(path):
@@ -341,3 +448,13 @@ def test_the_module_runs_and_help_does_not_load_torch():
     )
     assert "--ckpt" in shown.stdout
     assert "torch" not in shown.stderr
+
+
+@pytest.mark.parametrize("start", ["-m export.onnx", "-m onnx", "onnx.py"])
+def test_starting_inside_the_folder_says_what_to_do(start):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "runtime")])}
+    command = [sys.executable, *start.split(), "--help"]
+    done = subprocess.run(command, cwd=root / "export", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "python -m export.onnx" in done.stderr

@@ -1,0 +1,91 @@
+"""The options of an export: default, help and choices of each in one place. The command line is made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tiue_runtime import bundle
+
+from export.errors import ExportError
+from tiue.settings import check, setting
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
+else:
+    AutoencoderTiny = Any  # Importing diffusers takes seconds that a command's help need not wait for.
+
+# The least PSNR of latents and pictures where graphs or weights are not float32, and where they are int8.
+PSNR_FLOOR_DB, INT8_FLOOR_DB = 35.0, 30.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `export_bundle`. Raises ExportError for values that are wrong or contradict each other."""
+
+    name: str | None = setting(None, "the model's name", shown="the one in the checkpoint")
+    target: tuple[str, ...] = setting(
+        (),
+        "portable runs anywhere; cpu and cuda have operators of ONNX Runtime for its CPU and CUDA providers, and share "
+        "the weights' file",
+        choices=bundle.VARIANTS,
+        metavar="TARGET[,TARGET]",
+        shown="portable, and cpu for a model over 1 GB",
+    )
+    precision: str = setting(
+        "fp32",
+        "the precision that graphs compute in; fp16 is for GPUs, and keeps in fp32 the parts that overflow; int8 is "
+        "for CPUs, and keeps in fp32 the parts that lose most",
+        choices=("fp32", "fp16", "int8"),
+    )
+    weights: str | None = setting(
+        None,
+        "how files store weights: fp16 halves them, also where graphs compute in fp32",
+        choices=("fp32", "fp16"),
+        shown="as the graphs compute",
+    )
+    vae: tuple[str, ...] = setting(
+        (),
+        "image decoders: tiny takes kl's place; of two, the first is the default",
+        choices=bundle.VAE_KINDS,
+        metavar="KIND[,KIND]",
+        shown="the model's own",
+    )
+    text_encoder: str = setting("fp32", "int8 quarters the text encoder", choices=("fp32", "int8"))
+    overwrite: bool = setting(False, "replace the bundle that is there")
+    tiny_vae: AutoencoderTiny | None = None  # a decoder beside the model's own, or in its place
+    calibration_prompts: tuple[str, ...] = ()  # on which int8 measures the ranges of activations; () is 16 of all kinds
+
+    def __post_init__(self) -> None:
+        try:
+            check(self)
+        except ValueError as error:
+            raise ExportError(str(error)) from error
+        for name, values in (("target", self.target), ("vae", self.vae)):
+            if len(set(values)) < len(values):
+                raise ExportError(f"`{name}` must name each kind once, got {','.join(values)}")
+        if self.precision == "fp16" and self.weights == "fp32":
+            raise ExportError("`weights` fp32: graphs that compute in fp16 have fp16 weights; leave it out")
+        if self.precision == "fp16" and self.target == (bundle.CPU,):
+            raise ExportError("`precision` fp16: the cpu target computes in fp32; `weights` fp16 halves its files")
+        if self.precision == "int8" and bundle.CUDA in self.target:
+            raise ExportError("`precision` int8: CUDA has no such kernels; export the cuda target in fp16")
+        if (bundle.TINY in self.vae) != (self.tiny_vae is not None):
+            raise ExportError("`vae` tiny and `vae_path`, a directory of a diffusers AutoencoderTiny, need each other")
+
+    @property
+    def stored(self) -> str:
+        """How the files store weights."""
+        return self.weights or ("fp32" if self.precision == "int8" else self.precision)
+
+    @property
+    def stored_text_encoder(self) -> str:
+        """How the file of the text encoder stores weights."""
+        return self.stored if self.text_encoder == "fp32" else self.text_encoder
+
+    @property
+    def floor_db(self) -> float | None:
+        """The PSNR that latents and pictures must reach; None where they must match PyTorch to float32 rounding."""
+        if self.precision == "int8":
+            return INT8_FLOOR_DB
+        return None if (self.precision, self.stored, self.text_encoder) == ("fp32",) * 3 else PSNR_FLOOR_DB
