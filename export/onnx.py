@@ -59,9 +59,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 f"{max(student.schedules)} steps; a UNet that was not distilled so makes poor pictures"
             )
         if student.components.license == "unknown":
-            _show_warning(
-                f"the license of {source} is unknown: declare it in its README.md before you share the bundle"
-            )
+            _show_warning(f"the license of {source} is unknown: find it out before you share the bundle")
         export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     except ParityError as error:
         return _fail(str(error), 1)

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import tiny
+from tiue_runtime.tokenizer import PromptTokenizer
 from tokenizers import Tokenizer
 from transformers import BertTokenizer, BertTokenizerFast, CLIPTokenizer, CLIPTokenizerFast
 
+from export.onnx import main as export
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import load_components
 
@@ -100,6 +102,16 @@ def test_the_same_tokens_come_from_a_student_and_from_its_tokenizer_json(directo
     exported = Tokenizer.from_str(components.tokenizer.backend_tokenizer.to_str())
     for prompt in PROMPTS:
         assert loaded(prompt).input_ids == exported.encode(prompt).ids == slow(prompt).input_ids
+
+
+def test_the_runtime_gives_the_same_tokens_from_an_exported_bundle(tmp_path):
+    tiny.save_original_sd15(tmp_path / "sd15")
+    tiny.edit_json(tmp_path / "sd15" / "model_index.json", safety_checker=[None, None])
+    assert export(["--ckpt", str(tmp_path / "sd15"), "--steps", "1", "--out", str(tmp_path / "bundle")]) == 0
+    slow = CLIPTokenizer.from_pretrained(tmp_path / "sd15" / "tokenizer")
+    exported = PromptTokenizer(tmp_path / "bundle" / "tokenizer.json", 20)
+    for prompt in PROMPTS:
+        assert exported([prompt]).input_ids.tolist() == [padded(slow, prompt)]
 
 
 def test_the_fast_class_stays_as_it_is_where_the_pipeline_names_it(tmp_path):
