@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tolerances import REORDERED
 from transformers import CLIPConfig, CLIPModel
 
-from tiue.checkpoint import Student, load_student
+from tiue.checkpoint import CheckpointError, Student, load_student
 from tiue.distill import runs
 from tiue.distill.cli import main
 from tiue.distill.clip import ClipScore
@@ -593,3 +593,10 @@ def test_dry_run_prints_settings_of_preset_and_flags(tmp_path, teacher_directory
     assert f"student {count / 1e6:,.1f} M" in cost and "memory per process" in cost
     assert "66,500 of 3 samples (processes: 1): 39900.00 epochs of 5 prompts" in cost
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_cannot_be_saved_is_refused_before_the_first_update(tmp_path):
+    broken = dataclasses.replace(tiny.emoji(), name="two\nlines")
+    with pytest.raises(CheckpointError, match="name"):
+        Distillation(broken, ["a"], tmp_path / "run", DistillConfig(iterations=1, batch_size=1))
+    assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tiue import files, losses
-from tiue.checkpoint import Student, save_student
+from tiue.checkpoint import Student, check_savable, save_student
 from tiue.components import Components
 from tiue.distill import runs
 from tiue.distill.clip import ClipScore
@@ -105,6 +105,7 @@ class Distillation:
         timesteps = {steps: ddim_timesteps(teacher.scheduler_config, steps) for steps in config.steps}
         self.schedules = {n: closed_form(teacher.scheduler_config, chosen) for n, chosen in timesteps.items()}
         self.student = _student(teacher, timesteps, initial, config)
+        check_savable(self.student)  # Before the first update, so that no finished run is lost.
         tiue = TiUE(
             self.student.components.unet,
             self.schedules[max(self.schedules)],
