@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 from tiue_runtime import bundle
+from tiue_runtime.bundle.tokenizer_json import read_tokenizer
 from tokenizers import Tokenizer
 
 from export.calibrate import PROMPTS, Calibration
@@ -58,7 +59,7 @@ def export_bundle(
         check_target(out, bundle.MANIFEST, overwrite=options.overwrite)  # A killed export may have left one aside.
         manifest = _manifest(student, options)
         _write_graphs(directory, student, manifest, options, progress)
-        _write_tokenizer(directory / bundle.TOKENIZER, student.components)
+        write_tokenizer(directory / bundle.TOKENIZER, student.components)
         vaes = dict(_image_decoders(student, options, manifest))
         manifest = replace(manifest, preview=fit_preview(student, manifest, vaes[bundle.VAE_DECODER], progress))
         progress("checking the graphs against PyTorch")
@@ -182,8 +183,12 @@ def _manifest(student: Student, options: Options) -> bundle.Manifest:
     )
 
 
-def _write_tokenizer(path: Path, components: Components) -> None:
-    """Write tokenizer.json with padding and truncation to the text length, as the runtime expects it."""
+def write_tokenizer(path: Path, components: Components) -> None:
+    """Write tokenizer.json with padding and truncation to the text length, as the runtime expects it.
+
+    Raises:
+        BundleError: the tokenizer has a part that the runtime does not accept.
+    """
     fast = components.tokenizer
     tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
     length = fast.model_max_length
@@ -192,3 +197,4 @@ def _write_tokenizer(path: Path, components: Components) -> None:
         length=length, pad_id=fast.pad_token_id, pad_token=fast.pad_token, direction=fast.padding_side
     )
     tokenizer.save(str(path))
+    read_tokenizer(path, length)

@@ -144,3 +144,12 @@ def test_a_checkpoint_that_finds_no_space_leaves_those_that_there_are(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
+def test_a_read_only_file_is_not_replaced(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("kept")
+    path.chmod(0o444)
+    with pytest.raises(PermissionError, match="read-only"):
+        files.write_text(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"] and path.read_text() == "kept"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         The temporary path; the block writes the file there.
     """
     path = path.resolve()
+    if path.exists() and not path.stat().st_mode & stat.S_IWUSR:  # The permission counts for root, too.
+        raise PermissionError(errno.EACCES, "the file is read-only, so it is not replaced", str(path))
     temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
         yield temporary

@@ -23,6 +23,28 @@ def test_every_field_has_a_description():
         assert schema.get("description"), name
 
 
+def test_the_page_for_other_readers_names_every_field():
+    page = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+
+    def names(schema):
+        for name, inner in schema.get("properties", {}).items():
+            yield name
+            yield from names(inner)
+        for inner in ("items", "additionalProperties"):
+            if isinstance(schema.get(inner), dict):
+                yield from names(schema[inner])
+
+    missing = {name for name in names(bundle_schema()) if f"`{name}`" not in page}
+    assert missing <= {"sha256", "size"} and '`{"sha256": ..., "size": ...}`' in page
+
+
+def test_the_example_of_the_page_is_the_tiny_bundle(tiny):
+    page = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+    content = json.loads((tiny / "bundle.json").read_text(encoding="utf-8"))
+    del content["files"]
+    assert json.loads(page.split("```json\n")[1].split("```")[0]) == content
+
+
 @pytest.fixture(scope="module")
 def validator():
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is in the full environment only")
