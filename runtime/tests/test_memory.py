@@ -25,6 +25,7 @@ from tiue_runtime.ort.placement import Placement
 
 HEART, STAR = "a red heart", "a blue star"
 CPU = Device("cpu")
+ORDER_OF_SUMS = 1e-5  # between modes, which add the same float32 numbers in another order
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 
 
@@ -368,7 +369,7 @@ def test_a_real_shortage_in_the_decoder(heavy, mib, expected):
     # A timestep needs 64 MiB.
     mode, _, _, difference, said = short_of_memory(heavy, "unet_decoder", mib, "parallel")
     assert mode == expected
-    assert difference < 1e-5
+    assert difference < ORDER_OF_SUMS
     modes = ["parallel", "partial", "sequential"]
     assert said[: modes.index(expected)] == [
         f"unet_decoder ran out of memory on cpu in {high} mode: going on in {low} mode"
@@ -381,7 +382,7 @@ def test_a_real_shortage_in_the_image_decoder(heavy):
     # The whole picture needs 192 MiB, a tile of 128 pixels a 16th of it.
     mode, tile, whole, difference, said = short_of_memory(heavy, "vae_decoder", 120, "parallel")
     assert (mode, tile, whole) == ("parallel", [128, 128], None)
-    assert difference < 1e-5
+    assert difference < ORDER_OF_SUMS
     assert said == [
         "vae_decoder ran out of memory on cpu: decoding in tiles of 128x128 pixels, which changes the picture"
     ]
@@ -462,7 +463,7 @@ def test_limits_of_control_groups(tmp_path, groups, files, expected):
         for name, content in zip(names, (scaled, str(1024 * usage)), strict=True):
             path.with_name(f"memory.{name}").write_text(f"{content}\n")
         path.with_name("memory.stat").write_text(counted)
-    assert host_memory._linux_free(tmp_path) == 1024 * expected
+    assert host_memory.linux_free(tmp_path) == 1024 * expected
 
 
 class Driver:
@@ -487,7 +488,7 @@ class Driver:
 
 def test_memory_of_a_gpu():
     driver = Driver()
-    assert host_memory._cuda_free(1, lambda _: driver) == 3 * 2**30
+    assert host_memory.cuda_free(1, lambda _: driver) == 3 * 2**30
     assert driver.calls[-2:] == ["cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2"]
 
 
@@ -495,7 +496,7 @@ def test_memory_of_a_gpu():
                                     "cuMemGetInfo_v2"])  # fmt: skip
 def test_memory_of_a_gpu_is_unknown_when_the_driver_fails(broken):
     driver = Driver(broken)
-    assert host_memory._cuda_free(1, lambda _: driver) is None
+    assert host_memory.cuda_free(1, lambda _: driver) is None
     retained = "cuDevicePrimaryCtxRetain" in driver.calls and broken != "cuDevicePrimaryCtxRetain"
     assert ("cuDevicePrimaryCtxRelease_v2" in driver.calls) == retained
     assert ("cuCtxPopCurrent_v2" in driver.calls) == (broken == "cuMemGetInfo_v2")
@@ -505,8 +506,8 @@ def test_memory_of_a_gpu_without_a_driver():
     def load(name):
         raise OSError(name)
 
-    assert host_memory._cuda_free(0, load) is None
-    assert host_memory._cuda_free(0, lambda _: object()) is None
+    assert host_memory.cuda_free(0, load) is None
+    assert host_memory.cuda_free(0, lambda _: object()) is None
 
 
 def loaded(pipe):

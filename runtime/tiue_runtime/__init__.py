@@ -4,6 +4,21 @@
     generate("a red heart", seed=1)[0].save("heart.png")
 
 Names are imported when they are first used, so `import tiue_runtime` is quick and loads no ONNX Runtime.
+
+The way of a picture, from the outside to the inside:
+    kept_pipelines  `generate`, by pipelines that stay loaded
+    pipeline        Pipeline: from a prompt to pictures
+    options         what a request and a pipeline can be asked for, each option written once
+    request         the options of one request, checked and complete
+    tokenizer, noise    a prompt's tokens; a seed's noise z_T
+    denoise         the method: the encoder once, the decoder at N timesteps, their weighted sum z_0
+    graphs          the four graphs: loaded, run in turn, let go of
+    decode, tiling, images    z_0 to pixels, whole or in tiles
+    modes, budget   how many timesteps at once; what fits into memory
+    run             progress, previews, timings and cancelling of one request
+    png, preview, errors    files; small pictures of latents; what goes wrong
+
+`bundle` is the contract with the exporter, `ort` is ONNX Runtime, `host` this computer, `tools` the command line.
 """
 
 import importlib

@@ -11,8 +11,8 @@ from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import MODES, Mode, timesteps_at_once
 from tiue_runtime.ort.devices import Device
 
-# The part of the free memory that a run may be planned to take. The rest is for what the estimate, measured on another
-# machine, does not know (fragments of ONNX Runtime's arena, workspaces of convolutions) and for other programs.
+# The part of the free memory that a run may be planned to take. The rest is for other programs, and for needs that the
+# estimate does not know: fragments of ONNX Runtime's arena, and workspaces of convolutions on another machine.
 USABLE = 0.8
 
 # A request is refused only if the estimate exceeds the free memory by this factor. Below it, the estimate may err: it
@@ -24,9 +24,15 @@ LITTLE = 2**26
 
 
 class Budget:
-    """Whether runs of a bundle's graphs fit into the free memory of a device, by the estimates in its manifest.
+    """What the graphs of a pipeline hold, and whether their next runs fit into the free memory of the device.
 
-    Without an estimate, or where the free memory is not known, everything fits.
+    Runs are measured by the estimates in the manifest. Without an estimate, or where the free memory is not known,
+    everything fits.
+
+    Args:
+        manifest: of the bundle.
+        variant: of the graphs.
+        device: where they run.
     """
 
     def __init__(self, manifest: Manifest, variant: str, device: Device) -> None:

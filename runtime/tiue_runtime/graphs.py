@@ -1,4 +1,4 @@
-"""The graphs of a pipeline: loaded together, or each for its turn; checked; run; and what each of them holds."""
+"""The graphs of a pipeline: loaded together, or one by one; checked; run; and let go of."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext

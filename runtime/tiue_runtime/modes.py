@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from tiue_runtime.errors import LoadingError, OutOfMemoryError
 
-Mode = Literal["parallel", "partial", "sequential"]  # from the fastest to the one that takes the least memory
+Mode = Literal["parallel", "partial", "sequential"]  # The first is the fastest, the last takes the least memory.
 Memory = Literal["auto", "low", Mode]
 
 MODES: dict[Mode, int | None] = {"parallel": None, "partial": 2, "sequential": 1}  # timesteps at once; None is all

@@ -24,7 +24,7 @@ _MASK = np.uint64(_WORD)
 
 
 def check_seed(seed: object, count: int = 1) -> int:
-    """Return `seed` when seed .. seed + count - 1 are integers in [0, 2**64). Raises RequestError."""
+    """Return the seed of the first of `count` pictures. Raises RequestError unless all are integers in [0, 2**64)."""
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise RequestError(f"seed: expected an integer in [0, 2**64), got {shorten(seed)} ({type(seed).__name__})")
     try:
@@ -38,10 +38,17 @@ def check_seed(seed: object, count: int = 1) -> int:
 
 
 def gaussian(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal noise, a function of seed and element index only.
+    """Draw standard normal noise. An element depends on the seed and its index only.
 
-    seed: 0 <= seed < 2**64. shape: of one image's latents, (C,h,w) or (1,C,h,w), fewer than 2**32 elements.
-    Returns float32 of that shape. Raises RequestError.
+    Args:
+        seed: 0 <= seed < 2**64.
+        shape: of one picture's latents, (C, h, w) or (1, C, h, w), fewer than 2**32 elements.
+
+    Returns:
+        Noise of that shape, float32.
+
+    Raises:
+        RequestError: the seed or the shape is out of range.
     """
     first, second = _philox(check_seed(seed), math.prod(shape))
     # Box-Muller in float32, with the constants of cuRAND; its first output is the sine.
@@ -54,7 +61,7 @@ def gaussian(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def _philox(seed: int, count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The first two output words for counters (0, 0, i, 0), i < count."""
+    """Return the first two output words for counters (0, 0, i, 0), i < count."""
     if count > _WORD:
         raise RequestError(f"shape: expected fewer than 2**32 elements, got {count}")
     zero = np.zeros(count, dtype=np.uint64)

@@ -76,7 +76,7 @@ class Pipeline:
             warnings.warn(
                 f"bundle {manifest.name} has a safety checker, which this version of tiue-runtime does not run: "
                 "pictures are not checked",
-                stacklevel=2,
+                stacklevel=3,
             )
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
         self.graphs = Graphs(bundle, placement, self.vae, memory)

@@ -66,21 +66,22 @@ class Run:
 
     def cancelled(self) -> bool:
         """Say whether the caller wants to stop, or the time is over."""
-        if self._timeout is not None and time.perf_counter() - self.begun > self._timeout:
-            return True
-        return self._asked is not None and bool(self._asked())
+        return self._is_late() or (self._asked is not None and bool(self._asked()))
 
     def check(self, what: str) -> None:
         """Raise Cancelled before `what` if the caller wants to stop, or the time is over."""
         if self.cancelled():
-            raise Cancelled(f"cancelled before {what}")
+            raise self._ended(f"before {what}")
 
     @contextmanager
     def stage(self, name: str) -> Generator[None]:
         """Time a stage, for example the run of a graph. Raises Cancelled as `check` does."""
         self.check(name)
         begun = time.perf_counter()
-        yield
+        try:
+            yield
+        except Cancelled as error:
+            raise self._ended(f"while {name} ran") from error
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - begun
 
     def step(self, step: int, steps: int, preview: Callable[[], Float32]) -> None:
@@ -93,6 +94,13 @@ class Run:
         """
         if self._callback is not None:
             self._callback(step, steps, preview())
+
+    def _is_late(self) -> bool:
+        return self._timeout is not None and time.perf_counter() - self.begun > self._timeout
+
+    def _ended(self, when: str) -> Cancelled:
+        late = f"timeout: {self._timeout} seconds were over {when}"
+        return Cancelled(late if self._is_late() else f"cancelled {when}")
 
 
 def _takes(function: object, count: int) -> bool:

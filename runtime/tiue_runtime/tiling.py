@@ -1,7 +1,7 @@
 """Decoding pictures in less memory: one at a time, then in overlapping tiles that are blended linearly.
 
-One at a time changes nothing. Tiles do: the group norms and the attention of an autoencoder see the whole of what they
-are given, so each tile gets contrasts and colours of its own, and the blend hides the seams.
+Decoding one at a time changes nothing. Tiles change the picture: the group norms and the attention of an autoencoder
+see one tile, so each tile gets contrasts and colours of its own. The blend hides the seams.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from tiue_runtime.bundle import Manifest
 
 Float32 = NDArray[np.float32]
 
-# Latent pixels. Smaller tiles than this are mostly overlap, and less than what a Stable Diffusion decoder sees around
-# a pixel, so their seams show.
+# Latent pixels of a tile's side. In smaller tiles the seams show: they are mostly overlap, and a Stable Diffusion
+# decoder sees more than that around each pixel.
 MIN_TILE = 16
 
 OVERLAP = 0.25  # of a tile's side, shared with its neighbour
@@ -33,7 +33,7 @@ class Plan:
     tiled: bool = False
 
     def describe(self, scale: int) -> str:
-        """In words for a warning; scale is pixels per latent."""
+        """Describe the plan for a warning. scale: pixels per latent."""
         if not self.tiled:
             return f"decoding {self.rows} at once"
         size = f"{self.width * scale}x{self.height * scale}"
@@ -41,14 +41,20 @@ class Plan:
 
 
 def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> list[Plan]:
-    """The ways to decode latents of `shape` (B,C,h,w), each in less memory than the one before.
+    """List the ways to decode latents, each in less memory than the one before.
 
-    tiling: None for whole pictures, then tiles; False for whole pictures only; True for tiles at once, where a picture
-        is larger than one. The first tiles have the bundle's default size, the next ones half of it, down to MIN_TILE.
+    Args:
+        manifest: of the bundle.
+        shape: of the latents, (B, C, h, w).
+        tiling: None for whole pictures, then tiles; False for whole pictures only; True for tiles at once, if a
+            picture is larger than one.
+
+    Returns:
+        At least one plan. The first tiles have the bundle's default size, the next ones half of it, down to MIN_TILE.
     """
     count, _, height, width = shape
     scale = manifest.pixels_per_latent
-    multiple = manifest.size_multiple // scale  # tiles have sides that the bundle allows for pictures
+    multiple = manifest.size_multiple // scale  # Tiles have sides that the bundle allows for pictures.
     least = ceil(MIN_TILE / multiple) * multiple
     side = max(manifest.default_height // scale, least), max(manifest.default_width // scale, least)
     small = height <= side[0] and width <= side[1]
@@ -67,9 +73,13 @@ def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> li
 
 
 def decode_parts(run: Callable[[Float32], Float32], latents: Float32, plan: Plan, scale: int) -> Float32:
-    """latents (B,C,h,w) => image (B,3,H,W), by `run`, which does the same for a part of them.
+    """Turn latents (B, C, h, w) => image (B, 3, H, W). Beside the result, one part at a time is in memory.
 
-    scale: pixels per latent, H = scale * h. Besides the result, one part at a time is in memory.
+    Args:
+        run: decodes a part of the latents.
+        latents: z_0.
+        plan: one of `plans`.
+        scale: pixels per latent, H = scale * h.
     """
     count, _, height, width = latents.shape
     if (plan.rows, plan.height, plan.width) == (count, height, width):
@@ -79,17 +89,23 @@ def decode_parts(run: Callable[[Float32], Float32], latents: Float32, plan: Plan
     for first, (top, down), (left, across) in parts:
         rows, bottom, right = slice(first, first + plan.rows), top + plan.height, left + plan.width
         part = run(latents[rows, :, top:bottom, left:right])
-        if not image.size:  # not earlier: the first run may free the memory that is needed here
+        if not image.size:  # Not earlier, because the first run may free the memory that is needed here.
             image = np.zeros((count, 3, height * scale, width * scale), dtype=np.float32)
         image[rows, :, top * scale : bottom * scale, left * scale : right * scale] += part * (down[:, None] * across)
     return image
 
 
 def windows(size: int, tile: int, scale: int) -> list[tuple[int, Float32]]:
-    """Tiles along one axis of `size` latents: (first latent, weight of each of tile * scale pixels).
+    """Spread tiles evenly along one axis, overlapping by at least OVERLAP.
 
-    They are spread evenly and overlap by at least OVERLAP. Weights rise and fall linearly over that, not at the border
-    of the picture, and those of a pixel add up to 1.
+    Args:
+        size: latents of the axis.
+        tile: latents of a tile.
+        scale: pixels per latent.
+
+    Returns:
+        For each tile its first latent, and the weights of its tile * scale pixels. Weights rise and fall linearly over
+        the overlap, but not at the border of the picture. The weights of a pixel add up to 1.
     """
     if tile >= size:
         return [(0, np.ones(size * scale, dtype=np.float32))]

@@ -15,11 +15,11 @@ def free_memory(gpu: int | None = None) -> int | None:
     gpu: the GPU's number, or None for the computer's own memory.
     """
     if gpu is not None:
-        return _cuda_free(gpu)
+        return cuda_free(gpu)
     if sys.platform == "win32":
-        return _windows_free()
+        return windows_free()
     # macOS answers only through its own kernel interface.
-    return _linux_free(Path("/")) if sys.platform.startswith("linux") else None
+    return linux_free(Path("/")) if sys.platform.startswith("linux") else None
 
 
 def give_back() -> None:
@@ -30,7 +30,7 @@ def give_back() -> None:
             trim(0)
 
 
-def _linux_free(root: Path) -> int | None:
+def linux_free(root: Path) -> int | None:
     """The least of what the machine has available, and what control groups and RLIMIT_AS leave to this process."""
     import resource  # exists on Unix only
 
@@ -73,7 +73,7 @@ def _cgroups_left(root: Path) -> Iterator[int]:
         yield int(most) - used
 
 
-def _windows_free() -> int | None:
+def windows_free() -> int | None:
     """The least of free memory, memory that may still be committed, and address space."""
     if sys.platform != "win32":
         return None
@@ -99,7 +99,7 @@ class _MemoryStatus(ctypes.Structure):
     )
 
 
-def _cuda_free(index: int, load: Callable[[str], Any] = ctypes.CDLL) -> int | None:
+def cuda_free(index: int, load: Callable[[str], Any] = ctypes.CDLL) -> int | None:
     """Free bytes of a GPU through the CUDA driver, which numbers them as ONNX Runtime does (CUDA_VISIBLE_DEVICES)."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()

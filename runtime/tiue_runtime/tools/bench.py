@@ -15,6 +15,7 @@ from tiue_runtime.ort.sessions import installed_wheels
 from tiue_runtime.pipeline import Float32, Pipeline, Result
 
 PROMPT = "a red heart"
+SAME = 0.02  # of pixels in [0, 1]: GPU kernels may add up in another order from run to run
 
 
 def bench(
@@ -32,7 +33,9 @@ def bench(
         Rows to print: conditions, then median, least and most milliseconds of each graph.
 
     Raises:
-        RequestError, InferenceError, and the errors of `Pipeline.load`.
+        RequestError: runs or an option is wrong.
+        InferenceError: a run failed, or gave other pictures than the one before.
+        TiueError: as `Pipeline.load`.
     """
     if runs < 1:
         raise RequestError(f"runs: expected at least 1, got {runs}")
@@ -48,8 +51,7 @@ def bench(
 
     warm_up = run()
     results = [run() for _ in range(runs)]
-    # The same request on the same device; GPU kernels may add up in another order from run to run.
-    if not all(np.allclose(result.images, warm_up.images, atol=0.02) for result in results):
+    if not all(np.allclose(result.images, warm_up.images, atol=SAME) for result in results):
         raise InferenceError("the same seed gave different pictures from run to run")
     count, rows, columns, _ = warm_up.images.shape
     computed = f" in {pipeline.precision}" if pipeline.precision else ""

@@ -211,7 +211,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them as PNG")
-    generate.add_argument("prompt", help='what to draw, such as "a red heart"')
+    generate.add_argument("prompt", help='what to draw, for example "a red heart"')
     generate.add_argument("--out", required=True, metavar="FILE.png", help="where to save; several get -1, -2, ...")
     _bundle_flag(generate)
     _option_flags(generate, RequestOptions)
