@@ -1,4 +1,4 @@
-"""`python -m recipes.emoji.drift`: what the KL term does to the noise that a student predicts.
+"""`python -m recipes.emoji.studies.drift`: what the KL term does to the noise that a student predicts.
 
 A teacher is made of the shipped student: its UNet learns to denoise the drawings again. Two students are then distilled
 from that teacher's own weights, with the KL term and without, all else equal. Writes drift.json (the last losses, and
@@ -35,7 +35,7 @@ _LR = 2e-4  # of the teacher; falls to zero
 
 def main(argv: list[str] | None = None) -> int:
     """Train, distil and draw."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.emoji.drift", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.emoji.studies.drift", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, default=800, help="of the teacher (default: 800)")
     parser.add_argument("--iterations", type=int, default=240, help="of each distillation (default: 240)")

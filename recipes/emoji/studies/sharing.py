@@ -1,4 +1,4 @@
-"""`python -m recipes.emoji.sharing`: what `shared_up_blocks` costs in pictures and saves in time, on the default model.
+"""`python -m recipes.emoji.studies.sharing`: the cost of `shared_up_blocks` in pictures, and its gain in time.
 
 The shipped student goes on learning to draw what it draws now, once as it is (the control: bfloat16 and the averaging
 cost something, too) and once with an up block shared, from the same captions and noise. Writes sharing.json and
@@ -27,14 +27,14 @@ from recipes.emoji.student import all_captions
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.text_encoder import encode_text
 
-SHIPPED = Path(__file__).parents[2] / "models/emoji/student.safetensors"
+SHIPPED = Path(__file__).parents[3] / "models/emoji/student.safetensors"
 DISTANCE_PAIRS = 256  # captions of the report, each with noise of its own
 TIMED = 50  # passes
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, measure and draw."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.emoji.sharing", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.emoji.studies.sharing", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="the judge's size, and the rate and batch")
     parser.add_argument("--steps", type=int, default=600, help="of each (default: 600)")
     parser.add_argument("--out", type=Path, default=Path("runs/sharing"), help="directory of all that is made")
