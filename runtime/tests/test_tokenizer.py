@@ -113,6 +113,14 @@ WRONG = {
         put("post_processor/special_tokens/<end>/ids", [99]),
         "post_processor: expected an id of the vocabulary, got 99",
     ),
+    "a second text": (
+        put("post_processor/single", [{"Sequence": {"id": "B", "type_id": 0}}]),
+        r"post_processor\.single: got",
+    ),
+    "more ids than tokens": (
+        put("post_processor/special_tokens/<end>/ids", [2, 2]),
+        r"post_processor\.special_tokens: got",
+    ),
     "more own tokens than fit": (
         put("post_processor/single", [{"SpecialToken": {"id": "<end>", "type_id": 0}}] * 9),
         "post_processor: expected at most 8 tokens, got 9",

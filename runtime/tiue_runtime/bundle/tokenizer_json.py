@@ -216,6 +216,11 @@ def _piece(value: Any) -> bool:
     return _word(piece["id"]) and _is(0, 1)(piece["type_id"]) and (kind == "SpecialToken" or piece["id"] in ("A", "B"))
 
 
+def _is_second(piece: Any) -> bool:
+    """Whether a piece of a template stands for a second text, which a prompt does not have."""
+    return "Sequence" in piece and piece["Sequence"]["id"] == "B"
+
+
 def _special_tokens(value: Any) -> bool:
     checks = {"id": _word, "ids": _list_of(_MOST_PARTS, _id), "tokens": _list_of(_MOST_PARTS, _word)}
     return (
@@ -309,7 +314,7 @@ _KINDS: dict[str, dict[str, dict[str, Check]]] = {
         },
         "ByteLevel": _BYTE_LEVEL,
         "TemplateProcessing": {
-            "single": _list_of(_MOST_PARTS, _piece),
+            "single": lambda value: _list_of(_MOST_PARTS, _piece)(value) and not any(_is_second(one) for one in value),
             "pair": _list_of(_MOST_PARTS, _piece),
             "special_tokens": _special_tokens,
         },
