@@ -183,6 +183,12 @@ def test_refused_before_the_library_sees_it(change_tokenizer, monkeypatch, chang
     assert text.isprintable() and len(text) < 500
 
 
+def test_a_field_that_is_missing_is_the_librarys_to_refuse(change_tokenizer):
+    path = change_tokenizer(lambda content: content["post_processor"].pop("single"))
+    with pytest.raises(BundleError, match="the tokenizer failed"):
+        PromptTokenizer(path, LENGTH)
+
+
 def test_a_pipe_is_refused_without_waiting(copy):
     os = pytest.importorskip("posix")
     (copy / "tokenizer.json").unlink()

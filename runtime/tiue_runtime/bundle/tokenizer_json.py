@@ -143,7 +143,7 @@ def _own_ids(processor: Any) -> list[Any]:
         return [number for inner in processor["processors"] for number in _own_ids(inner)]
     if processor["type"] == "TemplateProcessing":
         named = {name: token["ids"] for name, token in processor.get("special_tokens", {}).items()}
-        pieces = (piece["SpecialToken"]["id"] for piece in processor["single"] if "SpecialToken" in piece)
+        pieces = (piece["SpecialToken"]["id"] for piece in processor.get("single", []) if "SpecialToken" in piece)
         return [number for name in pieces for number in named.get(name, [None])]
     return [processor[key][1] for key in ("cls", "sep") if key in processor]
 
@@ -227,7 +227,10 @@ def _special_tokens(value: Any) -> bool:
         _is_object(value)
         and len(value) <= _MOST_PARTS
         and all(
-            _is_object(token) and set(token) == set(checks) and all(checks[key](token[key]) for key in checks)
+            _is_object(token)
+            and set(token) == set(checks)
+            and all(checks[key](token[key]) for key in checks)
+            and len(token["ids"]) == len(token["tokens"])
             for token in value.values()
         )
     )
