@@ -488,7 +488,7 @@ def test_the_clip_loss_needs_clip(tmp_path):
 
 def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):
     components = tiny.with_unet(tiny.unet(cross_attention_dim=24))
-    with pytest.raises(ValueError, match="the text encoder gives 16 channels, the UNet takes 24"):
+    with pytest.raises(ValueError, match="text embeddings of 24 but the text encoder makes 16"):
         Distillation(components, PROMPTS, tmp_path, CONFIG)
     assert not list(tmp_path.iterdir())
 

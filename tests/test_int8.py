@@ -135,4 +135,4 @@ def test_prompts_of_ones_own(bundles, tmp_path, capsys):
 
 def test_int8_is_for_cpus():
     with pytest.raises(ExportError, match="CUDA has no such kernels"):
-        Options(precision="int8", targets=("portable", "cuda"))
+        Options(precision="int8", target=("portable", "cuda"))

@@ -136,9 +136,16 @@ def test_a_pipeline_works_after_a_fork(pipe):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to a command in the background: its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupting_the_command_line_ends_a_graph_that_runs(endless, tmp_path):
     command = [sys.executable, "-m", "tiue_runtime", "generate", PROMPT, "--memory", "parallel", "--bundle"]
-    process = subprocess.Popen([*command, endless, "--out", tmp_path / "a.png"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, endless, "--out", tmp_path / "a.png"], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     time.sleep(3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -158,7 +165,9 @@ Pipeline.load(sys.argv[1], device="cpu")
 
 
 def test_interrupting_a_process_that_loads_ends_it(endless):
-    process = subprocess.Popen([sys.executable, "-c", LOADING, endless], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING, endless], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     assert process.stderr is not None and process.stderr.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()

@@ -42,7 +42,7 @@ def test_captions_name_the_style_only_when_asked(drawings):
 
 
 def test_chosen_concepts_are_unique():
-    labels = data._concept_list()
+    labels = data.concept_list()
     assert len(labels) == len(set(labels)) == 292
 
 
