@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from tiue_runtime import Pipeline
 
-from recipes.emoji import data, measure, report
+from evaluation.metrics import frechet
+from recipes.emoji import data, report
 from recipes.emoji.__main__ import main
 from recipes.emoji.presets import PRESETS
 from recipes.emoji.studies import drift
@@ -48,9 +49,9 @@ def test_chosen_concepts_are_unique():
 
 def test_frechet_distance_of_gaussians():
     a = np.random.default_rng(0).normal(size=(4000, 3))
-    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert measure.frechet(a, a + np.array([1.0, 2.0, 0.0])) == pytest.approx(5.0, rel=1e-6)
-    assert measure.frechet(a, 2 * a) == pytest.approx(3.0, rel=0.1)  # (2 - 1)^2 in each of 3 dimensions
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet(a, a + np.array([1.0, 2.0, 0.0])) == pytest.approx(5.0, rel=1e-6)
+    assert frechet(a, 2 * a) == pytest.approx(3.0, rel=0.1)  # (2 - 1)^2 in each of 3 dimensions
 
 
 def prepared(drawings: data.Drawings, directory: Path):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,10 +105,3 @@ def judge(model: Classifier, images: np.ndarray, concept: np.ndarray) -> tuple[d
     hit = order[:, :5] == torch.from_numpy(concept)[:, None]
     scores = {"top1": hit[:, 0].float().mean().item(), "top5": hit.any(dim=1).float().mean().item()}
     return scores, features.cpu().double().numpy()
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features (n, D)."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    cross = sqrtm(cov_a @ cov_b).real
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * cross))

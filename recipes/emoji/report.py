@@ -18,10 +18,11 @@ from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 from torch import Tensor
 
+from evaluation.metrics import frechet
 from recipes.emoji import loop
 from recipes.emoji.autoencoder import decode
 from recipes.emoji.data import Drawings
-from recipes.emoji.measure import Classifier, classifier, frechet, judge
+from recipes.emoji.measure import Classifier, classifier, judge
 from recipes.emoji.presets import Preset
 from recipes.emoji.student import sample_teacher
 from recipes.emoji.teacher import load_teacher

@@ -59,11 +59,6 @@ class Run:
         if timeout is not None and not timeout > 0:
             raise RequestError(f"timeout: expected seconds greater than 0, or None, got {shorten(timeout)}")
 
-    @property
-    def wants_previews(self) -> bool:
-        """Whether somebody looks at previews."""
-        return self._callback is not None
-
     def cancelled(self) -> bool:
         """Say whether the caller wants to stop, or the time is over."""
         return self._is_late() or (self._asked is not None and bool(self._asked()))
