@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiue_runtime import Pipeline
+from tiue_runtime.ort.devices import KINDS
 
 TINY = Path(__file__).parent / "data" / "tiny"
 TAU = {751: 0.9, 501: 0.7, 251: 0.4, 1: 0.2}
@@ -106,6 +107,39 @@ def onnxruntime_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleTyp
         return fake
 
     return replace
+
+
+@pytest.fixture
+def granting(onnxruntime_with: Callable[..., ModuleType]) -> Callable[..., None]:
+    """granting({kind: problem, ...}) is an ONNX Runtime with these kinds of device: each starts, or has its problem.
+
+    bf16: whether its products are rounded, as on a CPU that multiplies in bf16.
+    """
+
+    def install(problems: dict[str, str], bf16: bool = False) -> None:
+        class Session:
+            def __init__(self, model: object, sess_options: object, providers: Any, enable_fallback: bool) -> None:
+                self.name, _ = providers[0]
+                for kind, problem in problems.items():
+                    if problem and KINDS[kind].provider == self.name:
+                        raise RuntimeError(problem)
+
+            def get_providers(self) -> list[str]:
+                return [self.name]
+
+            def disable_fallback(self) -> None:
+                pass
+
+            def run(self, outputs: object, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+                product = feed["a"] @ feed["b"]
+                if bf16:
+                    product = ((product.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
+                return [product]
+
+        names = [KINDS[kind].provider for kind in problems]
+        onnxruntime_with(get_available_providers=lambda: names, InferenceSession=Session, preload_dlls=lambda: None)
+
+    return install
 
 
 @pytest.fixture

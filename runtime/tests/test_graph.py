@@ -50,6 +50,9 @@ class Value:
     def numpy(self):
         return self._array.copy()
 
+    def shape(self):
+        return list(self._array.shape)
+
 
 class Binding:
     def __init__(self):

@@ -2,8 +2,10 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 from tiue_runtime import Pipeline
 from tiue_runtime.bundle import Bundle
@@ -11,10 +13,10 @@ from tiue_runtime.bundle.find import find_bundle, installed_bundles
 from tiue_runtime.errors import DeviceError, OutOfMemoryError, is_out_of_memory
 from tiue_runtime.host import machine
 from tiue_runtime.noise import gaussian
-from tiue_runtime.ort import placement, sessions
-from tiue_runtime.ort.devices import Device, Settings, provider_options
+from tiue_runtime.ort import sessions
+from tiue_runtime.ort.devices import KINDS, Device, Settings, provider_options
 from tiue_runtime.ort.graph import Graph
-from tiue_runtime.ort.placement import check_settings
+from tiue_runtime.ort.placement import place
 from tiue_runtime.tools import doctor
 
 OPENVINO = Device("openvino")
@@ -64,25 +66,18 @@ def test_options(monkeypatch):
 )
 def test_settings_that_contradict_the_device(device, settings, message):
     with pytest.raises(DeviceError, match=message):
-        check_settings(Device(device), settings)
+        place(
+            device,
+            provider_options=settings.provider_options,
+            cuda_graphs=settings.cuda_graphs,
+            precision=settings.precision,
+            threads=settings.threads,
+        )
 
 
 def test_precision_needs_the_device_by_name(tiny):
-    with pytest.raises(DeviceError, match='precision: expected device="openvino", got device="auto"'):
+    with pytest.raises(DeviceError, match='precision: expected the device that it is for, got device="auto"'):
         Pipeline.load(tiny, precision="fp32")
-
-
-class Multiplying:
-    """A session of a matrix product on a CPU that multiplies in bf16, or in float32 whatever it is asked for."""
-
-    def __init__(self, bf16):
-        self.bf16 = bf16
-
-    def run(self, outputs, feed):
-        product = feed["a"] @ feed["b"]
-        if self.bf16:
-            product = ((product.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
-        return [product]
 
 
 @pytest.mark.parametrize(
@@ -97,27 +92,24 @@ class Multiplying:
         (False, False, None, "fp32"),
     ],
 )
-def test_the_precision_is_the_one_that_openvino_shows(monkeypatch, flag, bf16, asked, granted):
-    def start(model, device, settings, *, must_take_all):
-        assert must_take_all and settings.precision == "bf16"
-        return Multiplying(bf16)
-
-    monkeypatch.setattr(sessions, "start_session", start)
+def test_the_precision_is_the_one_that_openvino_shows(granting, monkeypatch, flag, bf16, asked, granted):
+    granting({"openvino": ""}, bf16)
     monkeypatch.setattr(machine, "has_bf16", lambda: flag)
-    assert placement.settle_precision(OPENVINO, Settings(precision=asked)).precision == granted
+    placement = place("openvino", precision=asked)
+    assert placement.precision == placement.settings.precision == granted
 
 
-def test_bf16_that_openvino_would_compute_in_float32_is_refused(monkeypatch):
-    monkeypatch.setattr(sessions, "start_session", lambda *args, **options: Multiplying(False))
+def test_bf16_that_openvino_would_compute_in_float32_is_refused(granting):
+    granting({"openvino": ""})
     with pytest.raises(DeviceError, match=r'OpenVINO computes in float32 on this CPU.*Load with "fp32"'):
-        placement.settle_precision(OPENVINO, Settings(precision="bf16"))
+        place("openvino", precision="bf16")
 
 
-def test_precision_of_other_devices_is_not_settled(monkeypatch):
+def test_precision_of_other_devices_is_not_settled(granting, monkeypatch):
+    granting({"cpu": "", "cuda": "", "openvino": ""}, bf16=True)
     monkeypatch.setattr(machine, "has_bf16", lambda: True)
     for device, given in (("cpu", {}), ("cuda", {}), ("openvino", {"device_type": "GPU"})):
-        settings = Settings(given)
-        assert placement.settle_precision(Device(device), settings) is settings
+        assert place(device, provider_options=given).settings == Settings(given)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +122,18 @@ def test_instructions_of_the_cpu(tmp_path, flags, found):
     assert not machine.has_bf16(tmp_path / "elsewhere")
 
 
-def test_auto(monkeypatch):
-    problems = {"cuda": "no driver", "openvino": "no library"}
-    monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in (*problems, "cpu")])
-    monkeypatch.setattr(placement, "probe", lambda device: problems[device.kind])
+def test_auto(granting, monkeypatch):
+    monkeypatch.setattr(machine, "has_bf16", lambda: False)
+    problems = {"cuda": "no driver", "openvino": "no library", "cpu": ""}
+    granting(problems)
     with pytest.warns(UserWarning, match="running on the CPU, because") as said:
-        assert placement.choose_device("auto") == Device("cpu")
+        assert place("auto").device == Device("cpu")
     assert [str(warning.message).partition(" could")[0].split()[-1] for warning in said] == ["CUDA", "OpenVINO"]
     problems["openvino"] = ""
     with pytest.warns(UserWarning, match="because CUDA could not be started"):
-        assert placement.choose_device("auto") == OPENVINO
+        assert place("auto").device == OPENVINO
     problems["cuda"] = ""
-    assert placement.choose_device("auto") == Device("cuda")
+    assert place("auto").device == Device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -153,12 +145,10 @@ def test_auto(monkeypatch):
         (("portable", "cpu"), False, "cuda"),
     ],
 )
-def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, variants, bf16, expected):
-    kinds = "cuda", "openvino", "cpu"
-    monkeypatch.setattr(sessions, "available_providers", lambda: [Device(kind).provider for kind in kinds])
-    monkeypatch.setattr(placement, "probe", lambda device: "")
+def test_auto_passes_over_devices_that_run_none_of_the_graphs(granting, monkeypatch, variants, bf16, expected):
+    granting({"cuda": "", "openvino": "", "cpu": ""})
     monkeypatch.setattr(machine, "has_bf16", lambda: bf16)
-    assert placement.choose_device("auto", variants=variants) == Device(expected)
+    assert place("auto", variants).device == Device(expected)
 
 
 @pytest.mark.parametrize(
@@ -174,44 +164,34 @@ def test_auto_passes_over_devices_that_run_none_of_the_graphs(monkeypatch, varia
 )
 def test_auto_on_a_cpu(imitated, monkeypatch, edit, held, asked, bf16, expected):
     monkeypatch.setattr(machine, "has_bf16", lambda: bf16)
-    monkeypatch.setattr(placement, "_rounds", lambda *_: True)
     bundle = edit(lambda content: content.update(variants=dict.fromkeys(held, content["variants"]["portable"])))
     pipe = Pipeline.load(bundle, device="auto", variant=asked)
     assert (pipe.device, pipe.variant) == (expected, asked or ("portable" if expected == "openvino" else "cpu"))
 
 
-def test_nodes_left_to_the_cpu_are_told(monkeypatch, tiny):
+def test_nodes_left_to_the_cpu_are_told(onnxruntime_with, tiny):
     """ONNX Runtime lists OpenVINO first for a graph of which it runs no node: tiny's vae_decoder, too small for it."""
-    start = sessions.start_session
 
-    def without_openvino(model, device, settings, *, must_take_all=False):
-        if must_take_all:
+    def without_openvino(model, sess_options, **_):
+        if sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1":
             raise RuntimeError(f"nodes are assigned to the default CPU EP, but {sessions.LEFT_NODES} by the user.")
-        session = start(model, Device("cpu"), settings)
-        monkeypatch.setattr(session, "get_providers", lambda: [OPENVINO.provider, "CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        session.get_providers = lambda: [OPENVINO.provider, "CPUExecutionProvider"]
         return session
 
-    monkeypatch.setattr(sessions, "start_session", without_openvino)
+    onnxruntime_with(InferenceSession=without_openvino)
     with pytest.warns(UserWarning, match=r"vae_decoder\.onnx: openvino leaves nodes to ONNX Runtime's CPU provider"):
         Graph(tiny / "vae_decoder.onnx", OPENVINO)
 
 
 @pytest.fixture
 def imitated(monkeypatch):
-    """Sessions that say they run on OpenVINO, where no CUDA is, and run on the CPU; imitated(session) sees each."""
-    start, seen = sessions.start_session, []
-
-    def on_the_cpu(model, device, settings, *, must_take_all=False):
-        session = start(model, Device("cpu"), settings)
-        monkeypatch.setattr(session, "get_providers", lambda: [device.provider])
-        for see in seen:
-            see(session)
-        return session
-
-    monkeypatch.setattr(sessions, "start_session", on_the_cpu)
-    monkeypatch.setattr(sessions, "available_providers", lambda: [OPENVINO.provider, Device("cpu").provider])
+    """OpenVINO's row with ONNX Runtime's CPU provider behind it, on a CPU that does not multiply in bf16."""
+    row = replace(
+        KINDS["openvino"], provider="CPUExecutionProvider", options=lambda *_: {}, must_take_all=False, library=""
+    )
+    monkeypatch.setitem(KINDS, "openvino", row)
     monkeypatch.setattr(machine, "has_bf16", lambda: False)
-    return seen.append
 
 
 def test_auto_records_nothing_where_it_chooses_openvino(imitated, tiny):
@@ -220,28 +200,18 @@ def test_auto_records_nothing_where_it_chooses_openvino(imitated, tiny):
 
 
 def test_memory_is_given_back_by_loading_again(monkeypatch, imitated, tiny):
-    failing = [False]
-
-    def fail(session):
-        run = session.run_with_iobinding
-
-        def run_or_fail(*args):
-            if failing.pop():
-                raise RuntimeError("Failed to allocate 33554432 bytes of memory")
-            run(*args)
-
-        monkeypatch.setattr(session, "run_with_iobinding", run_or_fail)
-
-    imitated(fail)
     graph = Graph(tiny / "vae_decoder.onnx", OPENVINO)
     first, feed = graph.session(), {"latents": np.ones((1, 4, 2, 3), dtype=np.float32)}
     kept = graph(feed)
     assert graph.session() is first
-    failing[:] = [False]
     released = graph(feed, release=True)
     second = graph.session()
     assert second is not first
-    failing[:] = [True]
+
+    def fail(*_):
+        raise RuntimeError("Failed to allocate 33554432 bytes of memory")
+
+    monkeypatch.setattr(second, "run_with_iobinding", fail)
     with pytest.raises(OutOfMemoryError, match="vae_decoder ran out of memory on openvino"):
         graph(feed)
     assert graph.session() is not second
@@ -267,9 +237,9 @@ def test_threads(tiny, monkeypatch):
 
 @real
 def test_granted(tiny):
-    assert placement.choose_device("openvino") == OPENVINO
+    assert place("openvino").device == OPENVINO
     with pytest.raises(DeviceError, match=r"openvino. could not be started: .*Intel"):
-        placement.choose_device("openvino", Settings({"device_type": "GPU.7"}))
+        place("openvino", provider_options={"device_type": "GPU.7"})
     with pytest.warns(UserWarning, match="vae_decoder"):
         pipe = Pipeline.load(tiny, device="openvino", precision="fp32")
     result = pipe(HEART, seed=1)
@@ -327,7 +297,7 @@ def test_several_threads_at_once():
 def test_the_doctor_shows_where_nodes_run(tiny):
     rows, problems = doctor.examine(tiny, "openvino")
     assert problems == []
-    precision = placement.settle_precision(OPENVINO, Settings()).precision
+    precision = place("openvino").precision
     assert rows["provider openvino"] == f"yes: {OPENVINO.provider} starts and computes in {precision}"
     assert rows["placement of"] == f"tiny, portable graphs, on openvino in {precision}"
     assert str(rows["nodes of unet_decoder"]).startswith((f"{OPENVINO.provider} 8", f"all on {OPENVINO.provider}"))

@@ -2,13 +2,15 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiue_runtime import Pipeline
 from tiue_runtime.errors import BundleError, DeviceError
+from tiue_runtime.noise import gaussian
 from tiue_runtime.ort import engines as cache
-from tiue_runtime.ort import placement, sessions
-from tiue_runtime.ort.devices import KINDS, Device, Settings, parse_device, provider_options
-from tiue_runtime.ort.placement import check_settings, choose_variant
+from tiue_runtime.ort.devices import KINDS, Device, Kind, Settings, parse_device, provider_options
+from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.placement import place
 
 BOTH = ("portable", "cuda")
 
@@ -23,12 +25,27 @@ def test_devices_and_their_names(kind):
 
 
 @pytest.mark.parametrize(
-    "device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cpu:1", "CPU", "openvino:1", "tensorrt:", 3, None]
+    "device",
+    [
+        "gpu",
+        "",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:²",
+        "cuda:99999",
+        "cpu:1",
+        "CPU",
+        "openvino:1",
+        "tensorrt:",
+        3,
+        None,
+    ],
 )
 def test_refuses_other_devices(device):
-    expected = r'device: expected "auto", "cpu", "openvino", "cuda", "tensorrt" or "tensorrt-rtx".*got'
-    with pytest.raises(DeviceError, match=expected):
-        placement.choose_device(device)
+    with pytest.raises(DeviceError, match=r"device: expected .*got") as caught:
+        place(device)
+    assert all(f'"{kind}"' in str(caught.value) for kind in ("auto", *KINDS))
 
 
 @pytest.mark.parametrize(
@@ -43,22 +60,52 @@ def test_refuses_other_devices(device):
         ("tensorrt-rtx:1", BOTH, "portable"),
     ],
 )
-def test_a_device_runs_the_best_variant_it_can(device, held, expected):
-    assert choose_variant(parse_device(device), held) == expected
+def test_a_device_runs_the_best_variant_it_can(granting, device, held, expected):
+    granting(dict.fromkeys(KINDS, ""))
+    placement = place(device, held)
+    assert (str(placement.device), placement.variant) == (device, expected)
 
 
-def test_a_variant_asked_for():
-    assert choose_variant(Device("cuda"), BOTH, "portable") == "portable"
-    with pytest.raises(BundleError, match=r"variant: expected one that the bundle holds \(portable\), got 'cuda'"):
-        choose_variant(Device("cuda"), ["portable"], "cuda")
+def test_a_variant_asked_for(granting):
+    granting(dict.fromkeys(KINDS, ""))
+    assert place("cuda", BOTH, variant="portable").variant == "portable"
+    for variant in ("cuda", "", 3, ["cuda"]):
+        with pytest.raises(BundleError, match=r"variant: expected one that the bundle holds \(portable\), got"):
+            place("cuda", ["portable"], variant=variant)
     for kind in ("cpu", "tensorrt", "tensorrt-rtx"):
         with pytest.raises(DeviceError, match=rf"variant: {kind} runs (cpu or )?portable graphs, got 'cuda'"):
-            choose_variant(Device(kind), BOTH, "cuda")
+            place(kind, BOTH, variant="cuda")
 
 
 def test_a_bundle_without_graphs_for_the_device():
     with pytest.raises(DeviceError, match="variant: cpu runs cpu or portable graphs, the bundle holds only cuda"):
-        choose_variant(Device("cpu"), ["cuda"])
+        place("cpu", ["cuda"])
+
+
+def test_another_provider_is_one_row(monkeypatch, tiny, close, closed_form):
+    """The row is all that is added, and its policies are followed: its sessions are those of the CPU provider."""
+    row = Kind(
+        "CPUExecutionProvider",
+        "Another",
+        "another",
+        gives_back="by reloading",
+        loads="one by one",
+        options=lambda device, settings: {},
+        session_entries={"session.set_denormal_as_zero": "1"},
+    )
+    monkeypatch.setitem(KINDS, "another", row)
+    pipe = Pipeline.load(tiny, device="another")
+    assert pipe.device == "another" and pipe("a red heart", seed=1).device == "another"
+    z_t = gaussian(3, (4, 4, 6))
+    made = pipe("a red heart", latents=z_t[None], output_type="latent").images
+    close(made[0], closed_form(z_t, "a red heart"))
+    graph = Graph(tiny / "vae_decoder.onnx", Device("another"))
+    first = graph.session()
+    entry = first.get_session_options().get_session_config_entry("session.set_denormal_as_zero")
+    graph({"latents": np.zeros((1, 4, 2, 2), np.float32)}, release=True)
+    assert entry == "1" and graph.session() is not first
+    with pytest.raises(DeviceError, match='"another"'):
+        place("nonsense")
 
 
 def test_a_pipeline_loads_the_files_of_its_variant(edit):
@@ -128,15 +175,21 @@ def test_options_of_tensorrt():
 )
 def test_settings_that_contradict_the_device(device, settings, message):
     with pytest.raises(DeviceError, match=message):
-        check_settings(Device(device), settings)
+        place(
+            device,
+            provider_options=settings.provider_options,
+            cuda_graphs=settings.cuda_graphs,
+            precision=settings.precision,
+            threads=settings.threads,
+        )
 
 
-def test_settings_of_a_pipeline(tiny, monkeypatch):
+def test_settings_of_a_pipeline(tiny, onnxruntime_with):
     with pytest.raises(DeviceError, match="cuda_graphs: expected"):
         Pipeline.load(tiny, device="cpu", cuda_graphs=True)
-    with pytest.raises(DeviceError, match='provider_options: expected the device they are for, got device="auto"'):
+    with pytest.raises(DeviceError, match='provider_options: expected the device that it is for, got device="auto"'):
         Pipeline.load(tiny, provider_options={"a": 1})
-    monkeypatch.setattr(sessions, "available_providers", lambda: ["CPUExecutionProvider"])
+    onnxruntime_with(get_available_providers=lambda: ["CPUExecutionProvider"])
     pipe = Pipeline.load(tiny, device="auto", cuda_graphs=True)  # nothing to record on the CPU
     pipe.warmup(num_images=2)
     assert pipe("a red heart", seed=1).device == "cpu"

@@ -11,9 +11,9 @@ from tiue_runtime.errors import BundleError, DeviceError, InferenceError
 from tiue_runtime.host import machine
 from tiue_runtime.host.machine import thread_count
 from tiue_runtime.ort import sessions
+from tiue_runtime.ort.devices import Device
 from tiue_runtime.ort.graph import Graph
-from tiue_runtime.ort.placement import choose_device
-from tiue_runtime.ort.sessions import Device
+from tiue_runtime.ort.placement import place
 
 no_cuda = pytest.mark.skipif(
     "CUDAExecutionProvider" in sessions.available_providers(), reason="ONNX Runtime with CUDA is installed"
@@ -21,7 +21,7 @@ no_cuda = pytest.mark.skipif(
 
 
 def test_cpu():
-    assert choose_device("cpu") == Device("cpu")
+    assert place("cpu").device == Device("cpu")
     assert str(Device("cuda", 1)) == "cuda:1" and str(Device("cuda")) == "cuda"
 
 
@@ -34,12 +34,12 @@ def test_cuda_is_refused_on_a_cpu_wheel(tiny):
 
 @no_cuda
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
-def test_a_provider_that_is_built_in_but_does_not_start(monkeypatch, tiny):
-    monkeypatch.setattr(sessions, "available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+def test_a_provider_that_is_built_in_but_does_not_start(onnxruntime_with):
+    onnxruntime_with(get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(DeviceError, match=r"could not be started: .*nvidia-smi"):
-        choose_device("cuda")
+        place("cuda")
     with pytest.warns(UserWarning, match="running on the CPU, because CUDA could not be started"):
-        assert choose_device("auto") == Device("cpu")
+        assert place("auto").device == Device("cpu")
 
 
 @no_cuda
@@ -49,19 +49,11 @@ def test_a_session_that_fell_back_is_refused(tiny):
         Graph(tiny / "vae_decoder.onnx", Device("cuda"))
 
 
-def test_two_wheels_are_refused(tmp_path, monkeypatch):
-    for name in ("onnxruntime", "onnxruntime_gpu"):
-        info = tmp_path / f"{name}-1.30.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.30.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sessions, "WHEELS", ("onnxruntime", "onnxruntime-gpu"))  # whatever else is installed
-    message = (
-        r"onnxruntime 1\.30\.0 and onnxruntime-gpu 1\.30\.0 are installed together.*"
-        r"pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
-    )
-    with pytest.raises(DeviceError, match=message):
-        choose_device("cpu")
+def test_two_wheels_are_refused(another_wheel):
+    with pytest.raises(DeviceError, match=r"are installed together.*pip uninstall -y .* && pip install") as caught:
+        place("cpu")
+    said, _, remedy = str(caught.value).partition("pip uninstall")
+    assert another_wheel in said and another_wheel in remedy
 
 
 @pytest.mark.parametrize(

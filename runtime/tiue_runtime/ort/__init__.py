@@ -1,9 +1,10 @@
 """ONNX Runtime: the only folder that imports it.
 
 devices       the kinds of devices, as data: providers, options, policies
-placement     where a bundle's graphs run: device, variant, precision and settings, decided once
-sessions      ONNX Runtime's sessions, and the proof that a device was granted
+placement     where a bundle's graphs run: device, variant, precision and settings, decided and proven once
+sessions      ONNX Runtime's sessions, and the check that they run where they were asked to
 graph         one loaded graph: named arrays in, named arrays out
+interrupt     native calls that Ctrl-C, a cancel function and a deadline can reach
 cuda_graphs   kernels that are recorded once per shape and replayed
-engines       the directories in which TensorRT keeps what it compiles
+engines       the directories of files that TensorRT compiles
 """

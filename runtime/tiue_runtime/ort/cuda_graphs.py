@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a run are recorded once per shape and launched together from then on.
 
-What ONNX Runtime and CUDA demand, and what is done about it:
+The demands of ONNX Runtime and CUDA, and the answers:
 
 1. A recorded run reads and writes the addresses it was recorded with. So every shape has buffers of its own: inputs are
    copied into them, and the features that one graph writes are the very buffers that the next one reads.
@@ -32,7 +32,7 @@ Returned = TypeVar("Returned")
 
 
 class CudaGraphs:
-    """What the graphs of one pipeline share: a thread, whose turn it is, and buffers of inputs that several read."""
+    """Shared by the graphs of one pipeline: a thread, the right of one request to record or replay, and buffers."""
 
     def __init__(self) -> None:
         self.mode: Literal["record", "replay", "without"] | None = None  # None between turns
@@ -49,7 +49,7 @@ class CudaGraphs:
 
     @contextmanager
     def turn(self) -> Generator[None]:
-        """Hold the buffers for one request. A request made by a callback within one goes without recordings."""
+        """Hold the buffers for one request. A request within a request, made by a callback, runs without recordings."""
         with self._lock:
             outer = self.mode
             self.mode = "without" if outer else "record" if self._recording else "replay"
@@ -60,7 +60,7 @@ class CudaGraphs:
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Record the shapes of the requests made within that are not recorded yet."""
+        """Record the new shapes of requests that are made within."""
         with self._lock:
             self._recording = True
             try:
@@ -69,7 +69,7 @@ class CudaGraphs:
                 self._recording = False
 
     def place(self, name: str, array: Any, place: tuple[str, int]) -> Any:
-        """Copy an input that several graphs read to the device: into its buffer, if this is a request of that shape."""
+        """Copy an input to the device, for several graphs. If its shape is recorded, the copy goes into the buffer."""
         key = name, *_signature(array)
         if self.mode == "record" and key not in self._inputs:
             self._inputs[key] = _buffer(array, place)
@@ -80,7 +80,7 @@ class CudaGraphs:
 
 
 class Recordings:
-    """The recorded shapes of one session. For the thread of its CudaGraphs alone."""
+    """The recorded shapes of one session. Only the thread of its CudaGraphs may use them."""
 
     def __init__(self, session: Any, place: tuple[str, int], graphs: CudaGraphs) -> None:
         self._session = session
@@ -92,14 +92,18 @@ class Recordings:
     def __call__(
         self, inputs: Mapping[str, Any], run: Callable[[Mapping[str, Any]], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """Outputs by name in device memory, or None if there is no recording for the shapes of `inputs`.
+        """Replay the recording for the shapes of `inputs`, or make it if this is the time to record.
 
-        inputs: contiguous arrays, or values in device memory.
-        run: runs the session without recording, and leaves its outputs in device memory.
+        Args:
+            inputs: contiguous arrays, or values in device memory.
+            run: runs the session without a recording, and leaves its outputs in device memory.
+
+        Returns:
+            Outputs by name in device memory, or None if there is no recording.
         """
         if self.graphs.mode not in ("record", "replay"):
             return None
-        # Arrays are known by their shape, what is in device memory by its address, which is part of the recording.
+        # Arrays are told apart by shape, values in device memory by address, because the recording contains addresses.
         key = tuple((name, *_signature(value)) for name, value in inputs.items())
         recording = self._recorded.get(key)
         if recording is None:
@@ -150,7 +154,7 @@ def _is_array(value: object) -> bool:
 
 
 def _buffer(array: Any, place: tuple[str, int]) -> Any:
-    """A copy of an array in device memory that is never the array's own memory, as ortvalue_from_numpy may be."""
+    """Copy an array to device memory. ortvalue_from_numpy may share the array's own memory; this never does."""
     buffer = load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, *place)
     buffer.update_inplace(array)
     return buffer

@@ -178,6 +178,7 @@ KINDS = {
         gives_back="on request",
         loads="side by side",  # because to load a graph is mostly the work of one thread
         variants=(CPU, PORTABLE),
+        remedy="Install ONNX Runtime again",
     ),
     "openvino": Kind(
         "OpenVINOExecutionProvider",

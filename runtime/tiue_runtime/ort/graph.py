@@ -1,6 +1,6 @@
-"""An ONNX graph: takes named arrays, returns named arrays, checks both against the contract."""
+"""An ONNX graph: named arrays in, named arrays out, both checked against the contract."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,26 @@ Cancelled = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Declared:
-    """What a graph says of one of its inputs or outputs."""
+    """Type and shape of an input or output, as a graph declares them."""
 
     dtype: str  # ONNX Runtime's name, such as "tensor(float)"
     shape: tuple[int | str | None, ...]  # None or a name where a dimension is dynamic
 
     def __str__(self) -> str:
-        return f"{self.dtype} of {len(self.shape)} dimensions"
+        return f"{self.dtype} of {self.rank} dimensions"
+
+    @property
+    def rank(self) -> int:
+        """The number of dimensions. ONNX Runtime gives 0, too, where a graph does not tell."""
+        return len(self.shape)
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it is a tensor that numpy can compute with."""
+        return self.dtype.startswith("tensor(") and self.dtype != "tensor(string)"
+
+
+_CONTRACT = {name: Declared(f"tensor({dtype})", (None,) * rank) for name, (dtype, rank) in TENSORS.items()}
 
 
 class Graph:
@@ -54,14 +67,21 @@ class Graph:
         check_files: Callable[[], object] | None = None,
         load: bool = True,
     ) -> None:
-        """Take the graph in `path` for `device`, and load it now, or when it is first asked for anything.
+        """Take a graph.
 
-        cuda_graphs: what the graphs of a pipeline share whose `settings` have cuda_graphs.
-        check: called whenever the graph has been loaded.
-        check_files: called whenever the graph is about to be loaded.
+        Args:
+            path: its ONNX file.
+            device: where it runs.
+            settings: of its sessions.
+            cuda_graphs: shared by the graphs of a pipeline, if `settings` have cuda_graphs.
+            check: called whenever the graph has been loaded. An error of it refuses the graph.
+            check_files: called whenever the graph is about to be loaded.
+            load: load it now, and not when it is first needed.
 
-        Loading raises BundleError for a bad graph, DeviceError for a refused device or setting, LoadingError, and what
-        `check` does.
+        Raises:
+            BundleError: the graph is bad.
+            DeviceError: the device or a setting was refused.
+            LoadingError: memory ran out.
         """
         self.name = path.stem
         self.device = device
@@ -109,7 +129,7 @@ class Graph:
         return self._session is not None
 
     def unload(self) -> None:
-        """Let go of the session and its memory, once nobody uses it any more; the next call loads it again."""
+        """Free the session and its memory, as soon as no call uses it. The next call loads it again."""
         if self._session is not None:
             self._session = None
             give_back()
@@ -184,7 +204,16 @@ class Graph:
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Copy inputs to the device, once for all runs that take them, of this graph and others there.
 
-        On the CPU they are returned as they are. Raises InferenceError, or OutOfMemoryError of its kind.
+        On the CPU they are returned unchanged.
+
+        Args:
+            arrays: numpy arrays.
+
+        Returns:
+            Values for `__call__`.
+
+        Raises:
+            InferenceError: the copy failed. OutOfMemoryError is of its kind.
         """
         if not self.device.is_gpu:
             return dict(arrays)
@@ -227,11 +256,16 @@ class Graph:
             self._entries = {}
             session.run_with_iobinding(binding, run_options({}))
         outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        for name, value in outputs.items():
+            rank = self.outputs[name].rank
+            # ONNX Runtime guarantees the declared type, but not the declared shape.
+            if rank and len(value.shape()) != rank:
+                raise BundleError(f"{self.name}: expected {name} of {rank} dimensions, got shape {value.shape()}")
         return outputs if keep_on_device else {name: value.numpy() for name, value in outputs.items()}
 
     @contextmanager
     def _errors(self) -> Generator[None]:
-        """Turn what ONNX Runtime raises into errors of this package."""
+        """Turn exceptions of ONNX Runtime into errors of this package."""
         try:
             yield
         except TiueError:
@@ -267,30 +301,43 @@ class Graph:
         Raises:
             BundleError: the graph breaks the contract.
         """
-        known = {name: Declared(f"tensor({TENSORS[name][0]})", (None,) * TENSORS[name][1]) for name in inputs | outputs}
-        may = known | dict(features or {})
-        unknown = clip(", ".join(sorted(set(self.inputs) - inputs - set(features or {}))))
+        features = features or {}
+        unknown = set(self.inputs) - inputs - set(features)
         if unknown:
-            raise BundleError(
-                f"{self.name}: expected inputs among {', '.join(sorted(inputs | set(features or {})))}, got {unknown}"
-            )
+            known = ", ".join(sorted({*inputs, *features}))
+            raise BundleError(f"{self.name}: expected inputs among {known}, got {_some(sorted(unknown))}")
         absent = ((needed or set()) - set(self.inputs)) | (outputs - set(self.outputs))
         if absent:
-            names = clip(", ".join((*self.inputs, *self.outputs)))
-            raise BundleError(f"{self.name}: expected {', '.join(sorted(absent))}, got only {names}")
+            got = _some([*self.inputs, *self.outputs])
+            raise BundleError(f"{self.name}: expected {', '.join(sorted(absent))}, got only {got}")
         for name, declared in (*self.inputs.items(), *self.outputs.items()):
-            wanted = may.get(name)
-            if not declared.dtype.startswith("tensor(") or declared.dtype == "tensor(string)":
-                raise BundleError(f"{self.name}: expected {name} to be a tensor of numbers, got {declared.dtype}")
-            if wanted and (wanted.dtype, len(wanted.shape)) != (declared.dtype, len(declared.shape)):
-                raise BundleError(f"{self.name}: expected {name} as {wanted}, got {declared}")
+            if not declared.is_numeric:
+                raise BundleError(f"{self.name}: expected {clip(name)} to be a tensor of numbers, got {declared.dtype}")
+            wanted = _CONTRACT.get(name) or features.get(name)
+            if wanted and (wanted.dtype, wanted.rank) != (declared.dtype, declared.rank):
+                raise BundleError(f"{self.name}: expected {clip(name)} as {wanted}, got {declared}")
 
     def check_output(self, name: str, value: Array, shape: tuple[int, ...], remedy: str = "") -> None:
-        """Raise BundleError if a computed value has another shape, InferenceError with `remedy` if it is not finite."""
+        """Check a computed value.
+
+        Args:
+            name: of the output.
+            value: the array.
+            shape: that it must have.
+            remedy: for values that are not finite.
+
+        Raises:
+            BundleError: the shape is another one.
+            InferenceError: a value is not finite.
+        """
         if value.shape != shape:
             raise BundleError(f"{self.name}: expected {name} of shape {shape}, got {value.shape}")
         if not np.isfinite(value).all():
             raise InferenceError(f"{self.name}: {name} has NaN or infinity on {self.device}. {remedy}".rstrip())
+
+
+def _some(names: Iterable[str]) -> str:
+    return clip(", ".join(names))
 
 
 def _declared(node: Any) -> Declared:

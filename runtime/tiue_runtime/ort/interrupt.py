@@ -25,7 +25,9 @@ def interruptible(
     stop: Callable[[], object] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> T:
-    """Call `function` so that it can be interrupted.
+    """Call a function so that it can be interrupted.
+
+    A call that cannot be stopped is left behind on its thread, which does not keep Python from exiting.
 
     Args:
         function: the native call.
@@ -66,7 +68,7 @@ def interruptible(
             done.wait(GRACE_SECONDS)
         raise
     if errors:
-        raise errors[0]
+        raise errors.pop()  # An error that stayed in the list would be a cycle, and keep the arrays of its frames.
     return results[0]
 
 
@@ -124,4 +126,4 @@ def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) 
         while thread.is_alive():
             thread.join(POLL_SECONDS)
     if errors:
-        raise errors[0]
+        raise errors.pop(0)

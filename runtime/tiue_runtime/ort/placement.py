@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import SupportsIndex, cast
 
@@ -16,6 +17,7 @@ from tiue_runtime.errors import BundleError, DeviceError, clip, shorten
 from tiue_runtime.host import gpu, machine
 from tiue_runtime.ort import sessions
 from tiue_runtime.ort.devices import AUTO, KINDS, OWNED, Device, Precision, Settings, parse_device
+from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.sessions import first_line, installed_wheels, replace_wheels
 
 MOST_THREADS = 4096
@@ -83,37 +85,29 @@ def place(
     """
     if variant is not None and variant not in tuple(variants):
         raise BundleError(f"variant: expected one that the bundle holds ({_some(variants)}), got {shorten(variant)}")
+    usable = tuple(variants) if variant is None else (variant,)
     settings = Settings({} if provider_options is None else provider_options, cuda_graphs, precision, threads)
-    chosen = choose_device(device, settings, variants if variant is None else (variant,))
     if device == "auto":
+        for name in ("provider_options", "precision"):
+            if getattr(settings, name):
+                raise DeviceError(f'{name}: expected the device that it is for, got device="auto"')
+        chosen = _choose_any(usable)
         settings = replace(settings, cuda_graphs=cuda_graphs and chosen.row.cuda_graphs)
-        check_settings(chosen, settings)
-    return Placement(chosen, choose_variant(chosen, variants, variant), settle_precision(chosen, settings))
+        _check_settings(chosen, settings)
+    else:
+        chosen = parse_device(device)
+        _check_settings(chosen, settings)
+    runs = [name for name in chosen.row.variants if name in usable]
+    if not runs:
+        offered = f"the bundle holds only {_some(variants)}" if variant is None else f"got {variant!r}"
+        raise DeviceError(f"variant: {chosen} runs {' or '.join(chosen.row.variants)} graphs, {offered}")
+    if device != "auto":
+        _grant(chosen, settings)
+    return Placement(chosen, runs[0], _settle_precision(chosen, settings))
 
 
-def choose_variant(device: Device, held: Collection[str], asked: str | None = None) -> str:
-    """Choose the variant, among those that a bundle holds, whose graphs run on a device: `asked`, else the best.
-
-    Raises:
-        BundleError: the bundle does not hold the one asked for.
-        DeviceError: it, or all there are, do not run on the device.
-    """
-    runs = device.row.variants
-    if asked is not None and asked not in tuple(held):
-        raise BundleError(f"variant: expected one that the bundle holds ({_some(held)}), got {shorten(asked)}")
-    usable = [variant for variant in runs if variant in (held if asked is None else (asked,))]
-    if not usable:
-        offered = f"got {asked!r}" if asked else f"the bundle holds only {_some(held)}"
-        raise DeviceError(f"variant: {device} runs {' or '.join(runs)} graphs, {offered}")
-    return usable[0]
-
-
-def check_settings(device: Device, settings: Settings) -> None:
-    """Check settings against the device that they are for.
-
-    Raises:
-        DeviceError: the device cannot have them.
-    """
+def _check_settings(device: Device, settings: Settings) -> None:
+    """Raise DeviceError for settings that a device cannot have."""
     kind = device.row
     if settings.cuda_graphs and not kind.cuda_graphs:
         raise DeviceError(f"cuda_graphs: expected device={_kinds_with('cuda_graphs')}, got {device}")
@@ -164,42 +158,27 @@ def _some(names: Collection[object]) -> str:
     return clip(", ".join(map(str, names)))
 
 
-def choose_device(
-    device: str = "auto", settings: Settings | None = None, variants: Collection[str] = (PORTABLE,)
-) -> Device:
-    """Turn "auto", "cpu", "cuda:1" and so on into a device that works here; see `place`.
-
-    Raises:
-        DeviceError: the device is not there or does not start, or a setting contradicts it.
-    """
-    settings = settings or Settings()
-    if device == "auto":
-        if settings.provider_options:
-            raise DeviceError('provider_options: expected the device they are for, got device="auto"')
-        if settings.precision is not None:
-            raise DeviceError(f'precision: expected device={_kinds_with("precisions")}, got device="auto"')
-        return _choose_any(variants)
-    chosen = parse_device(device)
-    check_settings(chosen, settings)
+def _grant(device: Device, settings: Settings) -> None:
+    """Raise DeviceError if a device that was asked for by name is not there or does not start."""
     available = sessions.available_providers()
-    if chosen.provider not in available:
+    if device.provider not in available:
         raise DeviceError(
-            f"device: {device!r} needs {chosen.provider}, but the installed ONNX Runtime "
+            f"device: '{device}' needs {device.provider}, but the installed ONNX Runtime "
             f"({', '.join(installed_wheels()) or 'unknown wheel'}) has only {', '.join(available)}. "
-            f"Replace it: {replace_wheels(chosen.row.extra)}"
+            f"Replace it: {replace_wheels(device.row.extra)}"
         )
-    problem = probe(chosen, settings.provider_options)
+    problem = probe(device, settings.provider_options)
     if problem:
-        raise DeviceError(f"device: {device!r} could not be started: {problem.rstrip('.')}. {chosen.row.remedy}.")
-    return chosen
+        raise DeviceError(f"device: '{device}' could not be started: {problem.rstrip('.')}. {device.row.remedy}.")
 
 
 def _choose_any(variants: Collection[str]) -> Device:
+    """Return the first device of AUTO that works and runs one of the variants, else the last."""
     available = sessions.available_providers()
     *others, last = map(Device, AUTO)
     for device in others:
         kind = device.row
-        if kind.provider not in available or set(variants).isdisjoint(kind.variants):
+        if kind.provider not in available or not any(name in variants for name in kind.variants):
             continue
         if kind.slower_than in variants and not machine.has_bf16():
             continue
@@ -210,7 +189,7 @@ def _choose_any(variants: Collection[str]) -> Device:
     return last
 
 
-def settle_precision(device: Device, settings: Settings) -> Settings:
+def _settle_precision(device: Device, settings: Settings) -> Settings:
     """Fill in the precision that the device computes in, and prove it. Devices without a choice: unchanged.
 
     The precision is the one asked for, else bf16 where the CPU multiplies in it. On a CPU without, OpenVINO itself
@@ -235,7 +214,8 @@ def settle_precision(device: Device, settings: Settings) -> Settings:
 def _rounds(device: Device, settings: Settings) -> bool:
     """Whether a matrix product loses the bits that bf16, with 8 significant bits, cannot hold. Raises DeviceError."""
     try:
-        session = sessions.start_session(PRODUCT_MODEL, device, settings, must_take_all=device.row.must_take_all)
+        start = partial(sessions.start_session, PRODUCT_MODEL, device, settings, must_take_all=device.row.must_take_all)
+        session = interruptible(start, f"starting {device}")
         a, b = np.full((16, 16), 1 + 2**-10, dtype=np.float32), np.eye(16, dtype=np.float32)
         return bool((session.run(None, {"a": a, "b": b})[0] == 1).all())
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
@@ -250,7 +230,8 @@ def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
     """
     try:
         settings = Settings(provider_options={**device.row.probe_options, **(options or {})})
-        granted: list[str] = sessions.start_session(PROBE_MODEL, device, settings).get_providers()
+        start = partial(sessions.start_session, PROBE_MODEL, device, settings)
+        granted: list[str] = interruptible(start, f"starting {device}").get_providers()
     except Exception as error:  # every failure is an answer here
         return _with_reason(first_line(error), device)
     if granted[0] == device.provider:

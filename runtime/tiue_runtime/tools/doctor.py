@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiue_runtime.host.gpu import driver_version, find_gpus
 from tiue_runtime.host.machine import thread_count
 from tiue_runtime.ort.devices import KINDS, Device
 from tiue_runtime.ort.engines import cache_root, with_cache
+from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.placement import Placement, place
 from tiue_runtime.ort.sessions import (
     available_providers,
@@ -153,7 +155,7 @@ def _placement_rows(bundle: Bundle, placement: Placement) -> Rows:
         settings = with_cache(replace(placement.settings, record_placement=True), device, bundle.directory, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of nodes on the CPU, which are shown here
-            session = create_session(path, device, settings)
+            session = interruptible(partial(create_session, path, device, settings), f"loading {graph}")
         rows[f"nodes of {graph}"] = count_nodes(session, device)
     return rows
 
