@@ -48,15 +48,15 @@ def cast(name: str, to: int):
     return change
 
 
-def reshaped(name: str, shape: list[int], declared: bool = True):
-    """A change: the output `name` has another shape, and says so or not."""
+def reshaped(name: str, shape: list[int]):
+    """A change: the output `name` has another shape, and says so."""
 
     def change(graph) -> None:
         graph.initializer.append(numpy_helper.from_array(np.array(shape, dtype=np.int64), "new_shape"))
         last(graph, name, helper.make_node("Reshape", ["before", "new_shape"], [name]))
         output = next(output for output in graph.output if output.name == name)
         del output.type.tensor_type.shape.dim[:]
-        for size in shape if declared else ():
+        for size in shape:
             output.type.tensor_type.shape.dim.add().dim_value = size
 
     return change
@@ -70,17 +70,6 @@ def averaged(name: str):
         output = next(output for output in graph.output if output.name == name)
         output.type.tensor_type.ClearField("shape")
         output.type.tensor_type.shape.SetInParent()
-
-    return change
-
-
-def taking(name: str, kind: int, rank: int):
-    """A change: the input `name` is declared otherwise, and cast and averaged to what the graph needs."""
-
-    def change(graph) -> None:
-        given = next(node for node in graph.input if node.name == name)
-        dims = [f"d{i}" for i in range(rank)]
-        given.CopyFrom(helper.make_tensor_value_info(name, kind, dims))
 
     return change
 
@@ -171,13 +160,15 @@ def hidden(name: str, shape: tuple[int, ...]):
         declared = onnx.ValueInfoProto()
         output = next(output for output in graph.output if output.name == name)
         declared.CopyFrom(output)
-        # A shape that is computed from the values: nothing can be said of it before.
-        graph.initializer.append(numpy_helper.from_array(np.array(shape, dtype=np.int64), "wanted"))
+        # The number of dimensions follows from the values, so ONNX Runtime cannot infer it.
+        constants = {"wanted": [*shape, 1], "begin": [0], "rank": [len(shape)]}
+        graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), n) for n, v in constants.items())
         nodes = [
             helper.make_node("ReduceMax", ["before"], ["most"], keepdims=0),
             helper.make_node("IsNaN", ["most"], ["nan"]),
             helper.make_node("Cast", ["nan"], ["zero"], to=TensorProto.INT64),
-            helper.make_node("Add", ["wanted", "zero"], ["new_shape"]),
+            helper.make_node("Add", ["rank", "zero"], ["end"]),
+            helper.make_node("Slice", ["wanted", "begin", "end"], ["new_shape"]),
             helper.make_node("Expand", ["most", "new_shape"], [name]),
         ]
         last(graph, name, nodes[0])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,14 +56,18 @@ def make_endless(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
 
 
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("endless")
+def bundle_with(directory: Path, graph: str, make: Callable[[Path], None]) -> Path:
+    """Write the tiny bundle with another graph."""
     for file in TINY.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
-    make_endless(directory / "unet_decoder.onnx")
-    write_bundle(directory, replace(Bundle.load(TINY).manifest, name="endless"))
+    make(directory / f"{graph}.onnx")
+    write_bundle(directory, replace(Bundle.load(TINY).manifest, name=directory.name))
     return directory
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    return bundle_with(tmp_path_factory.mktemp("endless"), "unet_decoder", make_endless)
 
 
 @pytest.fixture(scope="module")
@@ -155,24 +160,66 @@ def test_interrupting_the_command_line_ends_a_graph_that_runs(endless, tmp_path)
     assert process.returncode == 130 and said.strip() == "tiue-runtime: error: interrupted"
 
 
+def make_slow_to_load(path: Path) -> None:
+    """Write an image decoder whose loading takes minutes: ONNX Runtime computes a chain of constant products."""
+    model = onnx.load(TINY / "vae_decoder.onnx")
+    node, graph = helper.make_node, model.graph
+    small = numpy_helper.from_array(np.array([1e-4], dtype=np.float32))
+    graph.initializer.append(numpy_helper.from_array(np.array([3000, 3000]), "size"))
+    chain = [node("MatMul", [f"product{i}", "product0"], [f"product{i + 1}"]) for i in range(500)]
+    first = node("ConstantOfShape", ["size"], ["product0"], value=small)
+    mean = node("ReduceMean", [chain[-1].output[0]], ["mean"], keepdims=0)
+    [name] = graph.node[-1].output
+    graph.node[-1].output[:] = ["without mean"]
+    graph.node.extend([first, *chain, mean, node("Add", ["without mean", "mean"], [name])])
+    onnx.save(model, path)
+
+
+@pytest.fixture(scope="module")
+def slow_to_load(tmp_path_factory) -> Path:
+    return bundle_with(tmp_path_factory.mktemp("slow"), "vae_decoder", make_slow_to_load)
+
+
 LOADING = """
-import sys, time
+import sys
 from tiue_runtime import Pipeline
-from tiue_runtime.ort import graph
-graph.create_session = lambda *_: sys.stderr.write("loading\\n") and time.sleep(60)
+sys.stderr.write("loading\\n")
 Pipeline.load(sys.argv[1], device="cpu")
 """
 
 
-def test_interrupting_a_process_that_loads_ends_it(endless):
+def test_interrupting_a_process_that_loads_ends_it(slow_to_load):
     process = subprocess.Popen(
-        [sys.executable, "-c", LOADING, endless], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        [sys.executable, "-c", LOADING, slow_to_load], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
     assert process.stderr is not None and process.stderr.readline() == "loading\n"
+    time.sleep(3)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
     assert process.communicate(timeout=10)[1].strip().endswith("KeyboardInterrupt")
     assert time.monotonic() - begun < AT_ONCE
+
+
+WITHIN_A_DEADLINE = """
+import sys, time
+from tiue_runtime import Cancelled, Pipeline
+pipe = Pipeline.load(sys.argv[1], device="cpu", memory="low")
+begun = time.monotonic()
+try:
+    pipe("a red heart", timeout=1)
+except Cancelled as error:
+    print(time.monotonic() - begun, error)
+"""
+
+
+def test_a_deadline_reaches_a_graph_that_loads(slow_to_load):
+    """The thread that loads is left behind, and does not keep Python from exiting."""
+    command = [sys.executable, "-c", WITHIN_A_DEADLINE, slow_to_load]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    seconds, said = done.stdout.split(maxsplit=1)
+    assert float(seconds) < 1 + AT_ONCE and "vae_decoder" in said
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_errors_of_one_item_end_the_rest():
