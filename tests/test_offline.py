@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).parents[1]
 TINY_BUNDLE = ROOT / "runtime/tests/data/tiny"
@@ -59,6 +60,11 @@ def run_offline(tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    return tiny.save_pipeline(tiny.sd15(), tmp_path_factory.mktemp("pipeline"))
+
+
 def _can_trace() -> bool:
     """Say whether strace is installed and may trace: containers often forbid it."""
     return bool(shutil.which("strace")) and subprocess.run([*STRACE, "-o", os.devnull, "true"]).returncode == 0
@@ -83,15 +89,15 @@ def test_doctor_says_that_nothing_is_reported(run_offline):
     assert re.search(r"^telemetry +off", run_offline("tiue_runtime", "doctor").stdout, re.MULTILINE)
 
 
-def test_exporting_is_offline(run_offline, golden_directory, tmp_path):
-    run_offline("export.onnx", "--ckpt", golden_directory, "--steps", "1", "--out", tmp_path / "bundle")
+def test_exporting_is_offline(run_offline, pipeline, tmp_path):
+    run_offline("export.onnx", "--ckpt", pipeline, "--steps", "1", "--out", tmp_path / "bundle")
 
 
-def test_distilling_is_offline(run_offline, golden_directory, tmp_path):
+def test_distilling_is_offline(run_offline, pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red heart\na blue star\n")
     run_offline(
-        "tiue", "--preset", "tiny", "--teacher", golden_directory, "--prompts", prompts, "--out", tmp_path / "run",
+        "tiue", "--preset", "tiny", "--teacher", pipeline, "--prompts", prompts, "--out", tmp_path / "run",
         "--iterations", "1",
     )  # fmt: skip
     assert (tmp_path / "run/report.md").is_file()
