@@ -3,7 +3,7 @@ PYTHON ?= python3
 FULL := .venv
 LIGHT := .venv-runtime
 
-.PHONY: setup demo test test-full test-runtime lint emoji check clean
+.PHONY: setup demo test test-full test-runtime lint fuzz emoji check clean
 
 setup: $(FULL)/ready $(LIGHT)/ready
 
@@ -35,6 +35,10 @@ lint: $(FULL)/ready
 	$(FULL)/bin/ruff check
 	$(FULL)/bin/ruff format --check
 	$(FULL)/bin/pyright --pythonpath $(FULL)/bin/python
+
+# 20,000 damaged files: half an hour. The test of the same name runs a few hundred.
+fuzz: $(FULL)/ready
+	$(FULL)/bin/python tests/fuzzer.py --cases 20000 --seed 1
 
 check: lint test
 

@@ -1,0 +1,63 @@
+"""Run the fuzzer by hand.
+
+python tests/fuzzer.py --cases 20000                                 as many cases of all targets, and counts
+python tests/fuzzer.py --target graphs --seed 7 --case 123           one case again
+python tests/fuzzer.py --target graphs --seed 7 --cases 500 --shrink a smaller example of the first failure
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages of this checkout
+
+from fuzz.driver import SHARES, Report, drive
+from fuzz.pool import Worker
+
+_SHARD = 500  # cases of one seed
+
+
+def main() -> int:
+    """Run the cases that were asked for. Returns 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--target", action="append", choices=sorted(SHARES))
+    parser.add_argument("--case", type=int, help="draw all cases of this seed up to this one, and run only this one")
+    parser.add_argument("--shrink", action="store_true", help="look for a small example of the first failure")
+    arguments = parser.parse_args()
+    targets = arguments.target or list(SHARES)
+    if arguments.case or arguments.shrink:
+        with Worker(*targets) as worker:
+            cases = arguments.case or arguments.cases
+            report = drive(worker, cases, arguments.seed, arguments.case, arguments.shrink)
+        print(*(f"{kind}: {report.examples[kind]}" for kind in report.outcomes), *report.failures, sep="\n")
+        return bool(report.failures)
+    begun, reports = time.monotonic(), []
+    for target in targets:
+        cases = arguments.cases * SHARES[target] // sum(SHARES[t] for t in targets)
+        with Worker(target) as worker:
+            for start in range(0, cases, _SHARD):
+                number = 1000 * arguments.seed + start // _SHARD
+                report = drive(worker, min(_SHARD, cases - start), number)
+                print("".join(f"{failure}\n" for failure in report.failures), end="", flush=True)
+                reports.append(report)
+    _print(reports, time.monotonic() - begun)
+    return any(report.failures for report in reports)
+
+
+def _print(reports: list[Report], seconds: float) -> None:
+    for target in dict.fromkeys(report.target for report in reports):
+        own = [report for report in reports if report.target == target]
+        counts = sum((report.outcomes for report in own), Counter[str]())
+        print(f"{target}: {counts.total()} cases, the slowest {max(report.slowest for report in own):.1f} s")
+        for kind, count in sorted(counts.items()):
+            example = next(report.examples[kind] for report in own if kind in report.examples)
+            print(f"  {count:6} {kind}  {example[:110]!r}")
+    print(f"{sum(report.outcomes.total() for report in reports)} cases in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
