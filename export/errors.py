@@ -1,8 +1,10 @@
 """The exporter's own exceptions."""
 
+from tiue.files import OneLineError
 
-class ExportError(ValueError):
-    """The export cannot be done as asked; the message is one line that says why."""
+
+class ExportError(OneLineError):
+    """The export cannot be done as asked; the message says why."""
 
 
 class ParityError(ExportError):

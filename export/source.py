@@ -15,6 +15,7 @@ from export.errors import ExportError
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, ComponentsError, check_fit, load_components
 from tiue.hub import is_hub_id
+from tiue.plausible import check_runs
 from tiue.recognize import is_original_layout, is_single_file, kind_of_weights
 from tiue.unet import check_shared_up_blocks
 from tiue.weights import WeightsError, read_headers
@@ -55,6 +56,7 @@ def load_source(
         student = _undeclared(components, steps, components.name, shared_up_blocks)
     try:
         check_fit(student.components)
+        check_runs(student.components, replace(student, share_encoder=True).tiue())
     except ComponentsError as error:
         raise ExportError(f"{path_or_id}: {error}") from error
     return student

@@ -35,8 +35,9 @@ def main() -> int:
             report = drive(worker, cases, arguments.seed, arguments.case, arguments.shrink)
         print(*(f"{kind}: {report.examples[kind]}" for kind in report.outcomes), *report.failures, sep="\n")
         return bool(report.failures)
-    begun, reports = time.monotonic(), []
+    begun, total, failed = time.monotonic(), 0, 0
     for target in targets:
+        reports: list[Report] = []
         cases = arguments.cases * SHARES[target] // sum(SHARES[t] for t in targets)
         with Worker(target) as worker:
             for start in range(0, cases, _SHARD):
@@ -44,19 +45,19 @@ def main() -> int:
                 report = drive(worker, min(_SHARD, cases - start), number)
                 print("".join(f"{failure}\n" for failure in report.failures), end="", flush=True)
                 reports.append(report)
-    _print(reports, time.monotonic() - begun)
-    return any(report.failures for report in reports)
+        _print(reports)
+        total += sum(report.outcomes.total() for report in reports)
+        failed += sum(len(report.failures) for report in reports)
+    print(f"{total} cases in {time.monotonic() - begun:.0f} s, {failed} failures")
+    return failed > 0
 
 
-def _print(reports: list[Report], seconds: float) -> None:
-    for target in dict.fromkeys(report.target for report in reports):
-        own = [report for report in reports if report.target == target]
-        counts = sum((report.outcomes for report in own), Counter[str]())
-        print(f"{target}: {counts.total()} cases, the slowest {max(report.slowest for report in own):.1f} s")
-        for kind, count in sorted(counts.items()):
-            example = next(report.examples[kind] for report in own if kind in report.examples)
-            print(f"  {count:6} {kind}  {example[:110]!r}")
-    print(f"{sum(report.outcomes.total() for report in reports)} cases in {seconds:.0f} s")
+def _print(reports: list[Report]) -> None:
+    counts = sum((report.outcomes for report in reports), Counter[str]())
+    print(f"{reports[0].target}: {counts.total()} cases, the slowest {max(report.slowest for report in reports):.1f} s")
+    for kind, count in sorted(counts.items()):
+        example = next(report.examples[kind] for report in reports if kind in report.examples)
+        print(f"  {count:6} {kind}  {example[-110:]!r}", flush=True)
 
 
 if __name__ == "__main__":

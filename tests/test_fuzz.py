@@ -7,7 +7,15 @@ import pytest
 from fuzz.driver import TARGETS, drive, undamaged
 from fuzz.pool import Outcome, Worker
 
-CASES = {"manifests": 80, "tokenizers": 60, "graphs": 80, "external": 40, "students": 12, "captions": 60, "pictures": 15}
+CASES = {
+    "manifests": 80,
+    "tokenizers": 60,
+    "graphs": 80,
+    "external": 40,
+    "students": 12,
+    "captions": 60,
+    "pictures": 15,
+}
 SEED = 20_261
 
 

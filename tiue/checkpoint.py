@@ -23,7 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiue.components import Components, ComponentsError, check_fit, class_named
-from tiue.files import one_line, shortened, written_whole
+from tiue.files import OneLineError, one_line, shortened, written_whole
+from tiue.plausible import check_runs, check_sizes
 from tiue.recognize import kind_of_weights
 from tiue.unet import TiUE
 from tiue.weights import Stored, WeightsError, fill, read_headers, without_wrappers
@@ -35,8 +36,8 @@ _LONGEST_TEXT = 200  # characters of a name, as in bundle.json
 _QUANTIZERS = ("bitsandbytes", "torchao", "torch.ao", "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq")
 
 
-class CheckpointError(ValueError):
-    """A student checkpoint cannot be written or read; the message says why, in one line."""
+class CheckpointError(OneLineError):
+    """A student checkpoint cannot be written or read; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,16 @@ def check_savable(student: Student) -> None:
                     f"({len(differing)} tensors in all); remove adapters and wrappers first"
                 )
         _student(Path("the student"), metadata, rebuilt)
+    except CheckpointError:
+        raise
     except ComponentsError as error:
         raise CheckpointError(f"the student cannot be read back: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except Exception as error:  # Libraries raise anything for configurations that make no sense.
         raise CheckpointError(f"the student cannot be read back: {one_line(repr(error))}") from error
+    try:
+        check_runs(student.components, replace(student, share_encoder=True).tiue())
+    except ComponentsError as error:
+        raise CheckpointError(f"the student cannot be exported: {error}") from error
 
 
 def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None) -> None:
@@ -238,6 +243,7 @@ def load_student(path: str | Path) -> Student:
         raise CheckpointError(f"{path} is not a TiUE student: it {kind}")
     metadata = _read_metadata(path, strings)
     try:
+        check_sizes({part: metadata[part] for part in PARTS}, [stored.shape for stored in found.values()])
         modules = _empty_modules(metadata)
         _fill(path, modules, found, metadata.get("aliases", {}))
         student = _student(path, metadata, modules)
@@ -245,7 +251,7 @@ def load_student(path: str | Path) -> Student:
         raise
     except ComponentsError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # Libraries raise anything for configurations that make no sense.
         raise CheckpointError(f"{path} has incomplete or malformed metadata: {one_line(repr(error))}") from error
     return student
 

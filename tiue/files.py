@@ -69,9 +69,22 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
+class OneLineError(ValueError):
+    """An error of ours about other people's files. Its message is one line, whatever names and values it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message, 1000))
+
+
 def one_line(error: BaseException | str, length: int = 300) -> str:
-    """Put an error's message on one line of at most `length` characters; without a message, the error's type."""
-    return shortened(" ".join(str(error).split()), length) or type(error).__name__
+    """Put an error's message on one line of at most `length` characters; without a message, the error's type.
+
+    Characters that a terminal cannot show, or would obey, are written as escapes.
+    """
+    text = " ".join(str(error)[: 4 * length].split())
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return shortened(text, length) or type(error).__name__
 
 
 def shortened(text: str, length: int = 100) -> str:

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tiue.files import OneLineError
 from tiue.schedule import NoiseSchedule, ignored_options
 from tiue.unet import check_supported
 
@@ -34,7 +35,7 @@ _LONGEST_CARD = 65_536  # bytes of a model card that are searched for its licens
 _LONGEST_LICENSE = 100  # characters
 
 
-class ComponentsError(ValueError):
+class ComponentsError(OneLineError):
     """A pipeline directory lacks a part, or holds one of a kind we do not handle."""
 
 

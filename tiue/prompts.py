@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tiue.files import one_line
+
 FIELDS = ("prompt", "caption", "text", "Task2.Caption")  # where a record has its caption; the last is JourneyDB's
 LONGEST = 100_000  # characters of a caption; a longer one is a file in another format
 _LONGEST_LINE = 10_000_000  # characters of a line; records have other fields, too
@@ -59,7 +61,7 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
                 none = False
                 yield caption
         except OSError as error:
-            raise ValueError(f"{file}: {error.strerror or error}") from error
+            raise ValueError(f"{file}: {one_line(error.strerror or error)}") from error
     if none:
         raise ValueError(f"{path}: holds no prompt{f' (skipped: {in_words(counts)})' if counts else ''}")
     if skipped is None and (said := in_words(Counter({r: n for r, n in counts.items() if r != BLANK}))):
@@ -108,7 +110,7 @@ def _json_lines(path: Path, field: str | None, skipped: Skipped) -> Iterator[str
         except RecursionError as error:
             raise ValueError(f"{where}: the record is nested too deeply") from error
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{where}: {one_line(error)}") from error
         if caption:
             yield _of_sane_length(caption, where)
 
@@ -118,26 +120,31 @@ def _parquet(path: Path, field: str | None, skipped: Skipped) -> Iterator[str]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    row = 0
+    row, column = 0, field
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            column = field if field is not None else next((name for name in FIELDS if name in names), None)
+            if column is None:
+                column = next((name for name in FIELDS if name in names), None)
             if column not in names:
-                raise ValueError(f"{path}: expected a column {field or ' or '.join(FIELDS)}, found {', '.join(names)}")
+                wanted, found = one_line(field or " or ".join(FIELDS), 100), one_line(", ".join(names) or "none", 100)
+                raise ValueError(f"{path}: expected a column {wanted}, found {found}")
             for batch in file.iter_batches(columns=[column]):
                 for value in batch.column(0).to_pylist():
                     if value is None:
                         skipped[NULL] += 1
                     elif not isinstance(value, str):
-                        raise ValueError(f"{path}: column {column} holds {type(value).__name__} at row {row}")
+                        raise ValueError(
+                            f"{path}: column {one_line(column, 100)} holds {type(value).__name__} at row {row}"
+                        )
                     elif caption := _cleaned(value, skipped):
                         yield _of_sane_length(caption, f"{path}, row {row}")
                     row += 1
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: column {column} is not UTF-8 after row {row}") from error
+        text = "the name of a column" if column is None else f"column {one_line(column, 100)}"
+        raise ValueError(f"{path}: {text} is not UTF-8 after row {row}") from error
     except ArrowException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 _READERS: dict[str, Reader] = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
@@ -207,8 +214,8 @@ def _caption(record: Any, field: str | None, skipped: Skipped) -> str:
     if empty:
         skipped[empty] += 1
         return ""
-    received = json.dumps(record)[:80]
-    raise ValueError(f"expected an object with {' or '.join(names)}, received {received}")
+    wanted = one_line(" or ".join(names), 100)
+    raise ValueError(f"expected an object with {wanted}, received {json.dumps(record)[:80]}")
 
 
 def _look_up(record: Any, name: str) -> tuple[bool, Any]:

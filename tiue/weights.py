@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from tiue.files import OneLineError
 from tiue.recognize import kind_of_weights, not_safetensors
 
 
-class WeightsError(ValueError):
+class WeightsError(OneLineError):
     """Weights are missing, damaged or not those of the module; the message says which, but not of which file."""
 
 

@@ -76,7 +76,9 @@ def shorten(value: object) -> str:
         return f"a {type(value).__name__} that cannot be shown"
 
 
-def clip(text: str) -> str:
-    """Return text for a message: one line of at most SHOWN characters."""
-    text = " ".join(text[: 4 * SHOWN].split())
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+def clip(text: str, most: int = SHOWN) -> str:
+    """Return text for a message: one line of at most `most` characters that a terminal can show."""
+    text = " ".join(text[: 4 * most].split())
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

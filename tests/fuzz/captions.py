@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from fuzz.cases import RAW, TEXTS, VALUES, Case, Draw, dump, edit_bytes, edit_json, encode
 
-_LINES = st.one_of(TEXTS, st.text(max_size=30), st.sampled_from(["a red heart", "日本", "\u2028", "\x0b", "\r", "x" * 200_000]))
+_LINES = st.one_of(
+    TEXTS, st.text(max_size=30), st.sampled_from(["a red heart", "日本", "\u2028", "\x0b", "\r", "x" * 200_000])
+)
 _RECORDS: list[Any] = [
     {"prompt": "a red heart"},
     {"caption": "a star", "id": 1},
@@ -42,7 +44,9 @@ def _text(draw: Draw) -> tuple[bytes, str]:
 def _json_lines(draw: Draw) -> tuple[bytes, str]:
     lines: list[str] = []
     for _ in range(draw(st.integers(0, 4))):
-        record = draw(st.one_of(st.sampled_from(_RECORDS), st.builds(lambda text: {"prompt": text}, _LINES), VALUES, RAW))
+        record = draw(
+            st.one_of(st.sampled_from(_RECORDS), st.builds(lambda text: {"prompt": text}, _LINES), VALUES, RAW)
+        )
         if isinstance(record, dict) and draw(st.booleans()):
             record, _ = edit_json(draw, record)
         lines.append(dump(record))

@@ -8,7 +8,9 @@ _PROMPTS = st.one_of(
     TEXTS,
     st.text(max_size=60),
     st.text(st.characters(codec=None, categories=["Cs", "Cc", "Lu", "So"]), max_size=6),
-    st.sampled_from(["a\0b", "\r\n", "\x7f\x80\xff", "é\udcff", "\udcc3\udca9", "--seed", "-1", "@file", "red " * 30_000]),
+    st.sampled_from(
+        ["a\0b", "\r\n", "\x7f\x80\xff", "é\udcff", "\udcc3\udca9", "--seed", "-1", "@file", "red " * 30_000]
+    ),
 )
 
 

@@ -90,7 +90,9 @@ def _other_metadata(draw: Draw, header: dict[str, Any], tensors: bytes) -> Case:
     return Case({NAME: written(dump(header).encode(errors="replace"), tensors)}, (f"{key} {how}", *said))
 
 
-_ALIASES = st.dictionaries(st.sampled_from(["unet.a", "unet.conv_in.weight", "vae.x", "a", ""]), st.one_of(TEXTS, VALUES))
+_ALIASES = st.dictionaries(
+    st.sampled_from(["unet.a", "unet.conv_in.weight", "vae.x", "a", ""]), st.one_of(TEXTS, VALUES)
+)
 
 
 def _other_tensor(draw: Draw, header: dict[str, Any]) -> str:
@@ -103,16 +105,19 @@ def _other_tensor(draw: Draw, header: dict[str, Any]) -> str:
         size = 1
         for side in own["shape"]:
             size *= side
-        own["shape"] = draw(st.sampled_from([[], [size], [1, size], [size, 1, 1, 1], [0], [2**40], [2**32, 2**32], [-1]]))
+        own["shape"] = draw(
+            st.sampled_from([[], [size], [1, size], [size, 1, 1, 1], [0], [2**40], [2**32, 2**32], [-1]])
+        )
     elif kind == "type":
         own["dtype"] = draw(_DTYPES)
-        start, end = own["data_offsets"]
         if own["dtype"] in ("F16", "BF16") and draw(st.booleans()):
             own["shape"] = [*own["shape"], 2]
     elif kind in ("rename", "drop"):
         del header[name]
         if kind == "rename":
-            new = draw(st.sampled_from([f"module.{name}", f"{name}.weight_scale", name[1:], "unet.", "x", "other.weight"]))
+            new = draw(
+                st.sampled_from([f"module.{name}", f"{name}.weight_scale", name[1:], "unet.", "x", "other.weight"])
+            )
             header[new] = own
             return f"rename {name} => {new}"
         return f"drop {name}"

@@ -173,7 +173,12 @@ _PARTS: list[Any] = [
     {"type": "CharDelimiterSplit", "delimiter": "a"},
     {"type": "FixedLength", "length": 0},
     {"type": "UnicodeScripts"},
-    {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B", "type_id": 0}}], "pair": [], "special_tokens": {}},
+    {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    },
     {"type": "BertProcessing", "sep": ["<end>", 2], "cls": ["<start>", 1]},
     {"type": "BertProcessing", "sep": ["<end>", 2**31], "cls": ["<start>", -1]},
     {"type": "Strip", "strip_left": True, "strip_right": True},
@@ -181,7 +186,9 @@ _PARTS: list[Any] = [
     {"type": "NFKD"},
 ]
 PROMPTS = st.one_of(
-    st.sampled_from(["a red heart", "", " ", "a" * 3000, "red " * 500, "\0", "😀", "a\u0301\u200d", "ΑΣ ΑΣ.", "ﷺ" * 400]),
+    st.sampled_from(
+        ["a red heart", "", " ", "a" * 3000, "red " * 500, "\0", "😀", "a\u0301\u200d", "ΑΣ ΑΣ.", "ﷺ" * 400]
+    ),
     st.text(max_size=40),
     TEXTS,
 )

@@ -304,7 +304,7 @@ class Graph:
         features = features or {}
         unknown = set(self.inputs) - inputs - set(features)
         if unknown:
-            known = ", ".join(sorted({*inputs, *features}))
+            known = _some(sorted({*inputs, *features}))
             raise BundleError(f"{self.name}: expected inputs among {known}, got {_some(sorted(unknown))}")
         absent = ((needed or set()) - set(self.inputs)) | (outputs - set(self.outputs))
         if absent:
@@ -331,9 +331,9 @@ class Graph:
             InferenceError: a value is not finite.
         """
         if value.shape != shape:
-            raise BundleError(f"{self.name}: expected {name} of shape {shape}, got {value.shape}")
+            raise BundleError(f"{self.name}: expected {clip(name)} of shape {shape}, got {value.shape}")
         if not np.isfinite(value).all():
-            raise InferenceError(f"{self.name}: {name} has NaN or infinity on {self.device}. {remedy}".rstrip())
+            raise InferenceError(f"{self.name}: {clip(name)} has NaN or infinity on {self.device}. {remedy}".rstrip())
 
 
 def _some(names: Iterable[str]) -> str:

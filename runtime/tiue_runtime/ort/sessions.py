@@ -17,9 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from tiue_runtime.errors import BundleError, DeviceError, LoadingError, is_out_of_memory
+from tiue_runtime.errors import BundleError, DeviceError, LoadingError, clip, is_out_of_memory
 from tiue_runtime.ort.devices import KINDS, Device, Settings, provider_options
 
+_LONGEST_REASON = 400  # characters of what ONNX Runtime says, in a message
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 INSTALL = 'pip install "tiue-runtime[cpu]" (or "tiue-runtime[cuda]" for an NVIDIA GPU)'
 
@@ -230,8 +231,11 @@ def _plugin_devices(ort: Any, device: Device) -> list[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Return an exception's first line, or its type. OpenVINO's begin with places in its code: the last line."""
+    """Return an exception's first line, or its type. OpenVINO's begin with places in its code: the last line.
+
+    Names in a graph, which these messages quote, may have any length.
+    """
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[-1] if "[OpenVINO-EP]" in lines[0] else lines[0]
+    return clip(lines[-1] if "[OpenVINO-EP]" in lines[0] else lines[0], _LONGEST_REASON)

@@ -1,0 +1,90 @@
+"""Whether configurations, which anybody can write, describe a model that can be built and that runs."""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from tiue.components import Components, ComponentsError, decode_latents, latent_scaling
+from tiue.files import one_line
+from tiue.text_encoder import encode_text
+from tiue.unet import TiUE
+
+_COUNTS = re.compile(r"(?!.*out_channels).*(layer|block)")  # options that say how many modules there are
+_LARGEST = 2**20  # of integers that need not be a dimension of a tensor, such as a default size
+
+
+def check_sizes(configs: Mapping[str, Any], shapes: Collection[list[int]]) -> None:
+    """Refuse a model that is far larger than its weights: to build it would take hours, or all memory.
+
+    Args:
+        configs: part => its configuration.
+        shapes: of all tensors that there are for the model. Each layer has at least one.
+
+    Raises:
+        ComponentsError: a configuration asks for more layers than there are tensors, or has a number that is larger
+            than any dimension.
+    """
+    largest = max([_LARGEST, *(side for shape in shapes for side in shape)])
+    for part, config in configs.items():
+        for name, value in _integers(config, part):
+            most = len(shapes) if _COUNTS.match(name) else largest
+            if abs(value) > most:
+                raise ComponentsError(
+                    f"{name} is {one_line(repr(value), 40)}: expected at most {most} for these tensors"
+                )
+
+
+def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Yield every integer in JSON, and the number of items of every list, with the names of its places."""
+    if isinstance(value, int):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _integers(item, f"{name}.{key}")
+    elif isinstance(value, list):
+        yield name, len(value)
+        for item in value:
+            yield from _integers(item, name)
+
+
+def check_runs(components: Components, network: TiUE) -> None:
+    """Refuse a model that cannot make a picture, by one that has shapes and no numbers: no weight is read.
+
+    Args:
+        components: text encoder, image decoder and tokenizer.
+        network: the UNet as a student.
+
+    Raises:
+        ComponentsError: a part fails, or makes another shape.
+    """
+    scale, shift = latent_scaling(components.vae)
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift)) or scale == 0:
+        raise ComponentsError(f"the VAE's scaling_factor and shift_factor are {scale!r:.40} and {shift!r:.40}")
+    geometry = components.geometry
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            unet = network.unet
+            text = _text(components)
+            latents = torch.zeros(1, *geometry.latent_shape, dtype=unet.dtype, device=unet.device)
+            made = network(latents, text.to(unet.device, unet.dtype))
+            vae = components.vae
+            image = decode_latents(vae, made.to(vae.device, vae.dtype))
+    except Exception as error:  # Libraries raise anything for configurations that make no sense.
+        raise ComponentsError(f"the model does not run: {one_line(repr(error))}") from error
+    pixels = geometry.pixels_per_latent
+    expected = (1, 3, pixels * geometry.height, pixels * geometry.width)
+    if tuple(image.shape) != expected:
+        raise ComponentsError(f"the model makes pictures of shape {tuple(image.shape)}: expected {expected}")
+
+
+def _text(components: Components) -> torch.Tensor:
+    """Return a text (1, L, D) without numbers."""
+    try:
+        return encode_text(components, [""])
+    except DataDependentOutputException:  # BERT looks at its mask to choose a kernel.
+        length, width = components.tokenizer.model_max_length, components.unet.config["cross_attention_dim"]
+        return torch.zeros(1, length, width)
