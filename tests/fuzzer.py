@@ -54,7 +54,9 @@ def main() -> int:
 
 def _print(reports: list[Report]) -> None:
     counts = sum((report.outcomes for report in reports), Counter[str]())
-    print(f"{reports[0].target}: {counts.total()} cases, the slowest {max(report.slowest for report in reports):.1f} s")
+    different = len(set().union(*(report.different for report in reports)))
+    slowest = max(report.slowest for report in reports)
+    print(f"{reports[0].target}: {counts.total()} cases, {different} of them different, the slowest {slowest:.1f} s")
     for kind, count in sorted(counts.items()):
         example = next(report.examples[kind] for report in reports if kind in report.examples)
         print(f"  {count:6} {kind}  {example[-110:]!r}", flush=True)

@@ -14,7 +14,7 @@ CASES = {
     "external": 40,
     "students": 12,
     "captions": 60,
-    "pictures": 15,
+    "pictures": 40,
 }
 SEED = 20_261
 

@@ -64,7 +64,7 @@ def test_whatever_libraries_raise_for_a_configuration_becomes_one_line(changed, 
 )
 def test_a_student_that_cannot_make_a_picture_is_refused_before_a_run(changed, part, option, value):
     student = load_student(changed(part, **{option: value}))
-    with pytest.raises(CheckpointError, match="cannot be exported: the (model does not run|VAE's scaling_factor)"):
+    with pytest.raises(CheckpointError, match=r"cannot be exported: the (model does not run|VAE's scaling_factor)"):
         check_savable(student)
 
 

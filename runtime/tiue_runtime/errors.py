@@ -2,9 +2,16 @@
 
 import reprlib
 
+SHOWN = 100  # characters of a value in a message
+_LONGEST = 1000  # characters of a message
+
 
 class TiueError(ValueError):
-    """Base of every error that tiue_runtime raises on purpose."""
+    """Base of every error that tiue_runtime raises on purpose. Its message is one line, whatever it quotes."""
+
+    def __init__(self, message: str = "") -> None:
+        """Take a message. Characters that a terminal cannot show, or would obey, are written as escapes."""
+        super().__init__(_cut(_escaped(message[:_LONGEST]), _LONGEST))
 
 
 class BundleError(TiueError):
@@ -60,9 +67,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | OutOfMemoryError) or any(phrase in said for phrase in _EXHAUSTED)
 
 
-SHOWN = 100  # characters of a value in a message
-
-
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxlong = _repr.maxother = 4 * SHOWN
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxfrozenset = _repr.maxdeque = SHOWN
@@ -78,7 +82,14 @@ def shorten(value: object) -> str:
 
 def clip(text: str, most: int = SHOWN) -> str:
     """Return text for a message: one line of at most `most` characters that a terminal can show."""
-    text = " ".join(text[: 4 * most].split())
-    if not text.isprintable():
-        text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return _cut(_escaped(" ".join(text[: 4 * most].split())), most)
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."

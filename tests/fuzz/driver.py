@@ -1,6 +1,5 @@
 """Cases drawn from a seed, run, and counted by what came out."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +47,7 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter[str])
     failures: list[Failure] = field(default_factory=list[Failure])
     examples: dict[str, str] = field(default_factory=dict[str, str])  # of each outcome, the last detail
+    different: set[int] = field(default_factory=set[int])  # hashes of the cases, of which some are drawn twice
     slowest: float = 0.0  # seconds
 
 
@@ -80,9 +80,9 @@ def drive(worker: Worker, cases: int, number: int, only: int | None = None, shri
         drawn += 1
         if only not in (None, drawn):
             return
-        begun = time.monotonic()
         outcome = worker.run(case)
-        report.slowest = max(report.slowest, time.monotonic() - begun)
+        report.slowest = max(report.slowest, worker.seconds)
+        report.different.add(hash(repr(case)))
         report.outcomes[outcome.kind] += 1
         report.examples[outcome.kind] = outcome.detail
         if outcome.bad:

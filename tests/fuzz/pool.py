@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,6 +44,7 @@ class Worker:
         self._folder = Path(tempfile.mkdtemp(prefix="tiue-fuzz-", dir=_shared_memory()))
         self._process: Any = None
         self._cases = 0
+        self.seconds = 0.0  # of the last case
 
     def __enter__(self) -> "Worker":
         return self
@@ -56,6 +58,7 @@ class Worker:
         if self._process is None:
             self._start()
         self._cases += 1
+        begun = time.monotonic()
         try:
             self._connection.send((case.files, case.about))
             if not self._connection.poll(DEADLINE):
@@ -68,6 +71,7 @@ class Worker:
             self._stop()
             said = (self._folder / "stderr").read_text(errors="replace")[-300:]
             return Outcome(f"CRASHED {signal.Signals(-code).name if code < 0 else code}", said)
+        self.seconds = time.monotonic() - begun
         # Where a case was cancelled, its work may go on.
         if self._cases >= _CASES or "Cancelled" in outcome.kind:
             self._stop()
