@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from fuzz import bundles, captions, pictures, students
@@ -77,12 +77,15 @@ def drive(worker: Worker, cases: int, number: int, only: int | None = None, shri
     @given(TARGETS[target]())
     def each(case: Case) -> None:
         nonlocal drawn
+        known = len(report.different)
+        report.different.add(hash(repr((case, case.files))))
+        if len(report.different) == known and not shrink:
+            reject()  # drawn before
         drawn += 1
         if only not in (None, drawn):
             return
         outcome = worker.run(case)
         report.slowest = max(report.slowest, worker.seconds)
-        report.different.add(hash(repr(case)))
         report.outcomes[outcome.kind] += 1
         report.examples[outcome.kind] = outcome.detail
         if outcome.bad:

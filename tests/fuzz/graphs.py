@@ -279,7 +279,7 @@ def _inserted(draw: Draw, model: Any) -> str:
 
 
 def _before_output(model: Any, name: str, between: Callable[[str, str], list[Any]]) -> None:
-    inner = f"{name}.before"
+    inner = f"{name}.before{len(model.graph.node)}"
     for node in model.graph.node:
         for names in (node.output, node.input):
             for i, used in enumerate(names):
@@ -289,6 +289,7 @@ def _before_output(model: Any, name: str, between: Callable[[str, str], list[Any
 
 
 def _const(model: Any, name: str, value: Any) -> str:
+    name = f"{name}.{len(model.graph.initializer)}"
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name
 
