@@ -78,7 +78,7 @@ def drive(worker: Worker, cases: int, number: int, only: int | None = None, shri
     def each(case: Case) -> None:
         nonlocal drawn
         known = len(report.different)
-        report.different.add(hash(repr((case, case.files))))
+        report.different.add(hash((repr(case), *case.files.values())))
         if len(report.different) == known and not shrink:
             reject()  # drawn before
         drawn += 1
