@@ -6,6 +6,7 @@ python tests/fuzzer.py --target graphs --seed 7 --cases 500 --shrink a smaller e
 """
 
 import argparse
+import resource
 import sys
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from fuzz.driver import SHARES, Report, drive
 from fuzz.pool import Worker
 
 _SHARD = 500  # cases of one seed
+_MEMORY = 12 * 2**30  # bytes of addresses; cases must not take the machine's memory before they reach a worker
 
 
 def main() -> int:
@@ -28,6 +30,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="draw all cases of this seed up to this one, and run only this one")
     parser.add_argument("--shrink", action="store_true", help="look for a small example of the first failure")
     arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     targets = arguments.target or list(SHARES)
     if arguments.case or arguments.shrink:
         with Worker(*targets) as worker:

@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 Draw = st.DrawFn
+_LARGEST = 2**20  # characters of JSON that are repeated
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def dump(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(dump, value)) + "]"
     return json.dumps(value)
+
+
+def repeated(items: list[Any], times: int) -> list[Any]:
+    """Repeat the items of a list, but not to more than _LARGEST characters of JSON."""
+    return items * max(1, min(times, _LARGEST // max(1, len(dump(items)))))
 
 
 NUMBERS = st.sampled_from(
@@ -134,7 +140,7 @@ VALUES = st.one_of(
     RAW,
     st.lists(SIMPLE, max_size=3),
     st.dictionaries(st.one_of(TEXTS, st.text(max_size=4)), SIMPLE, max_size=3),
-    st.builds(lambda item, many: [item] * many, SIMPLE, st.sampled_from([1, 17, 1001, 20_000])),
+    st.builds(lambda item, many: repeated([item], many), SIMPLE, st.sampled_from([1, 17, 1001, 20_000])),
 )
 
 
@@ -206,7 +212,7 @@ def edit_json(draw: Draw, content: Any, values: st.SearchStrategy[Any] = VALUES)
     elif kind == "rename" and isinstance(parent, dict):
         parent[draw(TEXTS)] = parent.pop(key)
     elif kind == "repeat" and isinstance(old, list):
-        parent[key] = old * draw(st.sampled_from([2, 20, 2000]))
+        parent[key] = repeated(old, draw(st.sampled_from([2, 20, 2000])))
     return content, f"{kind} {at} => {repr(parent.get(key) if isinstance(parent, dict) else parent)[:60]}"
 
 

@@ -8,6 +8,7 @@ import onnx
 from google.protobuf.message import Error
 from hypothesis import strategies as st
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx.checker import ValidationError
 
 from fuzz.cases import TEXTS, Draw, edit_bytes
 
@@ -60,7 +61,7 @@ def damaged(draw: Draw, data: bytes) -> tuple[bytes, tuple[str, ...]]:
         change = draw(st.sampled_from(CHANGES))
         try:
             said = change(draw, model)
-        except (TypeError, ValueError, AttributeError, IndexError, Error) as error:  # what protobuf cannot hold
+        except (TypeError, ValueError, AttributeError, IndexError, Error, ValidationError) as error:  # impossible
             said = f"no {type(error).__name__}"
         edits.append(f"{change.__name__.strip('_')}: {said}")
     return model.SerializeToString(), tuple(edits)

@@ -114,7 +114,7 @@ def _serve(connection: Connection, target: str, folder: Path) -> None:
     case = undamaged(target)
     answer = targets.run(target, case.files, case.about, folder)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     connection.send(answer)
     with contextlib.suppress(EOFError):
         while True:
