@@ -1,5 +1,6 @@
 """Graphs that run for ever can be cancelled, interrupted and given a deadline."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,3 +245,25 @@ def test_a_timeout_reaches_a_graph_that_runs(pipe):
         pipe(PROMPT, memory="parallel", timeout=0.3)
     assert time.monotonic() - begun < AT_ONCE
     assert pipe(PROMPT, memory="sequential", timeout=60).images
+
+
+@pytest.mark.parametrize("call", [lambda f: interrupt.interruptible(f, "work"), lambda f: interrupt.for_each(f, [1], 1)])
+def test_an_error_that_was_handled_keeps_no_memory(call):
+    class Array:
+        pass
+
+    kept: list[weakref.ref[Array]] = []
+
+    def fail(*_: object) -> None:
+        array = Array()
+        kept.append(weakref.ref(array))
+        raise MemoryError
+
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError) as caught:
+            call(fail)
+        del caught
+        assert kept[0]() is None
+    finally:
+        gc.enable()

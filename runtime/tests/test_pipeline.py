@@ -347,3 +347,13 @@ def test_a_tokenizer_that_is_none(copy):
     write_bundle(copy, manifest)
     with pytest.raises(BundleError, match=r"tokenizer\.json: not a tokenizer that can be used"):
         Pipeline.load(copy, device="cpu")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_memory_that_ends_while_a_bundle_is_read_is_an_error_of_ours(tiny, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tiue_runtime.pipeline.PromptTokenizer", fail)
+    with pytest.raises(OutOfMemoryError, match='load with memory="low"'):
+        Pipeline.load(tiny, device="cpu")

@@ -21,7 +21,7 @@ from tiue_runtime.bundle import ATTENTION_MASK, INPUT_IDS, SAFETY_CHECKER, TEXT,
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.decode import decode_image
 from tiue_runtime.denoise import denoise
-from tiue_runtime.errors import OutOfMemoryError, RequestError, clip, shorten
+from tiue_runtime.errors import OutOfMemoryError, RequestError, clip, is_out_of_memory, shorten
 from tiue_runtime.graphs import Graphs, Halves, Turns
 from tiue_runtime.images import to_pil, to_unit
 from tiue_runtime.modes import Ladder, Memory, Mode
@@ -112,8 +112,13 @@ class Pipeline:
         """
         given = complete(LoadOptions, options)
         vae = given.pop("vae")
-        found = Bundle.load(find_bundle(bundle))
-        return cls(found, place(variants=found.manifest.variants, **given), vae, memory)
+        try:
+            found = Bundle.load(find_bundle(bundle))
+            return cls(found, place(variants=found.manifest.variants, **given), vae, memory)
+        except (MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError('the bundle does not fit into memory: load with memory="low"') from error
 
     def warmup(self, **options: Unpack[RequestOptions]) -> None:
         """Make a picture and throw it away, so that the first real one of that size and number is as quick as others.
@@ -193,7 +198,9 @@ class Pipeline:
                     image, tile = decode_image(turns, manifest, z_0, request.vae_tiling)
                     unit = to_unit(image)
                     images = to_pil(unit) if output_type == "pil" else unit
-        except (OutOfMemoryError, MemoryError) as error:
+        except (OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
+            if not is_out_of_memory(error):
+                raise
             low = [] if memory == "low" or self.cuda_graphs else ['with memory="low"']
             tiles = ["allow `vae_tiling`"] if given["vae_tiling"] is False else []
             remedies = ["make smaller pictures", "fewer at once", *low, *tiles]

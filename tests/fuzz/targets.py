@@ -1,6 +1,7 @@
 """What a worker does with the files of a case, and what may come out of it. Imported by workers only."""
 
 import contextlib
+import gc
 import io
 import json
 import shutil
@@ -229,6 +230,7 @@ def run(name: str, files: dict[str, bytes], about: dict[str, Any], scratch: Path
         return f"refused: {type(error).__name__}", said
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
+        gc.collect()  # errors hold what they came from
 
 
 def _place(error: BaseException) -> str:

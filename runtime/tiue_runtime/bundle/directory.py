@@ -151,7 +151,7 @@ def read_limited(path: Path, most: int) -> bytes:
                 raise BundleError("expected a regular file")
             if status.st_size > most:
                 raise BundleError(f"expected at most {most:,} bytes, got {status.st_size:,}")
-            return file.read(most)
+            return file.read(status.st_size)  # To read `most` would take as much memory.
     except OSError as error:
         raise BundleError(f"cannot be read: {error.strerror or error}") from error
 

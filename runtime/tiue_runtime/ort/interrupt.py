@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from tiue_runtime.errors import Cancelled
 
@@ -126,4 +126,5 @@ def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) 
         while thread.is_alive():
             thread.join(POLL_SECONDS)
     if errors:
-        raise errors.pop(0)
+        del errors[1:]
+        raise errors.pop()
