@@ -247,7 +247,9 @@ def test_a_timeout_reaches_a_graph_that_runs(pipe):
     assert pipe(PROMPT, memory="sequential", timeout=60).images
 
 
-@pytest.mark.parametrize("call", [lambda f: interrupt.interruptible(f, "work"), lambda f: interrupt.for_each(f, [1], 1)])
+@pytest.mark.parametrize(
+    "call", [lambda f: interrupt.interruptible(f, "work"), lambda f: interrupt.for_each(f, [1], 1)]
+)
 def test_an_error_that_was_handled_keeps_no_memory(call):
     class Array:
         pass

@@ -12,7 +12,7 @@ import tiue_runtime
 from tiue_runtime import Pipeline
 from tiue_runtime import kept_pipelines as generating
 from tiue_runtime.bundle import GRAPHS, Bundle, write_bundle
-from tiue_runtime.errors import BundleError, Cancelled, InferenceError
+from tiue_runtime.errors import BundleError, Cancelled, InferenceError, OutOfMemoryError
 from tiue_runtime.noise import gaussian
 from tiue_runtime.ort import graph as graph_module
 
