@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 

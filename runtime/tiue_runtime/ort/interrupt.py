@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from tiue_runtime.errors import Cancelled
 
