@@ -1,9 +1,9 @@
-"""`python -m benchmarks.memory`: the peak memory of a distillation by option, beside what `--dry-run` would say.
+"""`python -m benchmarks.memory`: the peak memory of a distillation by option, beside the estimate of `--dry-run`.
 
-Every option runs two updates in a process of its own, the second with all that a run comes to hold. On a CPU the peak
-is that of the process's own pages, beyond those that it had before the networks were made (the text encoder is mapped
-from its file, and has none); on a GPU it is that of torch's allocator. Random weights, of half the widths of Stable
-Diffusion 2.1 and a quarter of its latents unless told otherwise.
+Every option runs two updates in its own process; by the second update the run holds everything that it will hold. On a
+CPU the peak counts the process's own pages, without those that it had before the networks were made. (The text encoder
+is mapped from its file and has none.) On a GPU the peak is that of torch's allocator. Weights are random. By default
+the UNet has half the widths of Stable Diffusion 2.1, and the latents have a quarter of its area.
 """
 
 import argparse
@@ -38,14 +38,14 @@ _ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark: a table, in GB."""
+    """Run the benchmark, and print a table in GB."""
     arguments = _parser().parse_args(argv)
     changes = {"block_out_channels": arguments.widths, "sample_size": arguments.latents}
     options = _OPTIONS | (_ON_A_GPU if arguments.gpu else {})
     print("| | measured, GB | estimated, GB | seconds an update |\n|---|---|---|---|", flush=True)
     for name, settings in options.items():
         settings = {"batch_size": arguments.batch} | settings
-        # A process for each.
+        # Every option has its own process.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             task = pool.submit(measure, arguments.model, arguments.work, changes, settings, arguments.threads)
             found = task.result()
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one option."""
+    """What one option took."""
 
     peak: int  # bytes
     estimated: int  # bytes
@@ -64,17 +64,19 @@ class Found:
 
 
 def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mapping[str, Any], threads: int) -> Found:
-    """Two updates in this process.
+    """Run two updates in this process.
 
     Args:
         model, work, changes: see `pipelines.random_teacher`.
         settings: of DistillConfig.
+        threads: that torch uses.
     """
     import torch
 
+    from tiue.distill.average import Average
     from tiue.distill.config import DistillConfig
     from tiue.distill.estimate import estimate
-    from tiue.distill.loop import Distillation
+    from tiue.distill.vsd import prepare
 
     torch.set_num_threads(threads)
     config = DistillConfig(**settings)
@@ -82,11 +84,12 @@ def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mappin
     before.note(os.getpid())
     with tempfile.TemporaryDirectory() as out, watching(os.getpid(), peak):
         teacher = random_teacher(model, work, changes)
-        run = Distillation(teacher, ["a lighthouse", "a lake"], Path(out), config)
+        run, method = prepare(teacher, ["a lighthouse", "a lake"], Path(out), config)
+        average = Average(run.accelerator, method.model, config)
         for step in range(2):
             begun = time.perf_counter()
-            run._update(step)
-            run._average()
+            method.update(step, run.batch(step))
+            average.follow()
             seconds = time.perf_counter() - begun
     device = run.accelerator.device.type
     taken = torch.cuda.max_memory_allocated() if device == "cuda" else peak.anonymous - before.anonymous
@@ -98,14 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description="The peak memory of a distillation by option."
     )
-    parser.add_argument("--model", default="sd21-base", help="of benchmarks.pipelines (default: sd21-base)")
+    parser.add_argument("--model", default="sd21-base", help="model of benchmarks.pipelines (default: sd21-base)")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where the pipeline is made, once")
     parser.add_argument(
         "--widths", type=_numbers, default=(160, 320, 640, 640), help="of the blocks (default: 160,320,640,640)"
     )
-    parser.add_argument("--latents", type=int, default=32, help="height and width (default: 32)")
+    parser.add_argument("--latents", type=int, default=32, help="height and width of latents (default: 32)")
     parser.add_argument("--batch", type=int, default=4, help="samples of an update (default: 4)")
-    parser.add_argument("--gpu", action="store_true", help="measure what only a GPU has, too")
+    parser.add_argument("--gpu", action="store_true", help="measure options that only matter on a GPU, too")
     parser.add_argument("--threads", type=int, default=thread_count(), help="default: all")
     return parser
 

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.training`: a distillation's updates beside the loop as the paper's authors run it.
+"""`python -m benchmarks.training`: the updates of a distillation beside those of a plain loop, as in the paper's code.
 
-The plain loop encodes the text of every batch, the null text included, takes four separate passes for the scores that
-VSD compares, and uses torch's and diffusers' optimiser and average as they come. Networks, numbers and losses are the
-same, and compared. Both take turns, each in memory by itself. A UNet of Stable Diffusion 2.1's widths, with --layers
-per block in place of 2; random weights.
+The plain loop encodes the text of every batch, the null text included. It takes four separate passes for the scores
+that VSD compares, and uses the optimizer of torch and the average of diffusers with their defaults. Networks, random
+numbers and losses are the same, and are compared. Both loops take turns, one in memory at a time. The UNet has the
+widths of Stable Diffusion 2.1, --layers per block instead of 2, and random weights.
 """
 
 import argparse
@@ -29,10 +29,12 @@ from benchmarks.machine import cpu_name
 from benchmarks.pipelines import random_teacher
 from tiue import losses
 from tiue.components import Components
+from tiue.distill.average import Average
 from tiue.distill.config import DistillConfig
 from tiue.distill.draws import Draws, SharedDraws
-from tiue.distill.loop import Distillation
+from tiue.distill.method import Run
 from tiue.distill.prompt_store import PromptOrder
+from tiue.distill.vsd import Vsd, prepare
 from tiue.schedule import closed_form
 from tiue.text_encoder import encode_text
 from tiue.unet import TiUE
@@ -43,13 +45,13 @@ _Update = Callable[[int], dict[str, float]]  # of a step => losses
 
 
 class Plain:
-    """The method of DistillConfig's losses, one thing after the other."""
+    """The method without any optimization, one computation after the other."""
 
     def __init__(self, teacher: Components, config: DistillConfig, captions: Sequence[str]):
         self._components, self._config, self._captions = teacher, config, captions
         self._order = PromptOrder(len(captions), config.seed)
         self._tiue = TiUE(copy.deepcopy(teacher.unet), closed_form(teacher.scheduler_config, 4), 751)
-        torch.manual_seed(config.seed)  # the adapters' initial weights, as in Distillation
+        torch.manual_seed(config.seed)  # for the adapters' initial weights, as in Vsd
         self._scores = teacher.unet.requires_grad_(False)
         adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["to_q", "to_v"])
         self._scores.add_adapter(adapters)
@@ -60,7 +62,7 @@ class Plain:
         self._scheduler = DDIMScheduler.from_config(teacher.scheduler_config, clip_sample=False)
 
     def update(self, step: int) -> dict[str, float]:
-        """One update of each network. Returns the losses."""
+        """Update each network once, and return the losses."""
         config = self._config
         with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             return self._update(step)
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     components = partial(random_teacher, arguments.model, arguments.work, changes)
     makers: dict[str, Callable[[Path], _Update]] = {
         "plain": lambda _: Plain(components(), config, _CAPTIONS).update,
-        "tiue": lambda out: _ours(Distillation(components(), _CAPTIONS, out, config)),
+        "tiue": lambda out: _ours(*prepare(components(), _CAPTIONS, out, config)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     found: dict[str, list[dict[str, float]]] = {}
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _timed(update: _Update, count: int) -> tuple[list[dict[str, float]], list[float]]:
-    """The losses of one update and `count` more, and the seconds of these."""
+    """Return the losses of one update and of `count` more, and the seconds of the latter."""
     found, seconds = [], []
     for step in range(count + 1):
         begun = time.perf_counter()
@@ -155,25 +157,27 @@ def _timed(update: _Update, count: int) -> tuple[list[dict[str, float]], list[fl
     return found, seconds[1:]
 
 
-def _ours(run: Distillation) -> _Update:
+def _ours(run: Run, method: Vsd) -> _Update:
+    average = Average(run.accelerator, method.model, method.config)
+
     def update(step: int) -> dict[str, float]:
-        values = run._update(step)
-        run._average()
-        return values
+        values = method.update(step, run.batch(step))
+        average.follow()
+        return {name: value.item() for name, value in values.items()}
 
     return update
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", description="A distillation's updates beside the plain loop."
+        prog="python -m benchmarks.training", description="The updates of a distillation beside those of a plain loop."
     )
-    parser.add_argument("--model", default="sd21-base", help="of benchmarks.pipelines (default: sd21-base)")
+    parser.add_argument("--model", default="sd21-base", help="model of benchmarks.pipelines (default: sd21-base)")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where the pipeline is made, once")
-    parser.add_argument("--layers", type=int, default=1, help="per block (default: 1)")
-    parser.add_argument("--latents", type=int, default=16, help="height and width (default: 16)")
+    parser.add_argument("--layers", type=int, default=1, help="layers per block (default: 1)")
+    parser.add_argument("--latents", type=int, default=16, help="height and width of latents (default: 16)")
     parser.add_argument("--batch", type=int, default=2, help="samples of an update (default: 2)")
-    parser.add_argument("--updates", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--updates", type=int, default=5, help="updates that are timed (default: 5)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of both (default: 2)")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False)

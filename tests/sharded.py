@@ -1,4 +1,4 @@
-"""`python -m tiue` with FSDP on CPUs, which accelerate keeps for accelerators; by torch, gloo can."""
+"""`python -m tiue` with FSDP on CPUs. accelerate keeps FSDP for GPUs, but torch shards with gloo, too."""
 
 import sys
 
@@ -6,12 +6,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from tiue.distill import loop as distill
+from tiue.distill import loop, method
+from tiue.distill.average import Average
 from tiue.distill.cli import main
 
 
 class Sharding(Accelerator):
-    """What accelerate is on GPUs when ACCELERATE_USE_FSDP is set."""
+    """Does what accelerate does on GPUs when ACCELERATE_USE_FSDP is set."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -23,15 +24,24 @@ class Sharding(Accelerator):
         )
 
 
-class Sharded(distill.Distillation):
-    """That says so if nothing is sharded."""
+class ShardedAverage(Average):
+    """Fails if the average is not sharded."""
 
-    def run(self, progress=True):
-        trained = [*self.tiue.parameters(), *self.scores.parameters(), *self.ema.shadow_params]
-        assert all(isinstance(parameter, DTensor) for parameter in trained)
-        return super().run(progress)
+    def __init__(self, accelerator, model, config):
+        super().__init__(accelerator, model, config)
+        assert all(isinstance(parameter, DTensor) for parameter in self.parameters)
+
+
+class ShardedTrained(method.Trained):
+    """Fails if a network is not sharded."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        assert all(isinstance(parameter, DTensor) for parameter in self.parameters)
 
 
 if __name__ == "__main__":
-    distill.Accelerator, distill.Distillation = Sharding, Sharded
+    from tiue.distill import vsd
+
+    method.Accelerator, loop.Average, vsd.Trained = Sharding, ShardedAverage, ShardedTrained
     sys.exit(main())

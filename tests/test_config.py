@@ -32,7 +32,7 @@ def test_a_preset_is_valid_and_names_differences_only(name):
         ('"fake_score": 1', "fake_score", "one of lora, full", "1"),
         ('"fake_score": "half"', "fake_score", "one of lora, full", "'half'"),
         ('"guidance": Infinity', "guidance", "a number of at least 0", "inf"),
-        ('"ema_decay": 1.5', "ema_decay", "a number above 0 and at most 1", "1.5"),
+        ('"ema_decay": 1.5', "ema_decay", "a number of at least 0 and at most 1", "1.5"),
         ('"t_min": 990', "t_min", "not exceed `t_max`", "990 and 980"),
     ],
 )

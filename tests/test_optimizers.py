@@ -5,22 +5,23 @@ import torch
 from safetensors.torch import load_file
 
 from tiue.distill.config import DistillConfig
-from tiue.distill.loop import Distillation
+from tiue.distill.loop import train
 from tiue.distill.optimizers import make_optimizer
+from tiue.distill.vsd import prepare
 
 
 def test_a_run_with_8_bit_averages_resumes_to_the_same_weights(tmp_path):
     config = DistillConfig(batch_size=2, checkpoint_every=2, optimizer="adam8bit", channels_last=True)
 
     def run(out, iterations):
-        made = Distillation(tiny.emoji(), "abc", tmp_path / out, dataclasses.replace(config, iterations=iterations))
-        made.run(progress=False)
-        return made
+        made = prepare(tiny.emoji(), "abc", tmp_path / out, dataclasses.replace(config, iterations=iterations))
+        train(*made, progress=False)
+        return made[1]
 
     whole = run("whole", 4)
-    kept = [s["state1"].dtype for s in whole.student_optimizer.optimizer.state.values()]
+    kept = [state["state1"].dtype for state in whole.student.optimizer.state.values()]
     assert kept.count(torch.uint8) > 20
-    assert whole.tiue.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert whole.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     run("parts", 2)
     run("parts", 4)
     students = [load_file(tmp_path / out / "student.safetensors") for out in ("whole", "parts")]

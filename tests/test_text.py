@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from tolerances import BFLOAT16, EMBEDDINGS
 
 from tiue.distill import embeddings as text
-from tiue.distill.embeddings import Encoded, cache_texts, cut_prompts
+from tiue.distill.embeddings import EncodedTexts, cache_texts, cut_prompts
 
 PROMPTS = [f"a picture of {i}" for i in range(150)]  # three batches
 
@@ -26,13 +27,13 @@ def test_cached_embeddings_are_those_of_the_encoder(components, tmp_path):
     chosen = [149, 3, 70]
     values = cached(components, tmp_path).rows(chosen)
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values, Encoded(components, PROMPTS).rows(chosen), atol=1e-6, rtol=0)
+    torch.testing.assert_close(values, EncodedTexts(components, PROMPTS).rows(chosen), atol=EMBEDDINGS, rtol=0)
 
 
 def test_a_second_run_encodes_nothing(components, tmp_path, monkeypatch):
     before, asked = cached(components, tmp_path).rows(range(150)), []
-    rows = Encoded.rows
-    monkeypatch.setattr(Encoded, "rows", lambda self, indices: asked.append(len(indices)) or rows(self, indices))
+    rows = EncodedTexts.rows
+    monkeypatch.setattr(EncodedTexts, "rows", lambda self, indices: asked.append(len(indices)) or rows(self, indices))
     assert torch.equal(cached(components, tmp_path).rows(range(150)), before)
     assert asked == [1]  # to see the shape
 
@@ -41,7 +42,7 @@ def test_what_was_stopped_goes_on(components, tmp_path, monkeypatch):
     """After the first batch the process ends; the next encodes the other two."""
     asked = []
 
-    class Stopping(Encoded):
+    class Stopping(EncodedTexts):
         def rows(self, indices):
             asked.append(len(indices))
             if len(asked) == 3:  # the example, a batch, and then
@@ -49,12 +50,12 @@ def test_what_was_stopped_goes_on(components, tmp_path, monkeypatch):
             return super().rows(indices)
 
     monkeypatch.setattr(text, "_NOTE_EVERY", 1)
-    monkeypatch.setattr(text, "Encoded", Stopping)
+    monkeypatch.setattr(text, "EncodedTexts", Stopping)
     with pytest.raises(KeyboardInterrupt):
         cached(components, tmp_path)
     values = cached(components, tmp_path).rows(range(150))
     assert asked == [1, 64, 64, 1, 64, 22]
-    torch.testing.assert_close(values, Encoded(components, PROMPTS).rows(range(150)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(values, EncodedTexts(components, PROMPTS).rows(range(150)), atol=EMBEDDINGS, rtol=0)
 
 
 @pytest.mark.parametrize("change", ["prompts", "text encoder"])
@@ -68,7 +69,7 @@ def test_a_cache_of_something_else_is_made_anew(components, tmp_path, change):
         with torch.no_grad():
             next(components.text_encoder.parameters()).mul_(2.0)
     values = cached(components, tmp_path, prompts, digest).rows([0])
-    torch.testing.assert_close(values, Encoded(components, prompts).rows([0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(values, EncodedTexts(components, prompts).rows([0]), atol=EMBEDDINGS, rtol=0)
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(components, tmp_path, monkeypatch):
@@ -88,6 +89,6 @@ def test_prompts_over_the_limit_are_counted(components):
 def test_mixed_precision_keeps_what_the_unet_rounds_to(components, tmp_path):
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     values = cache_texts(dataclasses.replace(components), PROMPTS[:2], "0", tmp_path, accelerator).rows([1])
-    expected = Encoded(components, PROMPTS).rows([1]).bfloat16().float()
-    torch.testing.assert_close(values, expected, atol=1e-2, rtol=1e-2)
+    expected = EncodedTexts(components, PROMPTS).rows([1]).bfloat16().float()
+    torch.testing.assert_close(values, expected, atol=BFLOAT16, rtol=BFLOAT16)
     assert torch.equal(values, values.bfloat16().float())

@@ -8,3 +8,32 @@ GOLDEN_LATENTS = 1e-3
 
 # Levels of 255: rounding to 8 bits can fall either way.
 GOLDEN_IMAGE_LEVELS = 1
+
+# REORDERED after a difference was multiplied by guidance or by a schedule's weights.
+AMPLIFIED = 1e-4
+
+# Losses of one batch cut into micro-batches (relative): other sums, other kernels.
+CUT_LOSSES = 1e-4
+
+# Losses after some updates by two processes (relative): Adam amplifies REORDERED where a gradient is nearly zero.
+SHARED_LOSSES = 1e-3
+SHARED_WEIGHTS = 1e-5
+ALMOST_ZERO = 1e-6  # the absolute part of the relative ones
+
+# Text embeddings of captions in another batch.
+EMBEDDINGS = 1e-6
+
+# The same embeddings in bfloat16, which has 8 bits.
+BFLOAT16 = 1e-2
+
+# Activations by shapes alone (relative): maps of attention, which a fused kernel does not keep, are left out.
+ACTIVATIONS = 0.1
+
+# Activations of twice the batch (relative): some do not depend on the batch.
+PROPORTIONAL = 0.01
+
+# Frechet distances with a closed form, in float64 through a matrix square root.
+FRECHET = 1e-6
+
+# Statistics of 4000 random numbers against those of their distribution (relative).
+OF_4000_SAMPLES = 0.1

@@ -66,7 +66,7 @@ class NoiseSchedule:
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
         """abar_t of every training timestep, float64 (T)."""
-        return torch.tensor(self.abar, dtype=torch.float64)
+        return torch.tensor(self.abar, dtype=torch.float64, device="cpu")  # also within torch.device("meta")
 
     def timesteps(self, steps: int) -> list[int]:
         """Return the `steps` timesteps, descending, that diffusers' DDIMScheduler takes.
@@ -98,15 +98,20 @@ class NoiseSchedule:
             raise ValueError(f"timesteps must lie in 0..{trained - 1}, got {timesteps}")
         if any(later >= t for t, later in pairwise(timesteps)):
             raise ValueError(f"timesteps must be descending, got {timesteps}")
-        step = _STEPS[self.prediction_type]
         noise_weight, step_weights = 1.0, []
-        for t, previous in zip(timesteps, self._arrivals(timesteps), strict=True):
-            if self.abar[t] == 0.0 and self.prediction_type == "epsilon":
-                raise ValueError(f"epsilon prediction says nothing at timestep {t}: zero terminal SNR needs v")
-            a, b = step(self.abar[t], self.abar[previous] if previous >= 0 else self.final_abar)
+        for a, b in self.ddim_steps(timesteps):
             noise_weight *= a
             step_weights = [w * a for w in step_weights] + [b]
         return Schedule(tuple(timesteps), noise_weight, tuple(step_weights))
+
+    def ddim_steps(self, timesteps: Sequence[int]) -> list[tuple[float, float]]:
+        """Return a_i and b_i of every step z <- a_i z + b_i eps_i (or v_i), for descending timesteps."""
+        step, coefficients = _STEPS[self.prediction_type], []
+        for t, previous in zip(timesteps, self._arrivals(list(timesteps)), strict=True):
+            if self.abar[t] == 0.0 and self.prediction_type == "epsilon":
+                raise ValueError(f"epsilon prediction says nothing at timestep {t}: zero terminal SNR needs v")
+            coefficients.append(step(self.abar[t], self.abar[previous] if previous >= 0 else self.final_abar))
+        return coefficients
 
     def _arrivals(self, timesteps: list[int]) -> list[int]:
         """Return the timestep that each step lands on; negative means the end of the chain.

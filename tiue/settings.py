@@ -61,7 +61,8 @@ def setting(
     Args:
         default: the default value.
         help: the flag's help, without the default, which is added.
-        group: heading in the help of this setting and of those that follow, up to the next group.
+        group: heading in the help of this setting and of those that follow, up to the next group. A subclass can
+            return to a group of its base class.
         at_least, above, at_most: range of a number, or of every number of a tuple. Numbers are finite in any case.
         choices: the values that a text, or every text of a tuple, may have.
         aliases: shorter names; `kl` makes the flag `--kl` beside the field's own.
@@ -90,9 +91,12 @@ def check(settings: Any) -> None:
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add the flag of every setting of a dataclass. A flag that is not given is None: see `given`."""
     group: argparse._ActionsContainer = parser
+    groups: dict[str, argparse._ActionsContainer] = {}
     for name, kind, rule in _rules(settings):
         if rule.group is not None:
-            group = parser.add_argument_group(rule.group)
+            if rule.group not in groups:
+                groups[rule.group] = parser.add_argument_group(rule.group)
+            group = groups[rule.group]
         default = _default(settings, name)
         shown = rule.shown or _as_text(default)
         options: dict[str, Any] = {"default": None, "help": f"{rule.help} (default {shown})".replace("%", "%%")}

@@ -1,4 +1,4 @@
-"""`python -m recipes.emoji`: make the default model, stage by stage. A finished stage is not done again."""
+"""`python -m recipes.emoji`: make the default model. Finished stages are not repeated, and a stopped one resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.emoji.presets import PRESETS
 
-STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distil", "bundle", "report")
+STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distill", "bundle", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from recipes.emoji.autoencoder import autoencoder
     from recipes.emoji.polish import polish
     from recipes.emoji.report import report
-    from recipes.emoji.student import bundle, distil, warm_start
+    from recipes.emoji.student import bundle, distill, warm_start
     from recipes.emoji.teacher import teacher
 
     vae = autoencoder(preset, drawings, out / "vae")
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         "teacher": lambda: teacher(preset, drawings, vae, out / "teacher"),
         "student": lambda: warm_start(preset, drawings, out / "teacher", out / "warm.safetensors"),
         "polish": lambda: polish(preset, drawings, out / "teacher", out / "polished"),
-        "distil": lambda: distil(preset, drawings, out / "polished", out / "warm.safetensors", out / "distil"),
-        "bundle": lambda: bundle(out / "distil/student.safetensors", out),
+        "distill": lambda: distill(preset, drawings, out / "polished", out / "warm.safetensors", out / "distill"),
+        "bundle": lambda: bundle(out / "distill/student.safetensors", out),
         "report": lambda: report(preset, drawings, out),
     }
     for name, run in rest.items():

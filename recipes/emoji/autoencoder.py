@@ -1,4 +1,4 @@
-"""An AutoencoderKL from pictures to latents of an eighth of their side, L1 plus gradient loss."""
+"""An AutoencoderKL from pictures to latents of an eighth of their side, trained with an L1 and a gradient loss."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from recipes.emoji import loop
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
+from recipes.emoji.stage import device, minimize
+from tiue.components import decode_latents, latent_scaling
 
 KL_WEIGHT = 1e-5  # per latent element: enough to keep the latents near zero, too little to blur
 
@@ -21,10 +22,10 @@ def to_pixels(images) -> Tensor:
 
 
 def autoencoder(preset: Preset, drawings: Drawings, directory: Path) -> AutoencoderKL:
-    """Train (once) and load the autoencoder; `scaling_factor` makes the training latents of unit variance."""
+    """Train (once) and load the autoencoder; its `scaling_factor` gives the training latents unit variance."""
     if not (directory / "config.json").exists():
         _train(preset, drawings, directory)
-    return AutoencoderKL.from_pretrained(directory).to(loop.device()).eval()
+    return AutoencoderKL.from_pretrained(directory).to(device()).eval()
 
 
 def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
@@ -38,33 +39,34 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=preset.resolution,
-    ).to(loop.device())
+    ).to(device())
     pixels = to_pixels(drawings.images[~drawings.held_out])
 
-    def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pixels), (preset.autoencoder_batch,), generator=generator)
+    def loss(generator: torch.Generator, count: int) -> Tensor:
+        rows = torch.randint(len(pixels), (count,), generator=generator)
         flip = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(flip, pixels[rows].flip(-1), pixels[rows]).to(loop.device())
+        x = torch.where(flip, pixels[rows].flip(-1), pixels[rows]).to(device())
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
         y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         return (y - x).abs().mean() + gradient_loss(y, x) + KL_WEIGHT * posterior.kl().mean() / x[0].numel()
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    loop.train(
+    minimize(
         vae,
         loss,
-        steps=preset.autoencoder_steps,
-        lr=preset.autoencoder_lr,
+        directory.parent / "runs/autoencoder",
+        iterations=preset.autoencoder_steps,
+        batch_size=preset.autoencoder_batch,
+        learning_rate=preset.autoencoder_lr,
+        ema_decay=0.0,
         seed=preset.seed,
-        out=directory,
     )
     vae.register_to_config(scaling_factor=1 / encode(vae, pixels, scale=False).std().item())
     vae.save_pretrained(directory)
 
 
 def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal and vertical finite differences: keeps outlines sharp."""
+    """Mean absolute difference of the horizontal and vertical finite differences, which keeps outlines sharp."""
     return sum((y.diff(dim=dim) - x.diff(dim=dim)).abs().mean() for dim in (-1, -2))
 
 
@@ -72,12 +74,12 @@ def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 def encode(vae: AutoencoderKL, pixels: Tensor, scale: bool = True) -> Tensor:
     """Pixels (n, 3, H, W) in [-1, 1] => latents (n, C, h, w) on the CPU, of unit variance when `scale`."""
     means = [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in pixels.split(64)]
-    return torch.cat(means) * (vae.config.scaling_factor if scale else 1.0)
+    return torch.cat(means) * (latent_scaling(vae)[0] if scale else 1.0)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (n, C, h, w) => uint8 (n, H, W, 3) on the CPU."""
-    parts = [vae.decode(part.to(vae.device) / vae.config.scaling_factor).sample for part in latents.split(64)]
+    parts = [decode_latents(vae, part.to(vae.device)) for part in latents.split(64)]
     pixels = (torch.cat(parts).float().cpu() / 2 + 0.5).clamp(0, 1)
     return (pixels * 255).round().byte().permute(0, 2, 3, 1)

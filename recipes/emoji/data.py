@@ -50,7 +50,7 @@ def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
     archive, captions = directory / "drawings.npz", directory / "captions.json"
     if not captions.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        _draw(directory, archive, captions, resolution, all_concepts)
+        _render_all(directory, archive, captions, resolution, all_concepts)
     with np.load(archive, allow_pickle=False) as arrays:
         return Drawings(**arrays, captions=json.loads(captions.read_text()))
 
@@ -75,7 +75,7 @@ def fetch(package: str, directory: Path) -> Path:
     return target / "package"
 
 
-def _draw(directory: Path, archive: Path, captions_file: Path, resolution: int, all_concepts: bool) -> None:
+def _render_all(directory: Path, archive: Path, captions_file: Path, resolution: int, all_concepts: bool) -> None:
     packages = directory / "packages"
     packages.mkdir(exist_ok=True)
     sets = {style: _IconSet(fetch(package, packages)) for style, (package, _) in STYLES.items()}
@@ -93,14 +93,14 @@ def _draw(directory: Path, archive: Path, captions_file: Path, resolution: int, 
         entry = everywhere[label]
         captions.append(_captions(entry, names, tag_owners))
         for number, (style, icons) in enumerate(sets.items()):
-            image = draw(icons.svg(icons.find(entry)), resolution)
+            image = render(icons.svg(icons.find(entry)), resolution)
             rows.append((image, index, number, is_held_out(entry["hexcode"], style)))
     images, concept, style, held_out = zip(*rows, strict=True)
     np.savez(archive, images=images, concept=concept, style=style, held_out=held_out)
     captions_file.write_text(json.dumps(captions, indent=0))
 
 
-def draw(svg: str, resolution: int) -> np.ndarray:
+def render(svg: str, resolution: int) -> np.ndarray:
     """SVG text => uint8 (resolution, resolution, 3) on white, drawn at twice the size and averaged down."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * resolution, height=2 * resolution)
     picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")

@@ -1,8 +1,8 @@
-"""How good are pictures? A classifier trained on the drawings names their concept, and its features give a distance.
+"""The quality of pictures: a classifier trained on the drawings names their concept, and its features give a distance.
 
-Text-to-image models are compared by CLIP score and FID; both networks are made for photographs of 200 pixels
-and more. These are their small counterparts: accuracy (does the picture show what was asked?) and a Frechet distance
-between features of pictures and of drawings (do they look alike as sets, in quality and in variety?).
+Text-to-image models are usually compared by CLIP score and FID. Both networks are made for photographs of 200 pixels
+and more. Their small counterparts here are the accuracy (does the picture show the prompt?) and a Frechet distance
+between features of pictures and of drawings (are both sets alike in quality and variety?).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.emoji import loop
 from recipes.emoji.autoencoder import to_pixels
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
+from recipes.emoji.stage import device, minimize
+from tiue.files import written_whole
 
 FEATURES = 128
 
@@ -55,28 +56,31 @@ class Classifier(nn.Module):
 
 
 def classifier(preset: Preset, drawings: Drawings, path: Path) -> Classifier:
-    """Train (once) and load the judge. It never sees a held-out drawing either, so it can be checked on them."""
+    """Train (once) and load the judge. It never sees held-out drawings, so it can be checked on them."""
     torch.manual_seed(preset.seed)
-    model = Classifier(len(drawings.captions)).to(loop.device())
+    model = Classifier(len(drawings.captions)).to(device())
     if not path.exists():
         pixels = to_pixels(drawings.images[~drawings.held_out])
         concept = torch.from_numpy(drawings.concept[~drawings.held_out])
 
-        def loss(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(len(pixels), (preset.judge_batch,), generator=generator)
-            x = augment(pixels[rows], generator).to(loop.device())
+        def loss(generator: torch.Generator, count: int) -> Tensor:
+            rows = torch.randint(len(pixels), (count,), generator=generator)
+            x = augment(pixels[rows], generator).to(device())
             return F.cross_entropy(model(x).float(), concept[rows].to(x.device), label_smoothing=0.1)
 
-        loop.train(
+        minimize(
             model,
             loss,
-            steps=preset.judge_steps,
-            lr=2e-3,
-            seed=preset.seed,
-            out=path.with_suffix(""),
+            path.parent / "runs/judge",
             weight_decay=0.05,
+            iterations=preset.judge_steps,
+            batch_size=preset.judge_batch,
+            learning_rate=2e-3,
+            ema_decay=0.0,
+            seed=preset.seed,
         )
-        save_file(model.state_dict(), path)
+        with written_whole(path) as temporary:
+            save_file(model.state_dict(), temporary)
     model.load_state_dict(load_file(path))
     return model.eval()
 
@@ -100,7 +104,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def judge(model: Classifier, images: np.ndarray, concept: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     """uint8 images (n, H, W, 3) and the concepts asked for => ({"top1", "top5"} as fractions, features (n, 128))."""
     pixels = to_pixels(images)
-    features = torch.cat([model.features(part.to(loop.device())) for part in pixels.split(256)])
+    features = torch.cat([model.features(part.to(device())) for part in pixels.split(256)])
     order = model.head(features).argsort(dim=1, descending=True).cpu()
     hit = order[:, :5] == torch.from_numpy(concept)[:, None]
     scores = {"top1": hit[:, 0].float().mean().item(), "top5": hit.any(dim=1).float().mean().item()}

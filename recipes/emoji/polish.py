@@ -1,7 +1,7 @@
-"""After the teacher: train the decoder on, with the encoder and so all latents as they are.
+"""After the teacher: train the decoder further. The encoder stays as it is, and with it all latents.
 
-The teacher only needs latents, so it can begin with an autoencoder that is good enough; what is seen depends on
-the decoder alone, and that can be improved at any time after.
+The teacher only needs latents, so it can start with an autoencoder that is good enough. The look of pictures depends on
+the decoder alone, which can be improved at any later time.
 """
 
 from __future__ import annotations
@@ -13,40 +13,42 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from recipes.emoji import loop
 from recipes.emoji.autoencoder import encode, gradient_loss, to_pixels
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
+from recipes.emoji.stage import device, minimize
+from tiue.components import decode_latents
 
-LATENT_NOISE = 0.05  # of the latents' standard deviation: a student's latents are not exactly an encoder's
+LATENT_NOISE = 0.05  # in standard deviations of the latents; a student's latents differ a little from an encoder's
 
 
 def polish(preset: Preset, drawings: Drawings, source: Path, directory: Path) -> None:
     """Copy the teacher pipeline `source` to `directory` (once) with a better trained VAE decoder."""
     if directory.exists():
         return
-    vae = AutoencoderKL.from_pretrained(source / "vae").to(loop.device())
+    vae = AutoencoderKL.from_pretrained(source / "vae").to(device())
     pixels = to_pixels(drawings.images[~drawings.held_out])
     pixels = torch.cat([pixels, pixels.flip(-1)])
     latents = encode(vae, pixels)
     vae.requires_grad_(False)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pixels), (preset.autoencoder_batch,), generator=generator)
+    def loss(generator: torch.Generator, count: int) -> Tensor:
+        rows = torch.randint(len(pixels), (count,), generator=generator)
         z = latents[rows] + LATENT_NOISE * torch.randn(latents[rows].shape, generator=generator)
-        x = pixels[rows].to(loop.device())
-        y = vae.decode(z.to(x.device) / vae.config.scaling_factor).sample.float()
+        x = pixels[rows].to(device())
+        y = decode_latents(vae, z.to(x.device)).float()
         return (y - x).abs().mean() + gradient_loss(y, x)
 
-    loop.train(
+    minimize(
         decoder,
         loss,
-        steps=preset.polish_steps,
-        lr=preset.polish_lr,
-        seed=preset.seed + 2,
-        out=directory,
+        directory.parent / "runs/polish",
+        iterations=preset.polish_steps,
+        batch_size=preset.autoencoder_batch,
+        learning_rate=preset.polish_lr,
         ema_decay=0.995,
+        seed=preset.seed + 2,
     )
     unfinished = directory.with_suffix(".tmp")
     shutil.copytree(source, unfinished, dirs_exist_ok=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tiue.distill.config import DistillConfig, read_preset
 
-DISTIL = DistillConfig(**read_preset("emoji"))
+DISTILL = DistillConfig(**read_preset("emoji"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Preset:
     colour_lr: float = 4e-4
     null_text_probability: float = 0.1
 
-    guidance: float = 3.0  # of the teacher when it draws the pairs of the warm start
+    guidance: float = 3.0  # of the teacher when it samples the pairs of the warm start
     pair_steps: int = 12  # DDIM steps per pair
     pairs: int = 6720
     student_steps: int = 4  # decoders
@@ -45,7 +45,7 @@ class Preset:
     regression_batch: int = 24
     regression_lr: float = 1e-4
 
-    distil: DistillConfig = DISTIL
+    distill: DistillConfig = DISTILL
 
     judge_steps: int = 1200  # of the classifier that measures pictures
     judge_batch: int = 64
@@ -68,7 +68,7 @@ PRESETS = {
         pairs=8,
         regression_steps=2,
         regression_batch=4,
-        distil=replace(DISTIL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
+        distill=replace(DISTILL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
         judge_steps=2,
         judge_batch=8,
     ),
@@ -91,6 +91,6 @@ PRESETS = {
         pair_steps=25,
         regression_steps=6_000,
         regression_batch=128,
-        distil=replace(DISTIL, iterations=4_000, batch_size=64, checkpoint_every=500, sample_every=500),
+        distill=replace(DISTILL, iterations=4_000, batch_size=64, checkpoint_every=500, sample_every=500),
     ),
 }

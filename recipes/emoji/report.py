@@ -19,11 +19,11 @@ from tiue_runtime.noise import gaussian
 from torch import Tensor
 
 from evaluation.metrics import frechet
-from recipes.emoji import loop
 from recipes.emoji.autoencoder import decode
 from recipes.emoji.data import Drawings
 from recipes.emoji.measure import Classifier, classifier, judge
 from recipes.emoji.presets import Preset
+from recipes.emoji.stage import autocast, device
 from recipes.emoji.student import sample_teacher
 from recipes.emoji.teacher import load_teacher
 from tiue.checkpoint import Student, load_student
@@ -62,13 +62,13 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
     pipeline = load_teacher(out / "polished")
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
-    warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distil/student.safetensors"))
+    warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distill/student.safetensors"))
     warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # polished, like the others'
     contenders = {
         "held-out drawings": (drawings.images[drawings.held_out], drawings.concept[drawings.held_out]),
-        "teacher": (draw_teacher(pipeline, captions, preset.guidance), concept),
-        "warm start": (draw_student(warm, captions), concept),
-        "distilled": (draw_student(distilled, captions), concept),
+        "teacher": (sample_pictures(pipeline, captions, preset.guidance), concept),
+        "warm start": (sample_student(warm, captions), concept),
+        "distilled": (sample_student(distilled, captions), concept),
     }
     _, real = judge(judging, drawings.images, drawings.concept)
     figures = {name: measure(judging, real, *pictures) for name, pictures in contenders.items()}
@@ -78,28 +78,28 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
 
 
 def asked(drawings: Drawings) -> np.ndarray:
-    """The rows whose captions every contender draws: an even selection of all concepts and styles."""
+    """Choose the rows whose captions every contender samples: evenly from all concepts and styles."""
     return np.unique(np.linspace(0, len(drawings.images) - 1, MEASURED).round().astype(int))
 
 
 @torch.no_grad()
-def draw_student(student: Student, captions: list[str]) -> np.ndarray:
+def sample_student(student: Student, captions: list[str]) -> np.ndarray:
     """Captions => uint8 (n, H, W, 3) by the PyTorch student, image j from the noise of seed j."""
-    model = student.tiue().to(loop.device()).eval()
+    model = student.tiue().to(device()).eval()
     components = student.components
-    components.text_encoder.to(loop.device())
-    components.vae.to(loop.device())
+    components.text_encoder.to(device())
+    components.vae.to(device())
     images = []
     for start, part in _batches(captions):
         text = encode_text(components, part)
         noise = _noise(range(start, start + len(part)), components.unet.config)
-        with loop.autocast(text.device.type):
+        with autocast():
             images.append(decode(components.vae, model(noise.to(text.device), text)))
     return torch.cat(images).numpy()
 
 
 @torch.no_grad()
-def draw_teacher(
+def sample_pictures(
     pipeline: StableDiffusionPipeline, captions: list[str], guidance: float, seeds: range | None = None
 ) -> np.ndarray:
     """Captions => uint8 (n, H, W, 3) by the teacher in 25 DDIM steps, image j from the noise of seed j."""
@@ -131,7 +131,7 @@ def grid(
     """The teacher's pictures above the bundle's, from the same noise; held-out pairs carry a star."""
     held = {drawings.caption(row, 0, True) for row in np.flatnonzero(drawings.held_out)}
     seeds = range(GRID_SEED, GRID_SEED + len(prompts))
-    above = draw_teacher(teacher, prompts, guidance, seeds)
+    above = sample_pictures(teacher, prompts, guidance, seeds)
     below = (student(prompts, seed=GRID_SEED, output_type="np").images * 255).round().astype(np.uint8)
     bands = -(-len(prompts) // GRID_COLUMNS)
     figure, axes = plt.subplots(2 * bands, GRID_COLUMNS, figsize=(GRID_COLUMNS * 1.35, bands * 3.3), dpi=120)
@@ -154,7 +154,7 @@ def plot_students(students: dict[str, Student], path: Path) -> None:
         len(students), len(GRID_PROMPTS), figsize=(len(GRID_PROMPTS) * 0.9, len(students)), dpi=120
     )
     for row, (name, student) in zip(axes, students.items(), strict=True):
-        for axis, image in zip(row, draw_student(student, GRID_PROMPTS), strict=True):
+        for axis, image in zip(row, sample_student(student, GRID_PROMPTS), strict=True):
             axis.imshow(image, interpolation="lanczos")
             axis.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=7)
@@ -164,11 +164,11 @@ def plot_students(students: dict[str, Student], path: Path) -> None:
 
 
 def plot_losses(out: Path, path: Path) -> None:
-    """The loss of every stage over its steps, from the CSV files of a run."""
-    logs = [("autoencoder", out / "vae.csv", "loss"), ("teacher: shapes", out / "teacher-shapes.csv", "loss")]
-    logs += [("teacher: colours", out / "teacher-colours.csv", "loss")]
-    logs += [("warm start", out / "warm.csv", "loss")]
-    logs += [(f"distil: {name}", out / "distil/losses.csv", name) for name in ("vsd", "kl")]
+    """Plot the loss of every stage over its updates, from the logs of the runs."""
+    stages = {"autoencoder": "autoencoder", "teacher: shapes": "teacher-shapes", "teacher: colours": "teacher-colours"}
+    stages["warm start"] = "warm-start"
+    logs = [(title, out / f"runs/{name}/losses.csv", "loss") for title, name in stages.items()]
+    logs += [(f"distill: {name}", out / "distill/losses.csv", name) for name in ("vsd", "kl")]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), dpi=100)
     for axis, (title, file, column) in zip(axes.flat, logs, strict=True):
         log = read_log(file)

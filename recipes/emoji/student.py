@@ -1,4 +1,4 @@
-"""The student. A warm start on pairs that the teacher draws, then VSD + KL by `python -m tiue`."""
+"""The student: a warm start on pairs that the teacher samples, then VSD and KL as in `python -m tiue`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
-from recipes.emoji import loop
 from recipes.emoji.data import Drawings, concept_list
 from recipes.emoji.presets import Preset
+from recipes.emoji.stage import autocast, device, minimize, precision
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import load_components
-from tiue.distill.loop import Distillation
+from tiue.distill.loop import train
+from tiue.distill.vsd import prepare
+from tiue.files import written_whole
 from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text
 
@@ -30,7 +32,7 @@ LICENCE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
 
 
 def all_captions(drawings: Drawings) -> list[str]:
-    """Every caption that a training drawing may have, with and without its style word."""
+    """List every caption that a training drawing can have, with and without its style word."""
     texts: dict[str, None] = {}
     for row in np.flatnonzero(~drawings.held_out):
         for variant in range(len(drawings.captions[drawings.concept[row]])):
@@ -39,8 +41,8 @@ def all_captions(drawings: Drawings) -> list[str]:
     return list(texts)
 
 
-def draw_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
-    """Captions of random training drawings, with a style word as often as the teacher saw one."""
+def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
+    """Choose captions of random training drawings, with a style word as often as the teacher saw one."""
     random = np.random.default_rng(seed)
     rows = random.choice(np.flatnonzero(~drawings.held_out), count)
     return [
@@ -59,16 +61,15 @@ def sample_teacher(
 ) -> Tensor:
     """Noise (n, C, h, w) => the teacher's scaled latents after `steps` DDIM steps with guidance.
 
-    The teacher begins at t = 999, where its training ended with noise: "trailing" spacing. Stable Diffusion's "leading"
-    begins lower, which washes colours out (arXiv 2305.08891). The student needs no such care: it learns the result.
+    The teacher starts at t = 999, where its training ended with noise: "trailing" spacing. Stable Diffusion's "leading"
+    spacing starts lower, which washes colours out (arXiv 2305.08891). The student learns the result, so it may do that.
     """
-    device = pipeline.unet.device
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    with loop.autocast(device.type):
+    with autocast():
         return pipeline(
-            prompt_embeds=text.to(device),
-            negative_prompt_embeds=null.expand_as(text).to(device),
-            latents=noise.to(device),
+            prompt_embeds=text.to(device()),
+            negative_prompt_embeds=null.expand_as(text).to(device()),
+            latents=noise.to(device()),
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="latent",
@@ -76,9 +77,9 @@ def sample_teacher(
 
 
 def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipeline, path: Path) -> dict:
-    """Noise and what the teacher makes of it, drawn once: {"captions", "noise", "latents"}."""
+    """Sample (once) pairs of noise and the teacher's latents: {"captions", "noise", "latents"}."""
     if not path.exists():
-        captions = draw_captions(drawings, preset.pairs, preset.seed)
+        captions = random_captions(drawings, preset.pairs, preset.seed)
         generator = torch.Generator().manual_seed(preset.seed)
         size = pipeline.unet.config.sample_size
         noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
@@ -88,37 +89,37 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
             part = slice(start, start + PAIR_BATCH)
             text = _encode(pipeline, captions[part])
             latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
-        temporary = path.with_suffix(".tmp")
-        torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
     return torch.load(path, weights_only=True)
 
 
 def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) -> None:
-    """Regress the student on the teacher's pairs (once): it learns to do in one pass what DDIM does in many."""
+    """Regress the student on the teacher's pairs (once): it learns to do in one pass the work of many DDIM steps."""
     if not path.exists():
         pipeline = load_teacher(teacher)
         pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
         components = replace(load_components(teacher), name="emoji", license=LICENCE)
         timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
         student = Student(components, timesteps[0], {len(timesteps): timesteps}, base_model="emoji teacher")
-        model = student.tiue().to(loop.device())
-        components.text_encoder.to(loop.device()).requires_grad_(False)
+        model = student.tiue().to(device())
+        components.text_encoder.to(device()).requires_grad_(False)
 
-        def loss(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(preset.pairs, (preset.regression_batch,), generator=generator)
+        def loss(generator: torch.Generator, count: int) -> Tensor:
+            rows = torch.randint(preset.pairs, (count,), generator=generator)
             with torch.no_grad():
                 text = encode_text(components, [pairs["captions"][row] for row in rows])
             return F.mse_loss(model(pairs["noise"][rows].to(text.device), text), pairs["latents"][rows].to(text.device))
 
-        loop.train(
+        minimize(
             model,
             loss,
-            steps=preset.regression_steps,
-            lr=preset.regression_lr,
-            seed=preset.seed + 1,
-            out=path.with_suffix(""),
+            path.parent / "runs/warm-start",
+            iterations=preset.regression_steps,
+            batch_size=preset.regression_batch,
+            learning_rate=preset.regression_lr,
             ema_decay=0.99,
+            seed=preset.seed + 1,
         )
         warm = {
             "warm start": f"{preset.pairs} teacher pairs, {preset.pair_steps} DDIM steps, guidance {preset.guidance}"
@@ -127,20 +128,18 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         save_student(path, student)
 
 
-def distil(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path) -> None:
-    """VSD + KL from the warm start (once)."""
+def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path) -> None:
+    """Distill with VSD and KL from the warm start (once)."""
     if not (out / "student.safetensors").exists():
-        run = Distillation(
+        run, method = prepare(
             load_components(teacher),
             all_captions(drawings),
             out,
-            preset.distil
-            if loop.computes_in_bf16(loop.device().type)
-            else replace(preset.distil, mixed_precision="no"),
+            replace(preset.distill, mixed_precision=precision()),
             initial=load_student(initial),
-            sample_prompts=draw_captions(drawings, 32, preset.seed + 1),
+            sample_prompts=random_captions(drawings, 32, preset.seed + 1),
         )
-        run.run()
+        train(run, method)
 
 
 def bundle(student: Path, out: Path) -> None:

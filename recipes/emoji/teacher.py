@@ -13,10 +13,10 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
-from recipes.emoji import loop
 from recipes.emoji.autoencoder import encode, to_pixels
 from recipes.emoji.data import STYLES, Drawings
 from recipes.emoji.presets import Preset
+from recipes.emoji.stage import autocast, device, minimize
 
 TEXT_LENGTH = 32  # tokens
 SNR_GAMMA = 5.0
@@ -53,7 +53,7 @@ def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256
         tokens = tokenizer(texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt").to(
             text_encoder.device
         )
-        with loop.autocast(text_encoder.device.type):
+        with autocast():
             hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         parts.append(hidden.half().cpu())
     return torch.cat(parts)
@@ -70,7 +70,7 @@ class Captions:
             for text in variants:
                 texts += [text] + [f"{text}, {style} style" for style in STYLES]
         text_encoder, tokenizer = text_parts()
-        self.embeddings = embed(text_encoder.to(loop.device()), tokenizer, texts)
+        self.embeddings = embed(text_encoder.to(device()), tokenizer, texts)
         self.base, self.variants = torch.tensor(self.base), torch.tensor(self.variants)
 
     def draw(self, concept: Tensor, style: Tensor, generator: torch.Generator, null: float) -> Tensor:
@@ -92,7 +92,7 @@ def load_teacher(directory: Path) -> StableDiffusionPipeline:
     """A teacher pipeline, on the device, without progress bars."""
     pipeline = StableDiffusionPipeline.from_pretrained(directory, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(loop.device())
+    return pipeline.to(device())
 
 
 def build_unet(preset: Preset) -> UNet2DConditionModel:
@@ -127,24 +127,23 @@ def colour_weight(snr: Tensor) -> Tensor:
 
 def denoising(
     unet: UNet2DConditionModel, preset: Preset, drawings: Drawings, vae
-) -> Callable[[torch.Generator, Callable[[Tensor], Tensor]], Tensor]:
-    """The loss of `unet`, on its device, as a function of the generator of a batch and of weights by SNR."""
-    device = unet.device
+) -> Callable[[torch.Generator, int, Callable[[Tensor], Tensor]], Tensor]:
+    """Make the loss of `unet`, on its device: a function of a generator, a number of samples and weights by SNR."""
     scheduler = DDIMScheduler(**SCHEDULER)
     captions = Captions(drawings)
     seen = torch.from_numpy(~drawings.held_out)
     latents = encode(vae, to_pixels(drawings.images[~drawings.held_out]))
     concept, style = (torch.from_numpy(a)[seen] for a in (drawings.concept, drawings.style))
 
-    def loss(generator: torch.Generator, weight: Callable[[Tensor], Tensor]) -> Tensor:
-        rows = torch.randint(len(latents), (preset.teacher_batch,), generator=generator)
+    def loss(generator: torch.Generator, count: int, weight: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = torch.randint(len(latents), (count,), generator=generator)
         t = torch.randint(1000, (len(rows),), generator=generator)
         text = captions.draw(concept[rows], style[rows], generator, preset.null_text_probability)
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = scheduler.add_noise(latents[rows], noise, t)
-        eps = unet(noisy.to(device), t.to(device), text.to(device).float()).sample
-        error = (eps.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
-        return (error * weight(compute_snr(scheduler, t)).to(device)).mean()
+        eps = unet(noisy.to(device()), t.to(device()), text.to(device()).float()).sample
+        error = (eps.float() - noise.to(device())).square().mean(dim=(1, 2, 3))
+        return (error * weight(compute_snr(scheduler, t)).to(device())).mean()
 
     return loss
 
@@ -166,14 +165,22 @@ def save_teacher(unet: UNet2DConditionModel, vae, directory: Path) -> None:
 
 def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
     torch.manual_seed(preset.seed)
-    unet = build_unet(preset).to(loop.device())
+    unet = build_unet(preset).to(device())
     loss = denoising(unet, preset, drawings, vae)
-    common = {"seed": preset.seed, "ema_decay": preset.teacher_ema_decay, "weight_decay": 0.01}
-    first, second = directory.with_name("teacher-shapes"), directory.with_name("teacher-colours")
-    loop.train(
-        unet, partial(loss, weight=min_snr), steps=preset.teacher_steps, lr=preset.teacher_lr, out=first, **common
-    )
-    loop.train(
-        unet, partial(loss, weight=colour_weight), steps=preset.colour_steps, lr=preset.colour_lr, out=second, **common
-    )
+    phases = {
+        "shapes": (min_snr, preset.teacher_steps, preset.teacher_lr),
+        "colours": (colour_weight, preset.colour_steps, preset.colour_lr),
+    }
+    for name, (weight, steps, rate) in phases.items():
+        minimize(
+            unet,
+            partial(loss, weight=weight),
+            directory.parent / f"runs/teacher-{name}",
+            weight_decay=0.01,
+            iterations=steps,
+            batch_size=preset.teacher_batch,
+            learning_rate=rate,
+            ema_decay=preset.teacher_ema_decay,
+            seed=preset.seed,
+        )
     save_teacher(unet, vae, directory)

@@ -144,21 +144,22 @@ def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
     from tiue.checkpoint import load_student
     from tiue.components import load_components
     from tiue.distill.clip import load_clip
-    from tiue.distill.loop import Distillation, DivergedError, StoppedError
+    from tiue.distill.loop import DivergedError, StoppedError, train
+    from tiue.distill.vsd import prepare
     from tiue.prompts import load_prompts, read_prompts
 
     samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
     clip = None
     if config.clip_weight:
         if not (arguments.clip and arguments.tiny_vae):
-            raise ValueError("--clip-weight needs --clip and --tiny-vae")
+            raise ValueError("`clip_weight` needs --clip and --tiny-vae")
         clip = load_clip(arguments.clip, arguments.tiny_vae)
     teacher = load_components(arguments.teacher)
     initial = load_student(arguments.init) if arguments.init else None
     prompts = read_prompts(arguments.prompts, arguments.prompt_field)
-    run = Distillation(teacher, prompts, arguments.out, config, initial=initial, sample_prompts=samples, clip=clip)
+    run, method = prepare(teacher, prompts, arguments.out, config, initial=initial, sample_prompts=samples, clip=clip)
     try:
-        print(f"student written to {run.run()}")
+        print(f"student written to {train(run, method)}")
     except DivergedError as error:
         return _fail(str(error), 1)
     except StoppedError as error:

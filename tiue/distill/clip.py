@@ -11,20 +11,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizerFast
 
-from tiue.components import load_tiny_vae
+from tiue.components import decode_latents, load_tiny_vae
+from tiue.files import one_line
 from tiue.losses import clip_loss
 
-# How CLIP's training pictures were normalised: mean and standard deviation of red, green and blue.
+# Mean and standard deviation of red, green and blue in CLIP's training pictures.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipScore:
-    """CLIP and what makes pictures for it, both frozen.
+    """CLIP and the decoder that makes pictures for it, both frozen.
 
     Args:
-        model: whose projected embeddings are compared.
-        tokenizer: its own.
+        model: compares its projected embeddings of picture and text.
+        tokenizer: of the model.
         vae: decodes latents to RGB in [-1, 1]; gradients go through it.
     """
 
@@ -41,8 +42,8 @@ class ClipScore:
         return self
 
     def loss(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        """`losses.clip_loss` of latents [B,C,h,w] and their captions, a scalar."""
-        pixels = self._vae.decode(latents / self._vae.config.scaling_factor).sample.float() / 2 + 0.5
+        """Compute `losses.clip_loss` of latents (B, C, h, w) and their captions, a scalar."""
+        pixels = decode_latents(self._vae, latents).float() / 2 + 0.5
         pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, deviation = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (_MEAN, _DEVIATION))
         images = self._model.get_image_features((pixels - mean) / deviation)
@@ -58,7 +59,8 @@ class ClipScore:
 def load_clip(directory: Path, tiny_vae: Path) -> ClipScore:
     """Read CLIP from a directory as transformers saves it, safetensors only, and an AutoencoderTiny from another.
 
-    Raises ValueError, naming the directory, for anything missing or of another kind.
+    Raises:
+        ValueError: a directory is missing, or holds something else; the message names it.
     """
     if not directory.is_dir():
         raise ValueError(f"no such directory: {directory}")
@@ -66,5 +68,5 @@ def load_clip(directory: Path, tiny_vae: Path) -> ClipScore:
         model = CLIPModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
         tokenizer = CLIPTokenizerFast.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} holds no CLIP model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{directory} holds no CLIP model: {one_line(error)}") from error
     return ClipScore(model, tokenizer, load_tiny_vae(tiny_vae))

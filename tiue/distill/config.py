@@ -3,18 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiue.settings import check, setting
+
+if TYPE_CHECKING:
+    import torch
 
 _PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class RunConfig:
+    """Settings of the training loop, whatever the method. Defaults are the paper's, on 8 processes.
+
+    Raises:
+        ValueError: a setting is of another type or out of range.
+    """
+
+    iterations: int = setting(66_500, "updates of the student", group="the run", at_least=1)
+    batch_size: int = setting(8, "samples per process and micro-batch", at_least=1)
+    accumulate: int = setting(1, "micro-batches per update", at_least=1)
+    learning_rate: float = setting(1e-6, "learning rate of the student", above=0)
+    learning_rate_decay: str = setting(
+        "none", "linear: all learning rates fall to 0 over the run; none: they are constant", choices=["none", "linear"]
+    )
+    grad_clip: float = setting(1.0, "largest gradient norm of each network", above=0)
+    ema_decay: float = setting(
+        0.999, "decay per update of the student's average, which is what is saved; 0: no average", at_least=0, at_most=1
+    )
+    ema_every: int = setting(1, "updates between two averagings", at_least=1)
+    seed: int = setting(0, "the same seed, settings and machine give the same weights", at_least=0)
+
+    mixed_precision: str = setting(
+        "no",
+        "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs that have it",
+        group="speed and memory",
+        choices=["no", "fp16", "bf16"],
+    )
+    ema_on_cpu: bool = setting(False, "keep the student's average in the computer's memory")
+
+    checkpoint_every: int = setting(500, "updates between checkpoints", group="files", at_least=1)
+    sample_every: int = setting(500, "updates between sample grids", at_least=1)
+    keep: int = setting(2, "checkpoints kept on the disk", at_least=1)
+
+    def __post_init__(self):
+        check(self)
+
+    def changeable(self) -> set[str]:
+        """Name the settings that a resumed run may change, because the weights do not depend on them."""
+        names = {"ema_on_cpu", "checkpoint_every", "sample_every", "keep"}
+        return names if self.learning_rate_decay == "linear" else names | {"iterations"}
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
     """Settings of a distillation. Defaults are the paper's for Stable Diffusion 2.1 base, on 8 processes.
 
     Raises:
@@ -34,17 +79,6 @@ class DistillConfig:
     share_encoder: bool = setting(
         True, "the method; off: N full UNets on the same noise, a control that cannot be exported"
     )
-
-    iterations: int = setting(66_500, "updates of the student", group="the run", at_least=1)
-    batch_size: int = setting(8, "samples per process and micro-batch", at_least=1)
-    accumulate: int = setting(1, "micro-batches per update", at_least=1)
-    learning_rate: float = setting(1e-6, "learning rate of the student (constant)", above=0)
-    grad_clip: float = setting(1.0, "largest gradient norm of each network", above=0)
-    ema_decay: float = setting(
-        0.999, "decay per update of the student's average, which is what is saved", above=0, at_most=1
-    )
-    ema_every: int = setting(1, "updates between two averagings", at_least=1)
-    seed: int = setting(0, "the same seed, settings and machine give the same weights", at_least=0)
 
     guidance: float = setting(
         4.5, "classifier-free guidance of the teacher in the VSD loss", group="the losses", at_least=0
@@ -67,7 +101,7 @@ class DistillConfig:
         group="the fake score",
         choices=["lora", "full"],
     )
-    fake_learning_rate: float = setting(1e-3, "learning rate of the fake score (constant)", above=0)
+    fake_learning_rate: float = setting(1e-3, "learning rate of the fake score", above=0)
     fake_steps: int = setting(1, "updates of the fake score per update of the student", at_least=1)
     lora_rank: int = setting(64, "rank of the adapters", at_least=1)
     lora_alpha: int = setting(108, "scale of the adapters", at_least=1)
@@ -75,35 +109,25 @@ class DistillConfig:
         0.1, "probability that the fake score trains a batch on the empty prompt", at_least=0, at_most=1
     )
 
-    mixed_precision: str = setting(
-        "no",
-        "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs that have it",
-        group="speed and memory",
-        choices=["no", "fp16", "bf16"],
-    )
     optimizer: str = setting(
         "adam",
         "adam8bit keeps Adam's averages in 8 bits (bitsandbytes; not with FSDP)",
+        group="speed and memory",
         choices=["adam", "adam8bit"],
     )
     text_cache: bool = setting(
         True, "compute text embeddings once and keep them on the disk, so that the text encoder leaves the GPU"
     )
     gradient_checkpointing: bool = setting(False, "keep fewer activations and compute them again: less memory, slower")
-    ema_on_cpu: bool = setting(False, "keep the student's average in the computer's memory")
     channels_last: bool = setting(False, "memory layout of convolutions; faster on GPUs in half precision")
     compile: bool = setting(False, "torch.compile: slow first updates, faster ones after")
-
-    checkpoint_every: int = setting(500, "updates between checkpoints", group="files", at_least=1)
-    sample_every: int = setting(500, "updates between sample grids", at_least=1)
-    keep: int = setting(2, "checkpoints kept on the disk", at_least=1)
 
     def __post_init__(self):
         if type(self.steps) is int:
             object.__setattr__(self, "steps", (self.steps,))
         if isinstance(self.steps, list):  # JSON has no tuples
             object.__setattr__(self, "steps", tuple(self.steps))
-        check(self)
+        super().__post_init__()
         if not self.steps:
             raise ValueError("`steps` must name at least one number of steps, got none")
         object.__setattr__(self, "steps", tuple(sorted(set(self.steps), reverse=True)))
@@ -112,11 +136,17 @@ class DistillConfig:
         if self.shared_up_blocks and not self.share_encoder:
             raise ValueError("`shared_up_blocks` needs a shared encoder: turn `share_encoder` on, or leave it out")
 
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> DistillConfig:
-        """Take the settings of a run out of a mapping that may hold other entries; missing ones have their defaults."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in settings.items() if name in names})
+    def changeable(self) -> set[str]:
+        """Name the settings that a resumed run may change; the weight of the CLIP loss depends on `iterations`."""
+        names = super().changeable() | {"gradient_checkpointing"}
+        return names - {"iterations"} if self.clip_weight else names
+
+
+def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
+    """Return the type that autocast computes in, or None for the setting "no"."""
+    import torch  # not for the command line's --help
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
 
 def preset_names() -> list[str]:

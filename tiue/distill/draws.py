@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_STEP = 2**32 - 1  # in the place of a sample: numbers that a whole update shares
+# Stand in the place of a sample: for numbers that a whole update shares, and for numbers of a whole part.
+_UPDATE, _PART = 2**32 - 1, 2**32 - 2
 
 
 class Draws:
-    """The numbers of some samples of one update, in the order in which they are asked for.
+    """The random numbers of some samples of one update, in the order in which they are asked for.
 
-    Every sample has a generator of its own, so that its numbers are the same whichever process and micro-batch it falls
-    to, and on a CPU, so that they do not depend on the device.
+    Every sample has its own generator, so its numbers do not depend on the process and micro-batch that compute it.
+    The generators are on the CPU, so the numbers do not depend on the device.
 
     Args:
         seed: of the run.
-        step: the update.
-        first: the first sample's place in the update's global batch.
-        count: of samples.
+        step: the number of the update.
+        first: the first sample's place in the global batch of the update.
+        count: number of samples.
         device: where the numbers go.
     """
 
@@ -30,30 +32,73 @@ class Draws:
         self._device = device
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal float32 [count, *shape]."""
+        """Draw standard normal numbers, float32 (count, *shape)."""
         return torch.stack([torch.randn(*shape, generator=g) for g in self._generators]).to(self._device)
 
     def integers(self, low: int, high: int) -> Tensor:
-        """Uniform int64 [count] in low..high-1."""
+        """Draw uniform integers in low..high-1, int64 (count,)."""
         return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self._generators]).to(self._device)
 
 
 class SharedDraws:
-    """Numbers of an update that all its samples share, in the order in which they are asked for."""
+    """The random numbers that all samples of an update share, in the order in which they are asked for."""
 
     def __init__(self, seed: int, step: int):
-        self._generator = _generator(seed, step, _STEP)
+        self._generator = _generator(seed, step, _UPDATE)
 
     def uniform(self) -> float:
-        """One number in [0, 1)."""
+        """Draw one number in [0, 1)."""
         return torch.rand((), generator=self._generator).item()
 
     def choice(self, values: Sequence[int]) -> int:
-        """One of `values`, all as likely."""
+        """Draw one of `values`, all equally likely."""
         return values[int(torch.randint(len(values), (), generator=self._generator))]
 
 
-def _generator(seed: int, step: int, sample: int) -> torch.Generator:
-    # The words are hashed, so that no two samples are alike.
-    words = np.random.SeedSequence((seed, step, sample)).generate_state(2, np.uint32).tolist()
+class Part:
+    """The samples that one process computes at once: a micro-batch.
+
+    Args:
+        seed: of the run.
+        step: the number of the update.
+        first: the first sample's place in the global batch of the update.
+        size: number of samples.
+        total: number of samples in the global batch.
+        device: where random numbers go.
+    """
+
+    def __init__(self, seed: int, step: int, first: int, size: int, total: int, device: torch.device):
+        self.size, self.device = size, device
+        self.positions = range(step * total + first, step * total + first + size)  # among all samples of the run
+        self.draws = Draws(seed, step, first, size, device)
+        self._key = (seed, step, _PART, first)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """A generator of the part as a whole, on the CPU; its numbers depend on how a batch is cut into parts."""
+        return _generator(*self._key)
+
+
+class Batch:
+    """The samples of one update that this process computes, part by part.
+
+    Args:
+        seed: of the run.
+        step: the number of the update.
+        size: samples of a part.
+        parts: parts of this process.
+        process, processes: which of how many processes this is. Every process has a run of samples in every part.
+        device: where random numbers go.
+    """
+
+    def __init__(self, seed: int, step: int, size: int, parts: int, process: int, processes: int, device: torch.device):
+        firsts = [(part * processes + process) * size for part in range(parts)]
+        total = size * parts * processes
+        self.parts = [Part(seed, step, first, size, total, device) for first in firsts]
+        self.shared = SharedDraws(seed, step)
+
+
+def _generator(*key: int) -> torch.Generator:
+    # The numbers of the key are hashed, so that no two keys give similar numbers.
+    words = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
     return torch.Generator().manual_seed(words[0] << 31 | words[1] >> 1)

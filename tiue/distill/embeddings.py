@@ -1,4 +1,4 @@
-"""Text embeddings of a run's captions: computed once and kept on the disk, or when they are asked for."""
+"""Text embeddings of a run's captions, either computed once and kept on the disk, or computed for every batch."""
 
 from __future__ import annotations
 
@@ -15,58 +15,65 @@ from torch import Tensor
 
 from tiue import files
 from tiue.components import Components
+from tiue.distill.config import autocast_dtype
 from tiue.text_encoder import encode_text
 
 _BATCH = 64  # captions that are encoded at once
-_NOTE_EVERY = 100  # batches between two notes of how far the cache is
+_NOTE_EVERY = 100  # batches between two notes of the progress
 _log = logging.getLogger(__name__)
 
 
-class Texts(Protocol):
-    """Text embeddings by caption."""
+class TextEmbeddings(Protocol):
+    """Text embeddings by the number of a caption."""
 
-    def rows(self, indices: Sequence[int]) -> Tensor: ...  # noqa: D102
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Return the embeddings of these captions, float32 (n, L, D)."""
+        ...
 
 
-class Encoded:
-    """Text embeddings that are computed when they are asked for."""
+class EncodedTexts:
+    """Text embeddings that are computed whenever they are read, on the text encoder's device."""
 
     def __init__(self, components: Components, prompts: Sequence[str]):
         self._components, self._prompts = components, prompts
 
     @torch.no_grad()
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """Of these captions, float32 [n,L,D], on the text encoder's device."""
+        """Encode these captions, float32 (n, L, D)."""
         return encode_text(self._components, [self._prompts[i] for i in indices]).float()
 
 
-class Cached:
-    """Text embeddings in a file that is mapped into memory. Made by `cache_texts`."""
+class CachedTexts:
+    """Text embeddings in a file that is mapped into memory, made by `cache_texts`."""
 
     def __init__(self, values: Tensor, device: torch.device):
         self._values, self._device = values, device
 
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """Of these captions, float32 [n,L,D]."""
+        """Read the embeddings of these captions, float32 (n, L, D)."""
         return self._values[torch.tensor(indices)].to(self._device).float()
 
 
 def cache_texts(
     components: Components, prompts: Sequence[str], digest: str, directory: Path, accelerator: Accelerator
-) -> Cached:
-    """Encode all captions into a file, of which every process does its part; one that was stopped goes on.
+) -> CachedTexts:
+    """Encode all captions into a file. Every process does its part; a cache that was stopped is continued.
 
-    With mixed precision the file holds that precision, which is what the UNet would round them to: same results.
+    With mixed precision the file holds that precision. The UNet would round the embeddings to it anyway, so results
+    do not change.
 
     Args:
-        components: with the text encoder where it is to run.
-        digest: by which the captions are known again.
-        directory: of the cache; all processes see the same.
+        components: the model; its text encoder is on the device where it is to run.
+        prompts: the captions.
+        digest: identifies the captions.
+        directory: of the cache, the same for all processes.
+        accelerator: of the run.
 
-    Raises ValueError if the disk has not the space.
+    Raises:
+        ValueError: the disk has too little space.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    example = Encoded(components, [""]).rows([0])
+    dtype = autocast_dtype(accelerator.mixed_precision) or torch.float32
+    example = EncodedTexts(components, [""]).rows([0])
     shape = (len(prompts), *example.shape[1:])
     path, note = directory / "embeddings.bin", directory / "embeddings.json"
     known = {
@@ -78,16 +85,16 @@ def cache_texts(
         "processes": accelerator.num_processes,
     }
     if accelerator.is_main_process:
-        _claim(path, note, known, shape, dtype)
+        _make_file(path, note, known, shape, dtype)
     accelerator.wait_for_everyone()
     values = torch.from_file(str(path), shared=True, size=shape[0] * shape[1] * shape[2], dtype=dtype).view(shape)
-    _fill(values, Encoded(components, prompts), path, accelerator)
+    _fill(values, EncodedTexts(components, prompts), path, accelerator)
     accelerator.wait_for_everyone()
-    return Cached(values, accelerator.device)
+    return CachedTexts(values, accelerator.device)
 
 
-def _claim(path: Path, note: Path, known: dict[str, object], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Make the file, unless there is one of these captions, whole or not."""
+def _make_file(path: Path, note: Path, known: dict[str, object], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Make the file, unless it exists for these captions, complete or not."""
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) == known:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,11 +109,11 @@ def _claim(path: Path, note: Path, known: dict[str, object], shape: tuple[int, .
         )
     with path.open("wb") as file:
         file.truncate(size)
-    note.write_text(json.dumps(known), encoding="utf-8")
+    files.write_text(note, json.dumps(known))
 
 
-def _fill(values: Tensor, encoded: Encoded, path: Path, accelerator: Accelerator) -> None:
-    """This process's part: every num_processes-th batch."""
+def _fill(values: Tensor, encoded: EncodedTexts, path: Path, accelerator: Accelerator) -> None:
+    """Encode this process's part: every num_processes-th batch."""
     process, processes = accelerator.process_index, accelerator.num_processes
     progress = path.with_name(f"embeddings.{process}.done")
     batches = range(process, -(-len(values) // _BATCH), processes)
@@ -124,7 +131,7 @@ def _fill(values: Tensor, encoded: Encoded, path: Path, accelerator: Accelerator
 
 
 def cut_prompts(components: Components, prompts: Sequence[str]) -> int:
-    """How many captions are longer than the text encoder's limit, beyond which they are cut."""
+    """Count the captions that are longer than the text encoder's limit, where they are cut."""
     tokenizer, cut = components.tokenizer, 0
     for first in range(0, len(prompts), 1024):
         tokens = tokenizer(list(prompts[first : first + 1024]), truncation=False, verbose=False).input_ids

@@ -1,4 +1,4 @@
-"""What a run will take, before it takes it: parameters and memory, from shapes alone."""
+"""Estimate parameters and memory of a run before it starts, from shapes alone."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tiue.distill.config import DistillConfig
+from tiue.distill.config import DistillConfig, autocast_dtype
 from tiue.distill.scores import Scores
-from tiue.schedule import Schedule, closed_form
+from tiue.schedule import NoiseSchedule, Schedule
 from tiue.unet import Predictor, TiUE
 
-_TEXT_LENGTH = 77  # CLIP's; longer texts take more
+_TEXT_LENGTH = 77  # tokens, as CLIP has; longer texts take more
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process. Bytes are of what stays through a run; activations are those that a backward pass keeps."""
+    """Memory of one process. Bytes stay through the run; activations are those that a backward pass keeps."""
 
     student_parameters: int
     trained_fake_parameters: int
-    weights_bytes: int  # of teacher, student and fake score
+    weights_bytes: int  # teacher, student and fake score
     gradients_bytes: int
     optimizer_bytes: int
-    ema_bytes: int  # where it is on the same device
+    ema_bytes: int  # 0 where the average is on the CPU
     activations_bytes: int  # of the student's update, which keeps the most
 
     @property
     def total_bytes(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         parts = self.weights_bytes, self.gradients_bytes, self.optimizer_bytes, self.ema_bytes, self.activations_bytes
         return sum(parts)
 
@@ -41,16 +41,20 @@ class Estimate:
 def estimate(
     unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any], config: DistillConfig, device: str = "cuda"
 ) -> Estimate:
-    """Take the networks of a run through an update without weights or computing; for one process, not sharded.
+    """Take the networks of a run through an update without weights or computing, for one process without sharding.
 
-    device: "cuda" or "cpu", where torch's autocast differs.
+    Args:
+        unet_config: configuration of the teacher's UNet.
+        scheduler_config: configuration of the teacher's scheduler.
+        config: the settings.
+        device: "cuda" or "cpu"; torch's autocast differs between them.
     """
-    schedule = closed_form(scheduler_config, max(config.steps))
-    scheduler = DDIMScheduler.from_config(dict(scheduler_config), clip_sample=False)
+    process = NoiseSchedule.from_config(scheduler_config)
+    schedule = process.closed_form(max(config.steps))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
         teacher = UNet2DConditionModel.from_config(unet_config)
-        scores = Scores(teacher, scheduler, config)
+        scores = Scores(teacher, process, config)
     with FakeTensorMode():
         activations = _activations(UNet2DConditionModel.from_config(unet_config), schedule, config, device)
     trained = [*unet.parameters(), *scores.parameters()]
@@ -62,7 +66,7 @@ def estimate(
         weights_bytes=4 * sum(_count(network.parameters()) for network in networks),
         gradients_bytes=4 * _count(trained),
         optimizer_bytes=state * _count(trained),
-        ema_bytes=0 if config.ema_on_cpu else 4 * _count(unet.parameters()),
+        ema_bytes=0 if config.ema_on_cpu or not config.ema_decay else 4 * _count(unet.parameters()),
         activations_bytes=activations,
     )
 
@@ -84,13 +88,13 @@ def _activations(unet: UNet2DConditionModel, schedule: Schedule, config: Distill
 
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if device == "cuda":  # where autocast normalises in float32
+    if device == "cuda":  # on GPUs autocast normalizes in float32
         for module in unet.modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
     latents = torch.empty(config.batch_size, unet.config.in_channels, height, width)
     text = torch.empty(config.batch_size, _TEXT_LENGTH, unet.config.cross_attention_dim)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    dtype = autocast_dtype(config.mixed_precision)
     with (
         torch.autocast("cpu", dtype, enabled=dtype is not None),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

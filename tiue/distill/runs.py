@@ -1,4 +1,4 @@
-"""The files of a run. Its configuration and its checkpoints are written whole or not at all; its log grows by rows."""
+"""The files of a run. Settings and checkpoints are written whole or not at all; the log grows by rows."""
 
 from __future__ import annotations
 
@@ -16,65 +16,77 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tiue.distill.config import DistillConfig
-from tiue.files import one_line, write_text, written_whole
+from tiue.distill.config import RunConfig
+from tiue.files import one_line, shortened, write_text, written_whole
 
-# Settings that a resumed run may change, because they do not change the weights on the way.
-_FREE = {"checkpoint_every", "sample_every", "keep", "gradient_checkpointing", "ema_on_cpu"}
+_FORMAT = 2  # of checkpoints
 _log = logging.getLogger(__name__)
+
+Identity = Mapping[str, str | int | None]
 
 
 class Stateful(Protocol):
-    """Anything with a state: modules, optimisers, averages."""
+    """Anything with a state: modules, optimizers, averages."""
 
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...  # noqa: D102
 
 
-def claim(out: Path, config: DistillConfig, identity: Mapping[str, str | int | None], write: bool = True) -> None:
-    """Make `out` the directory of a run with `config`.
+def check_same_run(out: Path, config: RunConfig, identity: Identity) -> None:
+    """Refuse a directory that holds another run. An empty or missing directory is free.
 
     Args:
-        identity: what else must be the same when the run is resumed, by name.
-        write: False in all processes of a run but one, which only compare.
+        out: directory of the run.
+        config: the settings; those that `config.changeable()` names may differ.
+        identity: what else must be the same when a run is resumed, by name, for example a fingerprint.
 
     Raises:
-        ValueError: it holds a run with another configuration; the message lists the differences.
+        ValueError: the message lists the differences.
     """
-    path, settings = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config) | identity))
-    if path.exists():
-        # A setting younger than the run had its default; what it was begun with is not known, if it does not say.
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        begun = (
-            settings
-            | json.loads(json.dumps(dataclasses.asdict(DistillConfig.of(begun))))
-            | {name: value for name, value in begun.items() if name in identity}
-        )
-        # The weight of the CLIP loss falls over all iterations.
-        free = _FREE if config.clip_weight else _FREE | {"iterations"}
-        names = [n for n in settings if n not in free and begun[n] != settings[n]]
-        if names:
-            differences = ", ".join(f"{n} {begun[n]!r} -> {settings[n]!r}" for n in names)
-            raise ValueError(f"{out} holds a run with another configuration: {differences}")
-    if write:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+    if not (path := out / "config.json").exists():
+        return
+    # Settings that an older config.json lacks had their defaults; identity entries that it lacks cannot be compared.
+    wanted = _recorded(config, identity)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found = wanted | _recorded(type(config)(), {}) | {name: found[name] for name in found.keys() & wanted.keys()}
+    names = [name for name in wanted if name not in config.changeable() and found[name] != wanted[name]]
+    if names:
+        differences = ", ".join(f"{n} {shortened(repr(found[n]))} -> {shortened(repr(wanted[n]))}" for n in names)
+        raise ValueError(f"{out} holds a run with another configuration: {differences}")
+
+
+def record_run(out: Path, config: RunConfig, identity: Identity) -> None:
+    """Make `out` the directory of a run, by its config.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", json.dumps(_recorded(config, identity), indent=2) + "\n")
+
+
+def _recorded(config: RunConfig, identity: Identity) -> dict[str, Any]:
+    """The content of config.json, as reading it gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config) | dict(identity)))
 
 
 def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
-    """Write the checkpoint of `step` finished iterations, then delete all but the newest `keep`.
+    """Write a checkpoint, then delete all but the newest `keep`.
 
-    state: the state dictionary of every part, by name. Raises OSError, with the older checkpoints as they were.
+    Args:
+        out: directory of the run.
+        state: the state dictionary of every part, by name.
+        step: the number of finished updates.
+        keep: how many checkpoints stay.
+
+    Raises:
+        OSError: it could not be written; the older checkpoints are as they were.
     """
     directory = out / "checkpoints"
     directory.mkdir(exist_ok=True)
-    for unfinished in directory.glob(".*.tmp"):  # a killed process left it
+    for unfinished in directory.glob(".*.tmp"):  # left by a killed process
         unfinished.unlink()
     path = directory / f"step-{step:08}.pt"
     try:
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            torch.save({"step": step, **state}, file)
+            torch.save({"format": _FORMAT, "step": step, "state": dict(state)}, file)
     except RuntimeError as error:  # torch.save raises it while it handles the full disk's OSError
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
@@ -85,35 +97,46 @@ def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
 
 
 def restore(out: Path, state: Mapping[str, Stateful]) -> int:
-    """Load the newest checkpoint that is whole, if there is one, and return the number of finished iterations."""
+    """Load the newest undamaged checkpoint, if there is one.
+
+    Returns:
+        The number of finished updates.
+
+    Raises:
+        ValueError: a checkpoint was written by another version of the trainer, or holds other parts.
+    """
     for path in reversed(checkpoints(out)):
         try:
             saved = _load(path)
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            _log.warning("%s is damaged, so the run goes on from the one before: %s", path, one_line(error))
+            _log.warning("%s is damaged, so the run resumes from the one before: %s", path, one_line(error))
             continue
+        if saved.get("format") != _FORMAT or saved["state"].keys() != state.keys():
+            raise ValueError(
+                f"{path} was written by another version of the trainer: resume the run with that version, "
+                "or begin a new run in another directory"
+            )
         for name, part in state.items():
-            if name in saved or name != "grad_scaler":  # which runs did not always keep: it finds its scale again
-                part.load_state_dict(saved[name])
+            part.load_state_dict(saved["state"][name])
         return saved["step"]
     return 0
 
 
 def _load(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+    with zipfile.ZipFile(path) as archive:  # torch does not check the checksums that it writes
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Log:
-    """losses.csv: a row per iteration. A resumed run drops the rows after its checkpoint."""
+    """losses.csv: a row per update. A resumed run drops the rows after its checkpoint."""
 
     def __init__(self, path: Path, first: int, columns: Sequence[str]):
         kept: list[list[str]] = []
         if path.exists():
             with path.open(newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]  # a run may have stopped within a row
+                whole = [line for line in file if line.endswith("\n")]  # a killed process may have left half a row
             kept = [row for row in csv.reader(whole) if row and (row[0] == "step" or int(row[0]) <= first)]
             with written_whole(path) as temporary, temporary.open("w", newline="") as file:
                 csv.writer(file).writerows(kept)
@@ -124,7 +147,7 @@ class Log:
             self._rows.writerow(["step", *self._columns])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row, with nothing in the columns that `values` does not name, and let others see it."""
+        """Append a row and flush it. Columns that `values` does not name stay empty."""
         self._rows.writerow([step, *(f"{values[name]:.6g}" if name in values else "" for name in self._columns)])
         self._file.flush()
 
@@ -134,7 +157,7 @@ class Log:
 
 
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
-    """The columns of a `Log`, with NaN where a row has nothing."""
+    """Read the columns of a `Log`, with NaN where a row is empty."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         columns, rows = reader.fieldnames or (), list(reader)
@@ -142,5 +165,5 @@ def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
+    """List the checkpoints of a run, oldest first."""
     return sorted((out / "checkpoints").glob("step-*.pt"))

@@ -5,25 +5,27 @@ from __future__ import annotations
 import copy
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from tiue.distill.config import DistillConfig
+from tiue.schedule import NoiseSchedule
 
 
 class Scores:
     """Teacher and fake score around one frozen UNet.
 
-    With `fake_score="lora"` the fake score is the teacher with adapters on to_q and to_v, so both share the
-    weights; with "full" it is a trainable copy.
+    With `fake_score="lora"` the fake score is the teacher with adapters on to_q and to_v, so both use the same weights;
+    with "full" it is a trainable copy.
 
     Args:
         unet: the teacher; changed in place (frozen, and given adapters).
-        scheduler: the teacher's noise schedule, which says whether it predicts epsilon or v.
+        process: the teacher's noise process, which says whether it predicts epsilon or v.
+        config: the settings.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, config: DistillConfig):
+    def __init__(self, unet: UNet2DConditionModel, process: NoiseSchedule, config: DistillConfig):
         self._teacher = unet.requires_grad_(False)
         self._lora = config.fake_score == "lora"
         if self._lora:
@@ -32,15 +34,15 @@ class Scores:
             self.network: nn.Module = unet
         else:
             self.network = copy.deepcopy(unet).requires_grad_(True)
-        self._abar = scheduler.alphas_cumprod
-        self._v = scheduler.config.prediction_type == "v_prediction"
+        self._abar = process.alphas_cumprod.float()
+        self._v = process.prediction_type == "v_prediction"
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the fake score learns."""
+        """Return what the fake score learns."""
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def teacher(self, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
-        """The teacher's eps [B,C,h,w] with guidance, at timesteps t int64 [B]."""
+        """Return the teacher's eps (B, C, h, w) with guidance, at timesteps t int64 (B,)."""
         if not self._lora:
             return self._guided(self._teacher, z, t, text, null, guidance)
         self._teacher.disable_adapters()
@@ -50,11 +52,11 @@ class Scores:
             self._teacher.enable_adapters()
 
     def fake(self, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
-        """The fake score's eps [B,C,h,w] with guidance, at timesteps t int64 [B]."""
+        """Return the fake score's eps (B, C, h, w) with guidance, at timesteps t int64 (B,)."""
         return self._guided(self.network, z, t, text, null, guidance)
 
     def fake_eps(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The fake score's eps [B,C,h,w] for text alone: what its own loss trains."""
+        """Return the fake score's eps (B, C, h, w) for text alone, which its own loss trains."""
         return self._eps(self.network, z, t, text)
 
     def _guided(self, network, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:

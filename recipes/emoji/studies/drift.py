@@ -18,23 +18,25 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from recipes.emoji import data, loop
+from recipes.emoji import data
 from recipes.emoji.measure import classifier, judge
 from recipes.emoji.presets import PRESETS, Preset
-from recipes.emoji.report import asked, draw_student, measure, plot_students
-from recipes.emoji.student import all_captions, draw_captions
+from recipes.emoji.report import asked, measure, plot_students, sample_student
+from recipes.emoji.stage import device, minimize, precision
+from recipes.emoji.student import all_captions, random_captions
 from recipes.emoji.studies.sharing import SHIPPED
 from recipes.emoji.teacher import colour_weight, denoising, save_teacher
 from tiue.checkpoint import load_student
 from tiue.components import load_components
-from tiue.distill.loop import Distillation
+from tiue.distill.loop import train
 from tiue.distill.runs import read_log
+from tiue.distill.vsd import prepare
 
 _LR = 2e-4  # of the teacher; falls to zero
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, distil and draw."""
+    """Train, distill and plot."""
     parser = argparse.ArgumentParser(prog="python -m recipes.emoji.studies.drift", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, default=800, help="of the teacher (default: 800)")
@@ -47,17 +49,17 @@ def main(argv: list[str] | None = None) -> int:
         _make_teacher(preset, drawings, arguments.steps, out)
     runs = {"with KL": 0.8, "without KL": 0.0}
     for name, weight in runs.items():
-        precision = "bf16" if loop.computes_in_bf16(loop.device().type) else "no"
         config = replace(
-            preset.distil, kl_weight=weight, iterations=arguments.iterations, mixed_precision=precision, keep=1
+            preset.distill, kl_weight=weight, iterations=arguments.iterations, mixed_precision=precision(), keep=1
         )
-        Distillation(
+        run, method = prepare(
             load_components(out / "teacher"),
             all_captions(drawings),
             out / _directory(name),
             config,
-            sample_prompts=draw_captions(drawings, 32, preset.seed + 1),
-        ).run()
+            sample_prompts=random_captions(drawings, 32, preset.seed + 1),
+        )
+        train(run, method)
     logs = {name: read_log(out / _directory(name) / "losses.csv") for name in runs}
     _plot(logs, out / "drift.png")
     students = {name: load_student(out / _directory(name) / "student.safetensors") for name in runs}
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     judging = classifier(preset, drawings, out / "judge.safetensors")
     _, real = judge(judging, drawings.images, drawings.concept)
     for name, student in students.items():
-        figures.setdefault(name, {}).update(measure(judging, real, draw_student(student, captions), concept))
+        figures.setdefault(name, {}).update(measure(judging, real, sample_student(student, captions), concept))
     (out / "drift.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
     return 0
@@ -80,17 +82,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make_teacher(preset: Preset, drawings: data.Drawings, steps: int, out: Path) -> None:
     components = load_student(SHIPPED).components
-    unet = components.unet.to(loop.device()).requires_grad_(True)
+    unet = components.unet.to(device()).requires_grad_(True)
     loss = denoising(unet, preset, drawings, components.vae)
-    loop.train(
+    minimize(
         unet,
         partial(loss, weight=colour_weight),
-        steps=steps,
-        lr=_LR,
-        seed=preset.seed + 3,
-        out=out / "teacher-again",
-        ema_decay=0.99,
+        out / "runs/teacher-again",
         weight_decay=0.01,
+        iterations=steps,
+        batch_size=preset.teacher_batch,
+        learning_rate=_LR,
+        ema_decay=0.99,
+        seed=preset.seed + 3,
     )
     save_teacher(unet, components.vae, out / "teacher")
 

@@ -1,8 +1,9 @@
-"""`python -m recipes.emoji.studies.sharing`: the cost of `shared_up_blocks` in pictures, and its gain in time.
+"""`python -m recipes.emoji.studies.sharing`: the cost of `shared_up_blocks` in pictures, and what it saves in time.
 
-The shipped student goes on learning to draw what it draws now, once as it is (the control: bfloat16 and the averaging
-cost something, too) and once with an up block shared, from the same captions and noise. Writes sharing.json and
-sharing.png: distances to the shipped student's latents, and the judge's figures of the recipe's report.
+The shipped default model is trained further to make the pictures that it makes now, from the same captions and noise:
+once as it is, and once with one up block shared. The first is the control, because bfloat16 and averaging have a cost,
+too. Writes sharing.json and sharing.png: distances to the shipped student's latents, and the judge's figures of the
+recipe's report.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recipes.emoji import data, loop
+from recipes.emoji import data
 from recipes.emoji.measure import classifier, judge
 from recipes.emoji.presets import PRESETS
-from recipes.emoji.report import GRID_PROMPTS, asked, draw_student, measure, plot_students
+from recipes.emoji.report import GRID_PROMPTS, asked, measure, plot_students, sample_student
+from recipes.emoji.stage import device, minimize
 from recipes.emoji.student import all_captions
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.text_encoder import encode_text
@@ -33,7 +35,7 @@ TIMED = 50  # passes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, measure and draw."""
+    """Train, measure and plot."""
     parser = argparse.ArgumentParser(prog="python -m recipes.emoji.studies.sharing", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="the judge's size, and the rate and batch")
     parser.add_argument("--steps", type=int, default=600, help="of each (default: 600)")
@@ -47,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         path = out / f"shared-{count}.safetensors"
         if not path.exists():
             captions = all_captions(drawings)
-            save_student(path, _continued(shipped, count, captions, preset, arguments.steps, path.with_suffix("")))
+            save_student(
+                path, _continued(shipped, count, captions, preset, arguments.steps, out / f"runs/shared-{count}")
+            )
         contenders[f"{count} shared, {arguments.steps} steps"] = load_student(path)
     contenders["1 shared, untrained"] = replace(load_student(SHIPPED), shared_up_blocks=1)
 
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     target = _latents(shipped, captions[:DISTANCE_PAIRS])
     figures = {}
     for name, student in contenders.items():
-        figures[name] = measure(judging, real, draw_student(student, captions), concept)
+        figures[name] = measure(judging, real, sample_student(student, captions), concept)
         error = F.mse_loss(_latents(student, captions[:DISTANCE_PAIRS]), target) / target.var()
         figures[name] |= {"latents": error.sqrt().item(), "milliseconds": 1e3 * _seconds(student)}
     (out / "sharing.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -69,23 +73,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def _continued(shipped: Student, count: int, captions: list[str], preset, steps: int, out: Path) -> Student:
     """`shipped` with `count` shared up blocks, after `steps` of regression on what it drew without."""
-    teacher = shipped.tiue().to(loop.device()).eval()
+    teacher = shipped.tiue().to(device()).eval()
     student = replace(load_student(SHIPPED), shared_up_blocks=count)
-    model = student.tiue().to(loop.device())
+    model = student.tiue().to(device())
     components = student.components
-    components.text_encoder.to(loop.device()).requires_grad_(False)
+    components.text_encoder.to(device()).requires_grad_(False)
     size = components.unet.config.sample_size
 
-    def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(captions), (preset.regression_batch,), generator=generator)
+    def loss(generator: torch.Generator, count: int) -> Tensor:
+        rows = torch.randint(len(captions), (count,), generator=generator)
         noise = torch.randn(len(rows), components.unet.config.in_channels, size, size, generator=generator)
-        noise = noise.to(loop.device())
+        noise = noise.to(device())
         with torch.no_grad():
             text = encode_text(components, [captions[row] for row in rows])
             target = teacher(noise, text)
         return F.mse_loss(model(noise, text), target)
 
-    loop.train(model, loss, steps=steps, lr=preset.regression_lr, seed=preset.seed + 2, out=out, ema_decay=0.99)
+    minimize(
+        model,
+        loss,
+        out,
+        iterations=steps,
+        batch_size=preset.regression_batch,
+        learning_rate=preset.regression_lr,
+        ema_decay=0.99,
+        seed=preset.seed + 2,
+    )
     return student
 
 

@@ -1,0 +1,103 @@
+"""A stage of the recipe: one network that minimizes one loss, on the training loop of tiue.distill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from tiue_runtime.host.machine import has_bf16
+from torch import Tensor, nn
+
+from tiue.distill.config import RunConfig
+from tiue.distill.draws import Batch
+from tiue.distill.loop import train
+from tiue.distill.method import Means, Method, Run, Trained
+from tiue.files import written_whole
+
+# Draws a batch of some size with a generator on the CPU, and computes its loss.
+Loss = Callable[[torch.Generator, int], Tensor]
+
+
+def device() -> torch.device:
+    """The device that the recipe trains on, as accelerate chooses it."""
+    return PartialState().device
+
+
+def precision() -> str:
+    """`mixed_precision` of the stages: bf16, or no on CPUs that emulate bfloat16 and take 30 times as long in it."""
+    return "bf16" if device().type != "cpu" or has_bf16() else "no"
+
+
+def autocast() -> torch.autocast:
+    """Compute in the precision of the stages."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=precision() == "bf16")
+
+
+class _Objective(nn.Module):
+    """A loss as a module, so that processes exchange gradients however the loss uses the network."""
+
+    def __init__(self, network: nn.Module, loss: Loss):
+        super().__init__()
+        self.network, self._loss = network, loss
+
+    def forward(self, generator: torch.Generator, count: int) -> Tensor:
+        return self._loss(generator, count)
+
+
+class Stage(Method):
+    """Minimizes a loss with AdamW.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        network: what to train, on the device; all its parameters.
+        loss: of `network`.
+        weight_decay: of AdamW.
+    """
+
+    result = "weights.safetensors"
+    columns = ("loss",)
+
+    def __init__(self, run: Run, name: str, network: nn.Module, loss: Loss, weight_decay: float = 0.0):
+        self.name, self.model = name, network.train()
+        optimizer = torch.optim.AdamW(network.parameters(), run.config.learning_rate, weight_decay=weight_decay)
+        self._objective = Trained(run.accelerator, _Objective(network, loss), optimizer, run.config.grad_clip)
+        self.networks = {"model": self._objective}
+
+    def update(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """Update the network once."""
+        means = Means()
+        for part in self._objective.accumulating(batch.parts):
+            loss = self._objective(part.generator, part.size)
+            self._objective.backward(loss / len(batch.parts))
+            means.add(len(batch.parts), loss=loss)
+        self._objective.step()
+        return means.values
+
+    def save(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Write the weights."""
+        with written_whole(path) as temporary:
+            save_file(dict(weights), temporary)
+
+
+def minimize(network: nn.Module, loss: Loss, out: Path, weight_decay: float = 0.0, **settings: Any) -> None:
+    """Leave in `network` the weights that minimize a loss. The learning rate falls linearly to zero.
+
+    Args:
+        network: on the device of the recipe.
+        loss: of `network`.
+        out: directory of the run. A stopped run resumes, and a finished one is not repeated.
+        weight_decay: of AdamW.
+        settings: of RunConfig.
+    """
+    path = out / Stage.result
+    if not path.exists():
+        settings = {"mixed_precision": precision(), "learning_rate_decay": "linear", "keep": 1} | settings
+        run = Run(out, RunConfig(**settings))
+        train(run, Stage(run, out.name, network, loss, weight_decay))
+    network.load_state_dict(load_file(path))
+    network.eval()
