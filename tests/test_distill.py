@@ -244,15 +244,15 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
         distill(tmp_path, iterations=4)
 
 
-@pytest.mark.parametrize("fault", ["name", "weight"])
-def test_a_student_that_cannot_be_saved_is_refused_before_the_first_update(tmp_path, fault):
+@pytest.mark.parametrize("named", ["name", "conv_out"])
+def test_a_student_that_cannot_be_saved_is_refused_before_the_first_update(tmp_path, named):
     components = tiny.emoji()
-    if fault == "name":
+    if named == "name":
         components = dataclasses.replace(components, name="two\nlines")
     else:
         with torch.no_grad():
             components.vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="name|vae"):
+    with pytest.raises(CheckpointError, match=named):
         made(tmp_path, components)
     assert not list(tmp_path.iterdir())
 
@@ -521,7 +521,7 @@ def test_the_clip_loss_needs_clip(tmp_path):
 
 def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):
     components = tiny.with_unet(tiny.unet(cross_attention_dim=24))
-    with pytest.raises(ValueError, match="embeddings of 24 .* makes 16"):
+    with pytest.raises(ValueError, match=r"embeddings of 24 .* makes 16"):
         made(tmp_path, components)
     assert not list(tmp_path.iterdir())
 
@@ -542,10 +542,10 @@ def test_a_report_ends_the_run(tmp_path):
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):
-    def interrupted(arguments, config):
+    def interrupted(directory):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tiue.distill.cli._distill", interrupted)
+    monkeypatch.setattr("tiue.components.load_components", interrupted)
     assert main(["--teacher", "t", "--prompts", "p.txt", "--out", "o"]) == 2
     assert capsys.readouterr().err == "python -m tiue: error: interrupted\n"
 

@@ -49,7 +49,7 @@ def test_what_was_stopped_goes_on(components, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return super().rows(indices)
 
-    monkeypatch.setattr(text, "_NOTE_EVERY", 1)
+    monkeypatch.setattr(text, "NOTE_EVERY", 1)
     monkeypatch.setattr(text, "EncodedTexts", Stopping)
     with pytest.raises(KeyboardInterrupt):
         cached(components, tmp_path)

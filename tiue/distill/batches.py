@@ -56,9 +56,11 @@ class Captions(Sequence[str]):
         self._texts = cache_texts(components, self._prompts, self.digest, run.out / "text", run.accelerator)
         components.text_encoder.cpu()
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode other prompts, float32 (B, L, D)."""
-        return encode_prompts(self._run, self._components, prompts)
+        """Encode other prompts where the run computes, float32 (B, L, D)."""
+        self._components.text_encoder.to(self._run.accelerator.device).requires_grad_(False)
+        return encode_text(self._components, prompts).float()
 
     def embeddings(self, part: Part) -> Tensor:
         """Return the text embeddings of a part's samples, float32 (B, L, D)."""
@@ -81,10 +83,3 @@ class Captions(Sequence[str]):
         if cut := cut_prompts(self._components, prompts):
             limit = self._components.tokenizer.model_max_length
             _log.warning("%d of %d prompts are longer than %d tokens and are cut", cut, len(prompts), limit)
-
-
-@torch.no_grad()
-def encode_prompts(run: Run, components: Components, prompts: Sequence[str]) -> Tensor:
-    """Prompts => text embeddings float32 (B, L, D), where the run computes; the text encoder stays there."""
-    components.text_encoder.to(run.accelerator.device).requires_grad_(False)
-    return encode_text(components, prompts).float()

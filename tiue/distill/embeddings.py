@@ -19,7 +19,7 @@ from tiue.distill.config import autocast_dtype
 from tiue.text_encoder import encode_text
 
 _BATCH = 64  # captions that are encoded at once
-_NOTE_EVERY = 100  # batches between two notes of the progress
+NOTE_EVERY = 100  # batches between two notes of the progress
 _log = logging.getLogger(__name__)
 
 
@@ -124,7 +124,7 @@ def _fill(values: Tensor, encoded: EncodedTexts, path: Path, accelerator: Accele
         first = batches[i] * _BATCH
         rows = range(first, min(first + _BATCH, len(values)))
         values[first : rows.stop] = encoded.rows(rows).to(values.dtype).cpu()
-        if (i + 1) % _NOTE_EVERY == 0 or i + 1 == len(batches):
+        if (i + 1) % NOTE_EVERY == 0 or i + 1 == len(batches):
             with path.open("r+b") as file:
                 files.sync(file)
             files.write_text(progress, str(i + 1))

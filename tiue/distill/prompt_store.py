@@ -15,7 +15,7 @@ _DIGEST_BYTES = 16
 
 
 class Prompts(Sequence[str]):
-    """Unique captions in a file, of which only those that are asked for are read. Made by `store_prompts`."""
+    """Unique captions in a file, made by `store_prompts`; each is read only when it is asked for."""
 
     def __init__(self, directory: Path):
         self._ends = np.load(directory / "ends.npy", mmap_mode="r")
@@ -39,10 +39,13 @@ class Prompts(Sequence[str]):
 def store_prompts(captions: Iterable[str], directory: Path) -> int:
     """Write captions for `Prompts`, each once, in the order of their first appearance.
 
-    Memory holds some 100 bytes per caption, to know repetitions by. Returns how many of those there were.
+    Memory holds about 100 bytes per caption, to recognize repetitions.
+
+    Returns:
+        The number of repetitions.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "digest").unlink(missing_ok=True)  # what is half written cannot be opened
+    (directory / "digest").unlink(missing_ok=True)  # without a digest, a half-written store cannot be opened
     ends, seen, total = array("q"), set[bytes](), 0
     whole = hashlib.sha256()
     with (directory / "text.bin").open("wb") as file:
@@ -62,7 +65,7 @@ def store_prompts(captions: Iterable[str], directory: Path) -> int:
 
 
 class PromptOrder:
-    """An endless seeded order of 0..count-1: each epoch is a new permutation, known without those before it."""
+    """An endless seeded order of 0..count-1. Each epoch is a new permutation, computed without earlier epochs."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
