@@ -111,3 +111,18 @@ def test_telemetry_is_off_unless_the_user_turned_it_on(package, given, kept):
     code = f"import os, {package}; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.stdout.strip() == kept
+
+
+@pytest.mark.parametrize("module", ["tiue.checkpoint", "export.source"])
+def test_kernels_of_the_hub_are_never_loaded(tmp_path, module):
+    (tmp_path / "kernels.py").write_text("raise SystemExit('imported')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernels" not in done.stderr
+
+
+def test_a_program_that_uses_kernels_of_the_hub_keeps_them():
+    code = "import sys, types; own = sys.modules['kernels'] = types.ModuleType('kernels'); import tiue; import kernels"
+    subprocess.run([sys.executable, "-c", f"{code}; assert kernels is own"], cwd=ROOT, check=True)

@@ -333,6 +333,9 @@ PREFIXES = [
     "module._orig_mod.",
     "_orig_mod.module.",
     "ema.",
+    "student.",
+    "net._orig_mod.",
+    "base_model.model.",
 ]
 
 

@@ -121,7 +121,7 @@ def test_alphas_are_those_of_diffusers():
         ({"_class_name": "EDMEulerScheduler"}, 4, "EDMEulerScheduler has no DDIM equivalent"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, 4, "UniPCMultistepScheduler has no DDIM"),
         ({"beta_start": None}, 4, "no beta_start"),
-        ({"beta_start": "small"}, 4, "malformed configuration"),
+        ({"beta_start": "small"}, 4, "beta_start: expected a number"),
         ({"steps_offset": "1"}, 4, "steps_offset: expected a whole number"),
         ({"own": object()}, 4, "configuration is not JSON"),
         ({"timestep_spacing": "karras"}, 4, "timestep_spacing 'karras' is not supported"),
@@ -137,3 +137,29 @@ def test_alphas_are_those_of_diffusers():
 def test_what_cannot_be_is_refused(changes, steps, message):
     with pytest.raises(ValueError, match=message):
         closed_form(config(**changes), steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_timesteps": 0}, "num_train_timesteps: expected a whole number from 1 to 100,000, got 0"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps: .* got 1000000000"),
+        ({"num_train_timesteps": True}, "num_train_timesteps: .* got True"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps: .* got '1000'"),
+        ({"num_train_timesteps": 1e3}, r"num_train_timesteps: .* got 1000\.0"),
+        ({"beta_start": float("nan")}, "beta_start: expected a number from 0 to 1, got nan"),
+        ({"beta_start": -0.1}, "beta_start: "),
+        ({"beta_end": 1e308}, "beta_end: "),
+        ({"beta_end": "0.1"}, "beta_end: "),
+        ({"beta_end": [0.1]}, "beta_end: "),
+        ({"trained_betas": [float("nan")] * 1000}, "its betas make no noise process"),
+        ({"trained_betas": [-1.0] * 1000}, "its betas make no noise process"),
+        ({"trained_betas": [None] * 1000}, "malformed"),
+        ({"trained_betas": []}, "malformed|0 trained_betas"),
+        ({"trained_betas": {}}, "malformed|0 trained_betas"),
+    ],
+)
+def test_numbers_that_make_no_noise_process_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        NoiseSchedule.from_config(tiny.SCHEDULER | changes)
+    assert "\n" not in str(refused.value)

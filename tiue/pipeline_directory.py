@@ -165,7 +165,7 @@ def _repair(configs: dict[str, dict[str, Any]], scheduler_class: str | None) -> 
     if offset not in (None, 1):
         scheduler["steps_offset"] = 1
         notes.append(
-            f"the scheduler's configuration is outdated: steps_offset {offset} is taken for 1, as in diffusers"
+            f"the scheduler's configuration is outdated: steps_offset {offset!r:.40} is taken for 1, as in diffusers"
         )
     if _option(scheduler, "clip_sample", scheduler_class) is True:
         given = "true" if "clip_sample" in scheduler else "missing"

@@ -25,6 +25,7 @@ from tiue.files import one_line
 
 _CLIPPING = ("clip_sample", "thresholding")  # scheduler options that make a step nonlinear
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
+_MOST_TIMESTEPS = 100_000  # of training; models have 1000
 # Schedulers of other processes. Some of their configurations still hold betas, left from an earlier scheduler.
 _WITHOUT_BETAS = ("FlowMatch", "EDM", "CogVideoX")
 
@@ -161,6 +162,18 @@ def _v_step(abar: float, abar_next: float) -> tuple[float, float]:
     return a, sqrt((1 - abar_next) * abar) - sqrt(abar_next * (1 - abar))
 
 
+def _check_numbers(scheduler_config: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers of which no scheduler can be built, or only one that takes all memory."""
+    trained, betas = scheduler_config.get("num_train_timesteps", 1000), scheduler_config.get("trained_betas")
+    if type(trained) is not int or not 1 <= trained <= _MOST_TIMESTEPS:
+        expected = f"a whole number from 1 to {_MOST_TIMESTEPS:,}"
+        raise ValueError(f"num_train_timesteps: expected {expected}, got {one_line(repr(trained), 100)}")
+    for name in ("beta_start", "beta_end"):
+        value = scheduler_config.get(name, 0.0)
+        if betas is None and not (type(value) in (int, float) and 0 <= value <= 1):
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {one_line(repr(value), 100)}")
+
+
 _STEPS = {"epsilon": _epsilon_step, "v_prediction": _v_step}
 _SPACINGS = ("leading", "trailing", "linspace")
 
@@ -189,6 +202,7 @@ def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
     absent = [key for key in _BETAS if scheduler_config.get(key) is None]
     if absent and scheduler_config.get("trained_betas") is None:
         raise ValueError(f"{name} has no DDIM equivalent: its configuration has no {absent[0]}")
+    _check_numbers(scheduler_config)
     accepted = signature(DDIMScheduler.__init__).parameters
     config = {key: value for key, value in scheduler_config.items() if key in accepted}
     try:
@@ -196,8 +210,11 @@ def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
     except NotImplementedError as error:
         expected = "linear, scaled_linear or squaredcos_cap_v2"
         raise ValueError(f"beta_schedule {config['beta_schedule']!r} is not supported: expected {expected}") from error
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{name} has a malformed configuration: {one_line(error, 100)}") from error
+    abar = scheduler.alphas_cumprod
+    if not bool(((abar >= 0) & (abar <= 1)).all()):  # false for what is not a number, too
+        raise ValueError(f"{name} has a malformed configuration: its betas make no noise process")
     trained, betas = scheduler.config.num_train_timesteps, len(scheduler.betas)
     if trained != betas:
         raise ValueError(f"the scheduler has {betas} trained_betas for {trained} num_train_timesteps")

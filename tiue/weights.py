@@ -48,9 +48,8 @@ _QUANTIZED = re.compile(
     r"[wW]_q|_packed_params\b.*|_data|_scale|_shift|int_data|qdata|weight_qdata|tensor_impl\b.*|\w*_quantizer\b.*"
     r")"
 )
-# Segments that torch.compile, FSDP and activation checkpointing write into names, and those that wrappers put first.
+# Segments that torch.compile, FSDP and activation checkpointing write into names.
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-_FIRST = ("module", "model", "unet", "text_encoder", "vae", "ema", "ema_model", "state_dict")
 
 
 def choose_weights(part: str, names: Iterable[str]) -> tuple[str | None, list[str]]:
@@ -120,14 +119,14 @@ def is_harmless(part: str, name: str) -> bool:
 
 
 def has_wrappers(found: Collection[str]) -> bool:
-    """Whether names begin with, or hold, what compilers and wrappers of modules put there."""
-    return any(_INSIDE.search(name) for name in found) or len(_firsts(found) & {*_FIRST}) == 1
+    """Whether names hold what compilers and wrappers of modules write into them, or all have the same first segment."""
+    return any(_INSIDE.search(name) for name in found) or len(_firsts(found)) == 1
 
 
 def without_wrappers(found: Mapping[str, Stored], expected: Collection[str]) -> tuple[dict[str, Stored], str]:
     """Take the prefixes of compiled and wrapped modules off names.
 
-    A first segment is taken off where all names have it and no expected name does.
+    First segments that all names have, and no expected name, are taken off where expected names are left.
 
     Args:
         found: tensors by their names in files.
@@ -141,14 +140,16 @@ def without_wrappers(found: Mapping[str, Stored], expected: Collection[str]) -> 
     """
     taken = dict.fromkeys(m for name in found for m in _INSIDE.findall(name))
     names = {name: _INSIDE.sub("", name) for name in found}
-    while len(firsts := _firsts(names.values())) == 1 and (first := min(firsts)) in _FIRST:
-        if first in _firsts(expected):
-            break
-        taken[f"{first}."] = None
-        names = {name: clean.removeprefix(f"{first}.") for name, clean in names.items()}
-        names = {name: _INSIDE.sub("", clean) for name, clean in names.items()}
+    bare, firsts = dict(names), dict[str, None]()
+    while len(common := _firsts(bare.values())) == 1 and not common & _firsts(expected):
+        (first,) = common
+        firsts[f"{first}."] = None
+        bare = {name: _INSIDE.sub("", own.removeprefix(f"{first}.")) for name, own in bare.items()}
+    if not {*expected} & {*bare.values()}:
+        bare, firsts = names, {}  # weights of another kind, which are recognized by their names
+    taken |= firsts
     clean: dict[str, Stored] = {}
-    for name, own in names.items():
+    for name, own in bare.items():
         if own in clean:
             raise WeightsError(f"is ambiguous: {clean[own].name} and {name} are the same without prefixes; keep one")
         clean[own] = found[name]

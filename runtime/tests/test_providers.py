@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiue_runtime import Pipeline
-from tiue_runtime.errors import BundleError, DeviceError
+from tiue_runtime.errors import BundleError, DeviceError, TiueError
 from tiue_runtime.noise import gaussian
 from tiue_runtime.ort import engines as cache
 from tiue_runtime.ort.devices import KINDS, Device, Kind, Settings, parse_device, provider_options
@@ -182,6 +182,37 @@ def test_settings_that_contradict_the_device(device, settings, message):
             precision=settings.precision,
             threads=settings.threads,
         )
+
+
+class Strange:
+    """Fails at whatever it is asked."""
+
+    __eq__ = __bool__ = __index__ = __iter__ = __repr__ = lambda *_: 1 / 0  # pyright: ignore[reportAssignmentType]
+    __hash__ = object.__hash__
+
+
+OTHERS = [1.5, "x" * 5000, "a\n\x1b[31m", 10**6000, -1, Strange(), b"cpu", {1}, [1], ("cpu",), np.array([1, 2]), print]
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+@pytest.mark.parametrize(
+    "name, others",
+    [
+        ("device", [None, 5, True, "", "CPU", "cuda:-1", "cuda:x", "\ud800", *OTHERS]),
+        ("variants", [None, 5, True, "cpu", [1], *(value for value in OTHERS if value is not OTHERS[9])]),
+        ("variant", [5, True, "", *OTHERS]),
+        ("provider_options", [5, True, "", *OTHERS]),
+        ("precision", [5, True, "", *OTHERS]),
+        ("threads", [0, 5000, True, "1", *OTHERS]),
+        ("cuda_graphs", [None, 5, "", *OTHERS]),
+    ],
+)
+def test_strange_arguments_are_refused_in_a_line(device, name, others):
+    for value in others:
+        with pytest.raises(TiueError) as caught:
+            place(**{"device": device, name: value})
+        said = str(caught.value)
+        assert name.removesuffix("s") in said and len(said) < 500 and said.isprintable()
 
 
 def test_settings_of_a_pipeline(tiny, onnxruntime_with):

@@ -141,10 +141,6 @@ WRONG = {
         sequence("normalizer", "normalizers", [{"type": "Sequence", "normalizers": [LOWER]}]),
         r"normalizer\.normalizers\[0\]: expected one of .*, got 'Sequence'",
     ),
-    "a garbage charsmap": (
-        put("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-        r"normalizer\.precompiled_charsmap: got 'AAAA'",
-    ),
     "an unknown normalizer": (put("normalizer", {"type": "Prepend", "prepend": "x"}), "normalizer: expected one of"),
     "an unknown field": (put("normalizer", {"type": "Lowercase", "x": 1}), "normalizer: expected no field 'x'"),
     "an unknown pre-tokenizer": (put("pre_tokenizer", {"type": "UnicodeScripts"}), "pre_tokenizer: expected one of"),
@@ -197,12 +193,79 @@ def test_a_pipe_is_refused_without_waiting(copy):
         read_tokenizer(copy / "tokenizer.json", LENGTH)
 
 
-def test_a_panic_of_the_library_is_a_bundle_error(change_tokenizer):
-    """A charsmap that has the right form, but points behind its own end."""
-    charsmap = base64.b64encode(struct.pack("<I", 1024) + struct.pack("<256I", *[1023 << 10 | 1 << 8] * 256)).decode()
-    path = change_tokenizer(put("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap}))
+# What SentencePiece 0.2.3 writes for the rules ａ => a, ① => 1, é => e, ﬁ => fi; all other units are unused.
+UNITS = {
+    0: 0x30800, 1: 0x2A8C3, 2: 0x5A9, 3: 0x80000004, 4: 0x28491, 5: 0xDA0, 6: 0x80000000, 7: 0x3981, 8: 0x238AC,
+    9: 0x80000006, 10: 0x581, 11: 0x80000002, 25: 0x248BD, 32: 0x2D4E2, 45: 0x224EF,
+}  # fmt: skip
+TEXTS = b"1\0a\0e\0fi\0"
+
+
+def charsmap(units=UNITS, texts=TEXTS, count=256):
+    """A table of characters, as SentencePiece writes it, in base64."""
+    trie = struct.pack(f"<{count}I", *[units.get(i, 0) for i in range(count)])
+    return base64.b64encode(struct.pack("<I", len(trie)) + trie + texts).decode()
+
+
+def precompiled(text):
+    return put("normalizer", {"type": "Precompiled", "precompiled_charsmap": text})
+
+
+def test_a_charsmap_of_sentencepiece_is_accepted(change_tokenizer):
+    tokenizer = PromptTokenizer(change_tokenizer(precompiled(charsmap())), LENGTH)
+    written, meant = tokenizer(["ａ ｒed heart", "a red heart"]).input_ids  # noqa: RUF001
+    assert written[1] == meant[1] and written[2] != meant[2], "one of the letters has a rule"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        charsmap(dict.fromkeys(range(256), 1023 << 10 | 1 << 8)),
+        charsmap({**UNITS, 0: 256 << 10}),
+        charsmap({**UNITS, 45: 0x224EF | 1 << 9}),  # an offset that is 256 times as far
+        charsmap({**UNITS, 11: 0x80000000 + len(TEXTS) + 1}),
+        charsmap({**UNITS, 11: 0x80000001}, "é\0".encode()),
+        charsmap(count=255),
+        charsmap(count=260),
+        charsmap(count=0),
+        charsmap(texts=b"\xff\0"),
+        charsmap()[:1000],
+        base64.b64encode(b"\xff\xff\xff\xff" + bytes(1024)).decode(),
+        "AAAA",
+        "",
+        "%%%%",
+        "é" * 1400,
+    ],
+    ids=lambda text: ascii(text[:12]),
+)
+def test_a_charsmap_that_leads_nowhere_is_refused_before_the_library_panics(change_tokenizer, capfd, text):
+    with pytest.raises(BundleError, match=r"normalizer\.precompiled_charsmap: got .*, which the exporter does not"):
+        PromptTokenizer(change_tokenizer(precompiled(text)), LENGTH)
+    assert not capfd.readouterr().err, "a panic of the library prints a report"
+
+
+def test_no_damaged_charsmap_that_is_accepted_makes_the_library_panic(change_tokenizer, capfd):
+    draw, accepted = random.Random(1), 0
+    for _ in range(300):
+        units = dict(UNITS)
+        for _ in range(draw.choice([1, 1, 2, 4])):
+            units[draw.choice([*UNITS, draw.randrange(256)])] = draw.getrandbits(draw.choice([12, 20, 32]))
+        try:
+            tokenizer = PromptTokenizer(change_tokenizer(precompiled(charsmap(units))), LENGTH)
+        except BundleError:
+            continue
+        accepted += 1
+        tokenizer(["".join(map(chr, range(1, 0x800))), "ａ①éﬁ\u3000\U0001f600", "\0"])
+    assert accepted > 20
+    assert not capfd.readouterr().err
+
+
+def test_a_panic_of_the_library_is_a_bundle_error(tiny, monkeypatch):
+    broken = base64.b64decode(charsmap(dict.fromkeys(range(256), 1023 << 10 | 1 << 8)))
+    tokenizer = PromptTokenizer(tiny / "tokenizer.json", LENGTH)
+    monkeypatch.setattr(tokenizer, "_encode", normalizers.Precompiled(broken).normalize_str)
     with pytest.raises(BundleError, match="the tokenizer failed"):
-        PromptTokenizer(path, LENGTH)(["a red heart"])
+        tokenizer(["a red heart"])
 
 
 def test_an_interrupt_is_no_failure_of_the_tokenizer(tiny, monkeypatch):

@@ -99,12 +99,14 @@ def _other_tensor(draw: Draw, header: dict[str, Any]) -> str:
     """Change what the header says of one tensor; most changes keep the number of bytes."""
     names = sorted(name for name in header if name != "__metadata__")
     name = draw(st.sampled_from(names))
+    if not isinstance(header[name], dict) or not isinstance(header[name].get("shape"), list):
+        return f"{name} was changed before"
     own = dict(header[name])
     kind = draw(st.sampled_from(["shape", "type", "rename", "drop", "offsets", "swap", "same", "json", "add"]))
     if kind == "shape":
         size = 1
         for side in own["shape"]:
-            size *= side
+            size *= side if isinstance(side, int) else 1
         own["shape"] = draw(
             st.sampled_from([[], [size], [1, size], [size, 1, 1, 1], [0], [2**40], [2**32, 2**32], [-1]])
         )
@@ -133,7 +135,7 @@ def _other_tensor(draw: Draw, header: dict[str, Any]) -> str:
         if other in header:
             header[other], own = own, header[other]
     elif kind == "same":
-        own = dict(header[draw(st.sampled_from([n for n in names if n in header]))])
+        own = dict(own | header[draw(st.sampled_from([n for n in names if isinstance(header.get(n), dict)]))])
     elif kind == "json":
         own, _ = edit_json(draw, own, VALUES)
     else:

@@ -6,6 +6,7 @@ to end the process. So every part is looked up here before the library sees the 
 
 import base64
 import binascii
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _LIMIT = 64 * 2**20  # bytes of the file
 _MOST_TOKENS = 2_000_000
 _MOST_PARTS = 16  # in a sequence
 _LARGEST_ID = 2**31 - 1
+_VALUE = 1 << 31  # the bit of a unit of a trie that says that it is a leaf's
+_CONTINUATIONS = {bytes([byte]) for byte in range(0x80, 0xC0)}  # bytes of UTF-8 that begin no character
 _CHARSMAP_LIMIT = 4 * 2**20  # characters in base64; T5's has 316,720
 
 # Patterns of the tokenizers that are known. Any other one might take hours for some prompts.
@@ -237,16 +240,38 @@ def _special_tokens(value: Any) -> bool:
 
 
 def _charsmap(value: Any) -> bool:
-    """Whether SentencePiece's table of characters has the form of one: a size, a trie of that size, and texts."""
+    """Whether text is a table of characters that SentencePiece writes: a size, a trie of that size, and its values."""
     if not isinstance(value, str) or len(value) > _CHARSMAP_LIMIT:
         return False
     try:
         data = base64.b64decode(value, validate=True)
         size = int.from_bytes(data[:4], "little")
-        data[4 + size :].decode("utf-8")
+        texts = data[4 + size :]
+        texts.decode("utf-8")
     except (binascii.Error, ValueError):
         return False
-    return 1024 <= size <= len(data) - 4 and size % 4 == 0
+    return size >= 1024 and size % 1024 == 0 and len(data) >= 4 + size and _is_trie(data[4 : 4 + size], texts)
+
+
+def _is_trie(data: bytes, texts: bytes) -> bool:
+    """Whether no search in a trie (a double array of Darts) leads behind its end, or to no beginning of a text.
+
+    The tokenizers library does not look: it panics, and prints a report. A unit of 32 bits holds an offset, a flag for
+    a leaf and the byte that leads to it; a leaf's unit holds a place in `texts`. Blocks of 256 units are whole, so that
+    the next byte never leads out of one.
+    """
+    units = struct.unpack(f"<{len(data) // 4}I", data)
+    for i, unit in enumerate(units):
+        if i > 0 and (unit & _VALUE or not unit & 0xFF):
+            continue  # No byte leads here.
+        target = i ^ ((unit >> 10) << ((unit & 1 << 9) >> 6))
+        if target >= len(units):
+            return False
+        if i > 0 and unit & 1 << 8:
+            place = units[target] & ~_VALUE
+            if place > len(texts) or texts[place : place + 1] in _CONTINUATIONS:
+                return False
+    return True
 
 
 _FLAG, _NULL = _is(True, False), _is(None)

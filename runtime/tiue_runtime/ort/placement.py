@@ -21,6 +21,7 @@ from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.sessions import first_line, installed_wheels, replace_wheels
 
 MOST_THREADS = 4096
+_COLLECTIONS = (tuple, list, set, frozenset, Mapping)  # of names; a string is none
 
 # y = Identity(x) on one float, as an ONNX model: the cheapest proof that a provider starts. A test builds it again.
 PROBE_MODEL = bytes.fromhex(
@@ -83,11 +84,12 @@ def place(
         DeviceError: the device is not there or does not start, or a setting contradicts it. The error tells which
             devices there are and what to install.
     """
-    if variant is not None and variant not in tuple(variants):
+    _check_types(variants, provider_options, precision, threads, cuda_graphs)
+    if variant is not None and (not isinstance(cast(object, variant), str) or variant not in tuple(variants)):
         raise BundleError(f"variant: expected one that the bundle holds ({_some(variants)}), got {shorten(variant)}")
     usable = tuple(variants) if variant is None else (variant,)
     settings = Settings({} if provider_options is None else provider_options, cuda_graphs, precision, threads)
-    if device == "auto":
+    if isinstance(cast(object, device), str) and device == "auto":
         for name in ("provider_options", "precision"):
             if getattr(settings, name):
                 raise DeviceError(f'{name}: expected the device that it is for, got device="auto"')
@@ -106,17 +108,30 @@ def place(
     return Placement(chosen, runs[0], _settle_precision(chosen, settings))
 
 
+def _check_types(variants: object, options: object, precision: object, threads: object, cuda_graphs: object) -> None:
+    """Raise DeviceError for arguments of `place` that are of another type, before anything is asked of them."""
+    checks: tuple[tuple[str, object, bool, str], ...] = (
+        ("variants", variants, _are_names(variants), "a tuple of names"),
+        ("provider_options", options, options is None or isinstance(options, Mapping), "a dictionary or None"),
+        ("precision", precision, precision is None or isinstance(precision, str), "a string or None"),
+        ("cuda_graphs", cuda_graphs, isinstance(cuda_graphs, bool), "True or False"),
+        (
+            "threads",
+            threads,
+            threads is None or _is_count(threads),
+            f"an integer from 1 to {MOST_THREADS}, or None for all CPUs",
+        ),
+    )
+    for name, value, fits, expected in checks:
+        if not fits:
+            raise DeviceError(f"{name}: expected {expected}, got {shorten(value)}")
+
+
 def _check_settings(device: Device, settings: Settings) -> None:
     """Raise DeviceError for settings that a device cannot have."""
     kind = device.row
     if settings.cuda_graphs and not kind.cuda_graphs:
         raise DeviceError(f"cuda_graphs: expected device={_kinds_with('cuda_graphs')}, got {device}")
-    if settings.threads is not None and not _is_count(settings.threads):
-        expected = f"an integer from 1 to {MOST_THREADS}, or None for all CPUs"
-        raise DeviceError(f"threads: expected {expected}, got {shorten(settings.threads)}")
-    options = cast(object, settings.provider_options)
-    if not isinstance(options, Mapping):
-        raise DeviceError(f"provider_options: expected a dictionary, got {shorten(options)}")
     _check_precision(device, settings)
     if settings.provider_options and kind.options is None:
         raise DeviceError(f"provider_options: {device} has none, got {_some(settings.provider_options)}")
@@ -143,10 +158,15 @@ def _check_precision(device: Device, settings: Settings) -> None:
         )
 
 
+def _are_names(value: object) -> bool:
+    return isinstance(value, _COLLECTIONS) and all(isinstance(name, str) for name in cast(Collection[object], value))
+
+
 def _is_count(value: object) -> bool:
-    return (
-        isinstance(value, SupportsIndex) and not isinstance(value, bool) and 1 <= operator.index(value) <= MOST_THREADS
-    )
+    try:
+        return not isinstance(value, bool) and 1 <= operator.index(cast(SupportsIndex, value)) <= MOST_THREADS
+    except Exception:  # A foreign object's conversion may raise anything.
+        return False
 
 
 def _kinds_with(name: str) -> str:
