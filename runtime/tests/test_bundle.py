@@ -93,7 +93,7 @@ WRONG = {
     ),
     "key of a schedule": (
         put("schedules/four", {"timesteps": [1], "noise_weight": 1, "step_weights": [1]}),
-        "schedules: expected step counts such as '4' as keys, got 'four'",
+        "schedules: expected step counts as keys, for example '4', got 'four'",
     ),
     "default steps": (put("default_steps", 3), "default_steps: expected a step count of schedules (2, 4)"),
     "no variant": (put("variants", {}), "variants: expected 1 to 100 entries, got 0"),

@@ -314,7 +314,7 @@ def test_a_request_cannot_let_go_of_recordings(gpu, tiny):
     pipe = Pipeline.load(tiny, device="cuda", cuda_graphs=True)
     loaded = len(gpu.sessions)
     for call in (pipe.warmup, lambda **options: pipe(HEART, **options)):
-        with pytest.raises(RequestError, match='cuda_graphs: recordings hold what memory="low" lets go of'):
+        with pytest.raises(RequestError, match=r'cuda_graphs: .* memory="low"'):
             call(memory="low")
     pipe(HEART)
     assert len(gpu.sessions) == loaded

@@ -98,7 +98,7 @@ def test_running_out_of_memory_goes_one_mode_lower(pipe, monkeypatch, close, ask
     assert len(caught) == rows.count(8) + (used == "sequential")
     first = "parallel" if asked == "auto" else asked
     below = "partial" if first == "parallel" else "sequential"
-    message = f"unet_decoder ran out of memory on cpu in {first} mode: going on in {below} mode"
+    message = f"unet_decoder ran out of memory on cpu in {first} mode: continuing in {below} mode"
     assert str(caught[0].message) == message and caught[0].filename == __file__
 
 
@@ -372,7 +372,7 @@ def test_a_real_shortage_in_the_decoder(heavy, mib, expected):
     assert difference < ORDER_OF_SUMS
     modes = ["parallel", "partial", "sequential"]
     assert said[: modes.index(expected)] == [
-        f"unet_decoder ran out of memory on cpu in {high} mode: going on in {low} mode"
+        f"unet_decoder ran out of memory on cpu in {high} mode: continuing in {low} mode"
         for high, low in list(pairwise(modes))[: modes.index(expected)]
     ]
 

@@ -5,20 +5,21 @@
 
 Names are imported when they are first used, so `import tiue_runtime` is quick and loads no ONNX Runtime.
 
-The way of a picture, from the outside to the inside:
-    kept_pipelines  `generate`, by pipelines that stay loaded
+The modules, in the order in which a request meets them:
+    kept_pipelines  `generate`, with pipelines that stay loaded
     pipeline        Pipeline: from a prompt to pictures
-    options         what a request and a pipeline can be asked for, each option written once
+    options         the options of a request and of loading, each written once
     request         the options of one request, checked and complete
     tokenizer, noise    a prompt's tokens; a seed's noise z_T
     denoise         the method: the encoder once, the decoder at N timesteps, their weighted sum z_0
-    graphs          the four graphs: loaded, run in turn, let go of
+    graphs          the four graphs: loaded, run in turn, freed
     decode, tiling, images    z_0 to pixels, whole or in tiles
-    modes, budget   how many timesteps at once; what fits into memory
+    modes, budget   how many timesteps at once; whether a run fits into memory
     run             progress, previews, timings and cancelling of one request
-    png, preview, errors    files; small pictures of latents; what goes wrong
+    png, preview, errors    files; small pictures of latents; exceptions
 
-`bundle` is the contract with the exporter, `ort` is ONNX Runtime, `host` this computer, `tools` the command line.
+`bundle` is the contract with the exporter. `ort` wraps ONNX Runtime. `host` describes this computer. `tools` holds the
+command line.
 """
 
 import importlib

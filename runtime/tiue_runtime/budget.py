@@ -1,4 +1,4 @@
-"""How much memory a run will take, how much is free, and what graphs hold: requests are split before they fail."""
+"""The memory that runs need, that graphs hold, and that is free: requests are split before they fail."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -11,23 +11,23 @@ from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import MODES, Mode, timesteps_at_once
 from tiue_runtime.ort.devices import Device
 
-# The part of the free memory that a run may be planned to take. The rest is for other programs, and for needs that the
-# estimate does not know: fragments of ONNX Runtime's arena, and workspaces of convolutions on another machine.
+# The fraction of the free memory that a run may take. The rest is for other programs, and for needs beyond the
+# estimate: fragments of ONNX Runtime's arena, and workspaces of convolutions on another machine.
 USABLE = 0.8
 
-# A request is refused only if the estimate exceeds the free memory by this factor. Below it, the estimate may err: it
-# was measured with one provider, and another may take less.
+# A request is refused only if the estimate exceeds the free memory by this factor. The estimate was measured with one
+# provider, and another may take less.
 HOPELESS = 2.0
 
-# Less than this is never refused, because asking the system for its free memory takes longer than drawing the noise.
+# Smaller requests are never refused: to look up the free memory would take longer than to draw their noise.
 LITTLE = 2**26
 
 
 class Budget:
-    """What the graphs of a pipeline hold, and whether their next runs fit into the free memory of the device.
+    """The memory that the graphs of a pipeline hold. It says whether their next runs fit into the device's free memory.
 
-    Runs are measured by the estimates in the manifest. Without an estimate, or where the free memory is not known,
-    everything fits.
+    The needs of runs come from the manifest's estimates. Without an estimate, or if the free memory is unknown, every
+    run fits.
 
     Args:
         manifest: of the bundle.
@@ -45,7 +45,7 @@ class Budget:
 
     @contextmanager
     def request(self) -> Generator[None]:
-        """Count a request while it runs: of several at once, none can count on what a graph holds."""
+        """Count a request while it runs. If several run at once, none may rely on memory that a graph holds."""
         with self._lock:
             self._requests += 1
         try:
@@ -59,7 +59,7 @@ class Budget:
 
         Args:
             graph: the name of the graph.
-            rows: of the run: pictures, times the timesteps of each.
+            rows: of the run, k * B: pictures times the timesteps of each.
             latents: h*w.
             before: graph, rows and latents of an earlier run whose memory will still be held.
         """
@@ -72,19 +72,19 @@ class Budget:
         return free is None or need <= USABLE * free
 
     def _more(self, graph: str, rows: int, latents: int) -> float:
-        """Return the bytes that a run needs beyond what its graph holds. 0 where nothing is known."""
+        """Return the bytes that a run needs beyond the memory that its graph holds; 0 if unknown."""
         held = self._held.get(graph, 0) if self._requests <= 1 else 0
         return (self._need(graph, rows, latents) or 0) - held
 
     @contextmanager
     def run(self, graph: str, rows: int, latents: int, keeps: Callable[[], bool]) -> Generator[None]:
-        """Note what a graph holds after the run in this `with` block.
+        """Record the memory that a graph holds after the run in this `with` block.
 
         Args:
             graph: the name of the graph.
             rows: as in `fits`.
             latents: h*w.
-            keeps: says, after the run, whether its memory stays with the graph for the next one.
+            keeps: called after the run. Says whether the graph keeps the run's memory for the next run.
         """
         try:
             yield
@@ -97,7 +97,7 @@ class Budget:
             self.freed(graph)
 
     def freed(self, graph: str) -> None:
-        """Note that a graph holds nothing any more."""
+        """Record that a graph holds no memory."""
         self._held.pop(graph, None)
 
     def fastest_mode(self, graph: str, steps: int, images: int, latents: int) -> Mode:
@@ -108,15 +108,15 @@ class Budget:
         return "sequential"
 
     def refuse_excess(self, shape: tuple[int, ...], fields: str) -> None:
-        """Refuse a request that no mode can fit into memory.
+        """Refuse a request that fits into memory in no mode.
 
         Args:
             shape: of its latents, (B, C, h, w).
             fields: names of the options that the shape comes from, for the message.
 
         Raises:
-            RequestError: the noise and the pictures alone, without any work, exceed the free memory, or the least work
-                exceeds it by far.
+            RequestError: the noise and the pictures alone exceed the free memory, or the smallest run exceeds it by
+                far.
         """
         count, channels, height, width = shape
         scale = self._manifest.pixels_per_latent
@@ -144,7 +144,7 @@ class Budget:
         for variant in (self._variant, PORTABLE):
             use = self._manifest.memory.get(variant, {}).get(graph)
             if use is not None:
-                # Estimated by the portable graph, whose attention maps CUDA's fused attention does not keep.
+                # The estimate is of the portable graph. Its attention maps do not exist in CUDA's fused attention.
                 fused = self._variant == CUDA and variant == PORTABLE
                 return (replace(use, per_latent_squared=0) if fused else use).bytes(rows, latents)
         return None

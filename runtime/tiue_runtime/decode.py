@@ -22,13 +22,13 @@ def decode_image(
         turns: runs the graph.
         manifest: of the bundle.
         z_0: float32 (B, C, h, w).
-        tiling: as in `tiling.plans`. A plan that runs out of memory is followed by the next, with a warning.
+        tiling: as in `tiling.plans`. If a plan runs out of memory, the next one follows, with a warning.
 
     Returns:
         The image, float32 (B, 3, H, W) in [-1, 1], and (height, width) of its tiles in pixels, if any.
 
     Raises:
-        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is of its kind.
+        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is a subclass.
         Cancelled: the caller wants to stop.
     """
     graph, name, budget = turns.graphs.vae_decoder, turns.graphs.vae_name, turns.graphs.budget
@@ -52,7 +52,7 @@ def decode_image(
             with budget.run(name, plan.rows, plan.height * plan.width, keeps=lambda: graph.keeps):
                 image = decode_parts(run_part, z_0, plan, pixels)
         except LoadingError:
-            raise  # It would fail for a tile, too.
+            raise  # The graph cannot be loaded for a tile either.
         except OutOfMemoryError as error:
             why = str(error)
             continue

@@ -30,7 +30,7 @@ def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, lad
         z_T: noise, float32 (B, C, h, w).
         text: text embeddings, float32 (B, L, D).
         ladder: says how many timesteps one run of the decoder takes.
-        run: hears of every step.
+        run: every step is reported to it.
 
     Returns:
         z_0, float32 (B, C, h, w).
@@ -42,14 +42,14 @@ def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, lad
     features = halves.encode(z_T, text)
 
     def decode(now: slice) -> Float32:
-        # A prediction that comes alone is taken without its weight, so that it can be previewed.
+        # With one timestep per run, take the prediction without its weight, so that a preview can use it.
         return halves.decode(features, rows[now], np.ones(1, np.float32) if ladder.one_by_one else w[now])
 
     z = np.float32(schedule.noise_weight) * z_T
     for now, contribution in ladder.runs(decode):
         if ladder.one_by_one:
             eps = contribution
-            # As if eps were right for all timesteps that are left.
+            # The preview assumes that eps is right for all remaining timesteps.
             run.step(now.stop, steps, partial(_ahead, z, w[now.start :].sum(), eps))
             contribution = w[now] * eps
         z = z + contribution

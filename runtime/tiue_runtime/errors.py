@@ -1,4 +1,4 @@
-"""What this package raises for problems that its caller can fix. All are ValueErrors."""
+"""The exceptions of this package, for problems that the caller can fix. All are ValueErrors."""
 
 import reprlib
 
@@ -7,10 +7,10 @@ _LONGEST = 1000  # characters of a message
 
 
 class TiueError(ValueError):
-    """Base of every error that tiue_runtime raises on purpose. Its message is one line, whatever it quotes."""
+    """Base of every error that tiue_runtime raises on purpose. Its message is always one line."""
 
     def __init__(self, message: str = "") -> None:
-        """Take a message. Characters that a terminal cannot show, or would obey, are written as escapes."""
+        """Take a message. Characters that a terminal cannot print, control codes among them, become escapes."""
         super().__init__(_cut(_escaped(message[:_LONGEST]), _LONGEST))
 
 
@@ -19,7 +19,7 @@ class BundleError(TiueError):
 
 
 class DeviceError(TiueError):
-    """The device that was asked for, or ONNX Runtime itself, cannot be used as installed."""
+    """The requested device, or ONNX Runtime itself, cannot be used as installed."""
 
 
 class RequestError(TiueError):
@@ -35,16 +35,16 @@ class InferenceError(TiueError):
 
 
 class OutOfMemoryError(InferenceError):
-    """There was not enough memory to load a graph, or to run it, however little of the request it took at once."""
+    """There was not enough memory to load a graph, or to run it on the smallest part of the request."""
 
 
 class LoadingError(OutOfMemoryError):
-    """There was not enough memory to load a graph, so smaller runs of it do not help."""
+    """There was not enough memory to load a graph. Smaller runs of it do not help."""
 
 
-# What an exhausted allocator says, in lower case: the C++ library and operating systems, ONNX Runtime's arena, OpenVINO
-# (Failed to allocate 123 bytes of memory), CUDA, cuBLAS and cuDNN (whose version 9 puts more words between
-# INTERNAL_ERROR and ALLOCATION_FAILED).
+# Phrases of exhausted allocators, in lower case: of the C++ library, operating systems, ONNX Runtime's arena, OpenVINO
+# ("Failed to allocate 123 bytes of memory"), CUDA, cuBLAS and cuDNN. Version 9 of cuDNN puts more words between
+# INTERNAL_ERROR and ALLOCATION_FAILED.
 _EXHAUSTED = (
     "bad_alloc",
     "bad allocation",
@@ -62,7 +62,7 @@ _EXHAUSTED = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, of Python or of ONNX Runtime, means that memory ran out."""
+    """Say whether an exception of Python or ONNX Runtime means that memory ran out."""
     said = str(error).lower()
     return isinstance(error, MemoryError | OutOfMemoryError) or any(phrase in said for phrase in _EXHAUSTED)
 
@@ -73,15 +73,15 @@ _repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxfrozens
 
 
 def shorten(value: object) -> str:
-    """Return a value, as Python writes it, for a message: one line of at most SHOWN characters."""
+    """Return the repr of a value for a message: one line of at most SHOWN characters."""
     try:
         return clip(_repr.repr(value[: 4 * SHOWN] if isinstance(value, str | bytes) else value))
-    except Exception:  # Python shows no integer of thousands of digits, and objects may fail to show themselves.
+    except Exception:  # Python refuses to print integers of thousands of digits, and a foreign repr may fail.
         return f"a {type(value).__name__} that cannot be shown"
 
 
 def clip(text: str, most: int = SHOWN) -> str:
-    """Return text for a message: one line of at most `most` characters that a terminal can show."""
+    """Return text for a message: one line of at most `most` printable characters."""
     return _cut(_escaped(" ".join(text[: 4 * most].split())), most)
 
 

@@ -1,4 +1,4 @@
-"""The graphs of a pipeline: loaded together, or one by one; checked; run; and let go of."""
+"""The graphs of a pipeline: loading, checking, running and freeing them."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -36,13 +36,13 @@ class Graphs:
         bundle: where they are.
         placement: where and how they run.
         vae: the kind of image decoder.
-        memory: with "low", graphs are loaded in each request, when their turn comes.
+        memory: with "low", each request loads each graph for its turn.
     """
 
     def __init__(self, bundle: Bundle, placement: Placement, vae: str, memory: Memory) -> None:
         self._bundle, self._device, self._settings, self._vae = bundle, placement.device, placement.settings, vae
         self.variant = placement.variant
-        # Where graphs are loaded one by one in any case, there is nothing to gain from waiting.
+        # Graphs that load one by one are loaded as soon as they are made. `load` loads the others side by side.
         self._load_now = memory != "low" and self._device.row.loads_at_once == 1
         self.budget = Budget(bundle.manifest, self.variant, self._device)
         self.cuda_graphs = CudaGraphs() if self._settings.cuda_graphs else None
@@ -67,7 +67,7 @@ class Graphs:
         settings = with_cache(self._settings, self._device, self._bundle.directory, path)
         recording = self.cuda_graphs
         if name == contract.TEXT_ENCODER:
-            # It makes its mask by arithmetic that ONNX Runtime may leave on the CPU, which excludes recording.
+            # The text encoder computes its mask in nodes that may stay on the CPU. Such a graph cannot be recorded.
             settings, recording = replace(settings, cuda_graphs=False), None
         files = partial(self._bundle.check_graph, name, self.variant)
         with self._loading():
@@ -92,9 +92,9 @@ class Graphs:
 
     @contextmanager
     def request(self, run: Run, *, low: bool) -> "Generator[Turns]":
-        """Prepare the graphs for a request, and free them after it if it takes low memory."""
+        """Prepare the graphs for a request. With low memory, free them afterwards."""
         if not low:
-            self.load()  # Before free memory is looked up, if an earlier request freed them.
+            self.load()  # An earlier request may have freed them. Free memory must be looked up after this.
         try:
             with self.budget.request(), self.cuda_graphs.turn() if self.cuda_graphs else nullcontext():
                 yield Turns(self, run, low=low)
@@ -104,7 +104,7 @@ class Graphs:
 
     @contextmanager
     def _loading(self) -> Generator[None]:
-        """Name the remedy if memory does not suffice for all graphs."""
+        """Add the remedy to the error if there is not enough memory for all graphs."""
         try:
             yield
         except OutOfMemoryError as error:
@@ -117,7 +117,7 @@ class Graphs:
         return OutOfMemoryError(f"{first_line(error)}: {', '.join(helps)}")
 
     def overflow_remedy(self, *, vae: bool = False) -> str:
-        """Return what helps when a graph computes values that are not finite."""
+        """Return the remedy for a graph that computes values that are not finite."""
         manifest, variant = self._bundle.manifest, self.variant
         if variant == contract.CUDA and contract.PORTABLE in manifest.variants:
             remedy = 'Its cuda graphs overflowed: load with variant="portable"'
@@ -142,7 +142,7 @@ class Graphs:
 
 
 class Turns:
-    """The graphs in one request, each run when its turn comes."""
+    """The graphs during one request. Call it to run one of them."""
 
     def __init__(self, graphs: Graphs, run: Run, *, low: bool) -> None:
         self.graphs, self.run, self.low = graphs, run, low
@@ -163,14 +163,14 @@ class Halves:
 
         Args:
             turns: runs their graphs.
-            steps: N, how many timesteps `decode` will be asked for in all.
+            steps: N, the number of timesteps of all calls of `decode` together.
             decoded: whether the image decoder follows.
         """
         self._turns, self._left, self._decoded = turns, steps, decoded
         self._shape: tuple[int, ...] = ()
 
     def encode(self, latents: Float32, text: Float32) -> dict[str, Any]:
-        """Run the encoder. Returns everything that the decoder takes, on the device."""
+        """Run the encoder. Returns all inputs of the decoder, on the device."""
         graph = self._turns.graphs.unet_encoder
         known = graph.place({contract.LATENTS: latents, contract.TEXT: text})
         features = self._turns(contract.UNET_ENCODER, graph, known, keep_on_device=not self._turns.low)
@@ -192,20 +192,20 @@ class Halves:
         graph, budget = graphs.unet_decoder, graphs.budget
         count, _, height, width = self._shape
         this_run = contract.UNET_DECODER, len(rows) * count, height * width
-        # Free the decoder's memory now if, with it held, the image decoder would have to work in tiles.
+        # Free the decoder's memory now if the image decoder would otherwise have to work in tiles.
         last = graph.releases and self._decoded and len(rows) == self._left
         release = last and not budget.fits(graphs.vae_name, 1, height * width, before=this_run)
         feed = {**features, contract.STEP_INDEX: rows, contract.STEP_WEIGHT: weights}
         with budget.run(*this_run, keeps=lambda: graph.keeps and not release):
             contribution = self._turns(contract.UNET_DECODER, graph, feed, release=release)[contract.CONTRIBUTION]
         if not np.isfinite(contribution).all():
-            self._check_features(features)  # The decoder is not to blame for its inputs.
+            self._check_features(features)  # If the inputs are at fault, blame the encoder instead.
         graph.check_output(contract.CONTRIBUTION, contribution, self._shape, graphs.overflow_remedy())
         self._left -= len(rows)
         return contribution
 
     def _check_features(self, features: Mapping[str, Any]) -> None:
-        """Raise InferenceError if features, on the device or not, are not finite."""
+        """Raise InferenceError if features (arrays, or values in device memory) are not finite."""
         graphs = self._turns.graphs
         for name in graphs.unet_encoder.outputs:
             value = features[name]

@@ -1,4 +1,4 @@
-"""From the image decoder's output to pictures."""
+"""Conversion of the image decoder's output to pictures."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,6 +1,6 @@
-"""`generate`: pictures in one call, by pipelines that stay loaded.
+"""`generate`: pictures in one call, with pipelines that stay loaded.
 
-The module has another name than the function: a submodule `generate` would replace it in the package.
+The module is not named `generate`, because a submodule of that name would replace the function in the package.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def generate(
 ) -> list[Image]:
     """Make pictures of a prompt with a pipeline that stays loaded.
 
-    Two pipelines stay: those used last, of different bundle, device or vae. A bundle that was written again in its
-    place is loaded again. After memory="low" none of the pipeline's graphs is loaded.
+    The two pipelines used last stay loaded. Two pipelines differ in bundle, device or vae. If a bundle was written
+    again in its place, it is loaded again. After memory="low", none of the pipeline's graphs stays loaded.
 
     Args:
         prompt: as in `Pipeline.__call__`.
@@ -60,16 +60,16 @@ class KeptPipelines:
 
     def __init__(self, most: int = 2) -> None:
         self._most = most
-        self._kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # the one used last is the last
+        self._kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # in the order of their last use
         self._loading = Lock()
 
     def get(self, bundle: Bundle, device: str, vae: Vae | None, memory: Memory) -> Pipeline:
-        """Return the kept pipeline if it is of the same files, else a new one, loaded for a call with `memory`."""
+        """Return the kept pipeline of the same files, else a new one that is loaded for a call with `memory`."""
         key = bundle.directory, device, vae
         with self._loading:
             pipeline = self._kept.pop(key, None)
             if pipeline is None or pipeline.bundle != bundle:
-                pipeline = None  # Free it, and the one used longest ago, before another one is loaded.
+                pipeline = None  # Free this one and the one used longest ago before loading another.
                 if len(self._kept) >= self._most:
                     del self._kept[next(iter(self._kept))]
                 pipeline = Pipeline.load(bundle.directory, device=device, vae=vae, memory=memory)
@@ -77,7 +77,7 @@ class KeptPipelines:
             return pipeline
 
     def all(self) -> list[Pipeline]:
-        """Return the kept pipelines. The one used last is the last."""
+        """Return the kept pipelines in the order of their last use."""
         return list(self._kept.values())
 
 

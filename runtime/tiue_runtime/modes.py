@@ -27,7 +27,7 @@ def lower_mode(mode: Mode, steps: int) -> Mode | None:
 
 
 class Ladder:
-    """The modes of one request: it starts on a rung and goes down after a run that did not fit into memory.
+    """The modes of one request. After a run that did not fit into memory, it goes down to the next mode.
 
     Args:
         mode: the first one to try.
@@ -40,7 +40,7 @@ class Ladder:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether a run takes one timestep, whose prediction is then known alone."""
+        """Whether each run takes a single timestep, so that its prediction is known by itself."""
         return self.mode == "sequential"
 
     def runs(self, compute: Callable[[slice], Computed]) -> Generator[tuple[slice, Computed]]:
@@ -62,12 +62,12 @@ class Ladder:
             try:
                 computed = compute(now)
             except LoadingError:
-                raise  # It would fail in a lower mode, too.
+                raise  # A lower mode does not help.
             except OutOfMemoryError as error:
                 lower = lower_mode(self.mode, self.steps)
                 if lower is None:
                     raise
-                warnings.warn(f"{error} in {self.mode} mode: going on in {lower} mode", stacklevel=4)
+                warnings.warn(f"{error} in {self.mode} mode: continuing in {lower} mode", stacklevel=4)
                 self.mode = lower
                 continue
             yield now, computed

@@ -1,6 +1,6 @@
-"""Latent noise from a seed: Philox 4x32-10 as PyTorch's CUDA generator draws it.
+"""Latent noise from a seed: Philox 4x32-10, as in PyTorch's CUDA generator.
 
-A seed gives here, on every device, the noise that `torch.randn` gives on a GPU for a tensor of one image.
+On every device, a seed gives the noise that `torch.randn` gives on a GPU for a tensor of one image.
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
@@ -38,7 +38,7 @@ def check_seed(seed: object, count: int = 1) -> int:
 
 
 def gaussian(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Draw standard normal noise. An element depends on the seed and its index only.
+    """Draw standard normal noise. An element depends only on the seed and its index.
 
     Args:
         seed: 0 <= seed < 2**64.

@@ -37,7 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 @dataclass(frozen=True)
 class Option:
-    """What an option is, beyond its type."""
+    """Everything about an option but its type."""
 
     help: str
     default: object = None
@@ -71,15 +71,15 @@ class RequestOptions(TypedDict, total=False):
         Memory | None,
         Option(
             "parallel: all timesteps in one run of the decoder; partial: two at once; sequential: one by one, in about "
-            "1/steps of the memory; auto: the first of them that fits into free memory, or sequential where previews "
-            "are asked for; low: one by one, and each graph is loaded only for its turn (default: auto)"
+            "1/steps of the memory; auto: the first of these that fits into free memory, or sequential if previews "
+            "are requested; low: one by one, and each graph is loaded only for its turn (default: auto)"
         ),
     ]
     vae_tiling: Annotated[
         bool | None,
         Option(
             "decode pictures larger than the bundle's default in overlapping tiles, in less memory; the pictures "
-            "differ a little (default: where memory is short)"
+            "differ a little (default: only if memory is short)"
         ),
     ]
     timeout: Annotated[
@@ -105,8 +105,8 @@ class LoadOptions(TypedDict, total=False):
     device: Annotated[
         str,
         Option(
-            "auto, cpu, openvino, cuda, tensorrt or tensorrt-rtx, or cuda:1 and so on; a device asked for by name is "
-            "never replaced",
+            "auto, cpu, openvino, cuda, tensorrt or tensorrt-rtx; cuda:1 is the second GPU; a device requested by name "
+            "is never replaced",
             "auto",
         ),
     ]
@@ -123,7 +123,7 @@ class LoadOptions(TypedDict, total=False):
     ]
     precision: Annotated[
         Precision | None,
-        Option("what openvino computes in (default: bf16 where the CPU multiplies in it, else fp32)"),
+        Option("precision of openvino's arithmetic (default: bf16 if the CPU has instructions for it, else fp32)"),
     ]
     threads: Annotated[int | None, Option("CPU threads of a graph (default: all that the process may use)")]
 
@@ -141,15 +141,15 @@ def described(options: type) -> dict[str, Described]:
 
 
 def complete(options: type, given: Mapping[str, object]) -> dict[str, Any]:
-    """Return all options, with their defaults where they are not given.
+    """Return all options: the given ones, and the defaults of the others.
 
     Args:
         options: RequestOptions or LoadOptions.
-        given: values by name. Integers and truth values of other libraries become those of Python.
+        given: values by name. Integers and booleans of other libraries become Python's.
 
     Raises:
         TypeError: a name is unknown.
-        RequestError: a value is of another type. Its range is not checked here.
+        RequestError: a value is of another type. Ranges are not checked here.
     """
     known = described(options)
     for name in given:
@@ -160,18 +160,18 @@ def complete(options: type, given: Mapping[str, object]) -> dict[str, Any]:
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise RequestError unless a value is one of the strings that are allowed."""
+    """Raise RequestError unless a value is one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         raise RequestError(f"{name}: expected one of {', '.join(allowed)}, got {shorten(value)}")
 
 
 def choices(kind: Any, option: Option) -> tuple[str, ...]:
-    """Return the values that an option may take, if they are listed."""
+    """Return the values that an option may take, or () if they are not listed."""
     return option.choices or _literals(kind)
 
 
 def document(options: type) -> Callable[[Function], Function]:
-    """Replace `{options}` in the docstring of a function by the options of a TypedDict, one a line, with their help."""
+    """Replace `{options}` in a function's docstring by the options of a TypedDict and their help, one per line."""
 
     def decorate(function: Function) -> Function:
         if function.__doc__:  # Python removes docstrings with -OO.
@@ -200,7 +200,7 @@ def _checked(name: str, described: Described, value: Any) -> Any:
         one_of(name, value, literals)
         return value
     plain = _PLAIN.get(kind)
-    if plain is None:  # An array, a function or a mapping: whoever uses it checks it.
+    if plain is None:  # An array, a function or a mapping: its user checks it.
         return value
     expected, convert = plain
     converted = convert(value)
@@ -234,7 +234,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-# For each type: how a message calls it, and a function that gives a value's plain form, or None for a wrong value.
+# For each type: its name in messages, and a function that returns a value's plain form, or None for a wrong value.
 _PLAIN: dict[Any, tuple[str, Callable[[Any], object]]] = {
     int: ("an integer", _integer),
     float: ("a number", _number),

@@ -41,10 +41,10 @@ class Result(Generic[Images]):
     """The pictures of a request, in prompt-major order, and how they were made."""
 
     images: Images  # list of PIL images; float32 (B, H, W, 3) in [0, 1] for "np"; z_0 float32 (B, C, h, w) for "latent"
-    seeds: tuple[int, ...]  # one per image; empty when the caller brought the latents
+    seeds: tuple[int, ...]  # one per image; empty if the caller passed latents
     timings: Mapping[str, float]  # seconds: each graph that ran, and "total"
     device: str  # where the graphs ran: "cpu", "openvino", "cuda", "cuda:1"
-    precision: Precision | None  # of OpenVINO; None on other devices, and where provider options determine it
+    precision: Precision | None  # of OpenVINO; None on other devices, or if provider options determine it
     steps: int
     memory: Mode  # the mode in which the decoder ran; after running out of memory, the last one
     vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
@@ -61,10 +61,14 @@ class Pipeline:
     variant: str  # the bundle's graphs that were loaded
     cuda_graphs: bool  # whether `warmup` records kernels
     precision: Precision | None  # as in `Result`
-    memory: Memory  # for calls that do not say
+    memory: Memory  # the default of calls
 
     def __init__(self, bundle: Bundle, placement: Placement, vae: Vae | None = None, memory: Memory = "auto") -> None:
-        """Load the graphs of a bundle where they are placed. `Pipeline.load` finds both."""
+        """Load the graphs of a bundle as placed. `Pipeline.load` finds the bundle and the placement.
+
+        Raises:
+            BundleError, DeviceError, OutOfMemoryError, RequestError: as `Pipeline.load`.
+        """
         manifest = bundle.manifest
         self.bundle, self.device, self.variant = bundle, str(placement.device), placement.variant
         self.precision, self.cuda_graphs = placement.precision, placement.settings.cuda_graphs
@@ -89,24 +93,24 @@ class Pipeline:
         """Find, validate and load a bundle.
 
         Args:
-            bundle: a directory, the name of an installed bundle, or None for the environment variable TIUE_BUNDLE,
-                else the installed "emoji".
-            memory: for calls that do not say. With "low" nothing is loaded now, but each graph in each call when its
-                turn comes. Errors of a graph show only then.
+            bundle: a directory or the name of an installed bundle. None takes the environment variable TIUE_BUNDLE if
+                it is set, else the installed "emoji".
+            memory: the default of calls. With "low", nothing is loaded now. Each call then loads each graph for its
+                turn, and errors of a graph show only then.
             **options: the options of LoadOptions:
                 {options}
 
-        The device "auto" is CUDA if a session really starts on it, else OpenVINO likewise, else the CPU. Devices that
-        run none of the bundle's variants are passed over. OpenVINO is also passed over where the CPU does not multiply
-        in bf16 and the bundle has a "cpu" variant. provider_options need a device by name.
+        The device "auto" is the first of CUDA, OpenVINO and the CPU on which a session really starts. Devices that run
+        none of the bundle's variants are skipped. OpenVINO is also skipped if the CPU has no bf16 instructions and the
+        bundle has a "cpu" variant. provider_options need a device by name.
 
-        With cuda_graphs, `warmup` records the kernels of a shape. Later calls of that shape launch all of them at once,
-        and requests are made one at a time. TensorRT compiles for minutes, into the user's cache directory or that of
-        the environment variable TIUE_CACHE.
+        With cuda_graphs, `warmup` records the kernels of a shape. Later calls of that shape launch all kernels at once,
+        and requests run one at a time. TensorRT compiles for minutes. The results are kept in the user's cache
+        directory, or in the directory that the environment variable TIUE_CACHE names.
 
         Raises:
             BundleError: there is no such bundle, or it is damaged.
-            DeviceError: the device or a setting cannot be had.
+            DeviceError: the device or a setting is not available.
             OutOfMemoryError: the graphs do not fit into memory.
             RequestError: vae or memory is wrong, or an option is of another type.
         """
@@ -121,14 +125,17 @@ class Pipeline:
             raise OutOfMemoryError('the bundle does not fit into memory: load with memory="low"') from error
 
     def warmup(self, **options: Unpack[RequestOptions]) -> None:
-        """Make a picture and throw it away, so that the first real one of that size and number is as quick as others.
+        """Make a picture and discard it, so that the next one of the same options is as quick as later ones.
 
-        With cuda_graphs, its shapes are recorded. Calls with as many pictures of the same size, steps and memory mode
-        replay them, and all others run without. Nothing else in this process may use the GPU meanwhile.
-        With TensorRT, engines are built for the shapes between the smallest and the largest seen.
+        With cuda_graphs, the shapes of this call are recorded. Calls with the same number of pictures, size, steps and
+        memory mode replay the recording. All other calls run without one. Nothing else in this process may use the GPU
+        during the recording. With TensorRT, engines are built for all shapes between the smallest and the largest seen.
 
         Args:
-            **options: as in `__call__`, which also tells what is raised.
+            **options: as in `__call__`.
+
+        Raises:
+            RequestError, Cancelled, InferenceError: as `__call__`.
         """
         recording = self.graphs.cuda_graphs
         with recording.recording() if recording else nullcontext():
@@ -169,8 +176,8 @@ class Pipeline:
             **options: the options of RequestOptions:
                 {options}
 
-        All memory modes make the same pictures. A mode that runs out of memory is followed by the next, with a warning.
-        Pictures that are decoded in tiles differ from those decoded whole, because group norms see one tile at a time.
+        All memory modes make the same pictures. If a mode runs out of memory, the next one follows, with a warning.
+        Pictures decoded in tiles differ from pictures decoded whole, because group norms see one tile at a time.
 
         Returns:
             The pictures, prompt-major, and how they were made.
@@ -178,7 +185,7 @@ class Pipeline:
         Raises:
             RequestError: an argument is wrong, or the request would exceed the free memory by far.
             Cancelled: `cancel` or `timeout` ended the request.
-            InferenceError: a graph failed. OutOfMemoryError is of its kind.
+            InferenceError: a graph failed. OutOfMemoryError is a subclass.
         """
         given = complete(RequestOptions, options)
         run = Run(given["cancel"], given["callback"], given["timeout"])
@@ -213,11 +220,11 @@ class Pipeline:
         """Return `memory` if this pipeline can take it. Raises RequestError."""
         one_of("memory", memory, get_args(Memory))
         if memory == "low" and self.cuda_graphs:
-            raise RequestError('cuda_graphs: recordings hold what memory="low" lets go of; choose one of them')
+            raise RequestError('cuda_graphs: recordings hold the memory that memory="low" frees; choose one of them')
         return memory
 
     def _first_mode(self, request: Request) -> Mode:
-        """Return the mode to begin with: the one asked for, or the first that fits into free memory."""
+        """Return the mode to begin with: the requested one, or the first that fits into free memory."""
         if request.memory == "auto":
             count, _, height, width = request.shape
             return self.graphs.budget.fastest_mode(UNET_DECODER, request.steps, count, height * width)

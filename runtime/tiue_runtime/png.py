@@ -11,7 +11,7 @@ from tiue_runtime.errors import RequestError
 
 
 def check_png_path(path: Path) -> None:
-    """Raise RequestError unless a PNG can be written to `path`; tries the folder by writing to it."""
+    """Raise RequestError unless a PNG can be written to `path`. Tests the folder by writing to it."""
     if path.suffix.lower() != ".png":
         raise RequestError(f"out: expected a file name that ends in .png, got {str(path)!r}")
     if path.is_dir():
@@ -23,7 +23,7 @@ def check_png_path(path: Path) -> None:
 
 
 def save_png(image: Image, path: Path, text: Mapping[str, str]) -> None:
-    """Write a PNG with `text` as its metadata, to a temporary file that is then renamed. Raises OSError."""
+    """Write a PNG with `text` as its metadata: to a temporary file first, then rename it. Raises OSError."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)

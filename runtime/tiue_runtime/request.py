@@ -1,4 +1,4 @@
-"""What a caller asked for, checked and made complete before any graph runs and before memory is taken."""
+"""One request: its options are checked and completed before any graph runs and before memory is taken."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +27,11 @@ class Request:
     prompts: list[str] | None  # exactly one of prompts and
     prompt_embeds: Float32 | None  # (B / num_images, L, D) is given
     num_images: int  # per prompt
-    seeds: tuple[int, ...]  # of each picture; empty when the caller brought the latents
+    seeds: tuple[int, ...]  # one per picture; empty if the caller passed latents
     steps: int
     shape: tuple[int, ...]  # of z_T, (B, C, h, w)
-    latents: Float32 | None  # z_T, if the caller brought it
-    memory: Memory  # "auto" where the free memory shall decide; "low" holds graphs only while they are used
+    latents: Float32 | None  # z_T, if the caller passed it
+    memory: Memory  # "auto": the free memory decides the mode; "low": graphs stay loaded only for their turns
     vae_tiling: bool | None
 
     @classmethod
@@ -48,11 +48,11 @@ class Request:
 
         Args:
             manifest: of the bundle.
-            budget: of the pipeline, which refuses more than memory can hold.
-            text_width: returns D of text (B, L, D), if that is known. Called only if embeddings are given.
+            budget: of the pipeline. It refuses requests that memory cannot hold.
+            text_width: returns D of text (B, L, D), or None if D is unknown. Called only if embeddings are given.
             prompt: a string, a sequence of strings, or None.
             output_type: one of OutputType.
-            options: RequestOptions, complete, of the right types; memory is checked already.
+            options: complete RequestOptions of the right types. `memory` is already checked.
 
         Raises:
             RequestError: a value is wrong. The message begins with its name.
@@ -82,7 +82,7 @@ class Request:
             scale = manifest.pixels_per_latent
             height, width = (height or manifest.default_height) // scale, (width or manifest.default_width) // scale
         else:
-            fields, seeds = "latents", range(0)  # The caller's noise is no seed's, even if a seed was given, too.
+            fields, seeds = "latents", range(0)  # The caller's noise comes from no seed, even if one was given.
             latents = _shaped(fields, latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
             height, width = _sizes_of_latents(latents.shape, sizes, manifest)
         shape = (count, manifest.latent_channels, height, width)
@@ -91,13 +91,13 @@ class Request:
         latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]
         if memory == "auto" and options["callback"] is not None:
-            memory = "sequential"  # The other modes have no preview of every step.
+            memory = "sequential"  # Only this mode has a preview of every step.
         return cls(
             prompts, embeds, num_images, tuple(seeds), steps, shape, latents, memory, options["vae_tiling"]
         )  # fmt: skip
 
     def noise(self, run: Run) -> Float32:
-        """Return z_T, float32 (B, C, h, w). Each picture's is drawn alone, so that it does not depend on its batch."""
+        """Return z_T, float32 (B, C, h, w). The noise of a picture does not depend on the others of its batch."""
         if self.latents is not None:
             return self.latents
         noise = np.empty(self.shape, dtype=np.float32)
@@ -156,13 +156,13 @@ def _sizes_of_latents(shape: tuple[int, ...], sizes: Sequence[int | None], manif
 
 
 def _shaped(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> NDArray[np.floating[Any]]:
-    """Return a value as an array of floats of `shape`, where None is any size of at least 1. Raises RequestError."""
+    """Return a value as an array of floats of `shape`; None in it allows any size >= 1. Raises RequestError."""
     try:
         array = np.asarray(value)
     except Exception as error:  # A foreign object's conversion may raise anything.
         raise RequestError(
             f"{name}: expected a numpy array, got {type(value).__name__}, which numpy cannot read: "
-            f"{clip(str(error))}. Of a torch tensor pass .detach().float().cpu().numpy()"
+            f"{clip(str(error))}. For a torch tensor, pass .detach().float().cpu().numpy()"
         ) from error
     fits = array.ndim == len(shape) and all(
         size >= 1 and wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
@@ -180,8 +180,8 @@ def _shaped(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> 
 
 
 def _finite(name: str, array: NDArray[np.floating[Any]]) -> Float32:
-    """Return an array in float32. Raises RequestError if its values are not finite there."""
-    with np.errstate(over="ignore"):  # Values beyond float32 become infinite, and are refused as such.
+    """Return an array in float32. Raises RequestError if its values are not finite in float32."""
+    with np.errstate(over="ignore"):  # Values beyond float32 become infinite, and are refused below.
         values = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(values).all():
         raise RequestError(f"{name}: expected values that are finite in float32, got NaN, infinity or larger ones")

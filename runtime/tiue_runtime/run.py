@@ -1,4 +1,4 @@
-"""One request while it runs: the only way in which its stages report, are timed, and are told to stop."""
+"""One request while it runs: progress, previews, timings and cancelling go through this module only."""
 
 import inspect
 import time
@@ -85,7 +85,7 @@ class Run:
         Args:
             step: from 1 to steps.
             steps: N.
-            preview: computes the latents (B, C, h, w) as far as they are known.
+            preview: computes an estimate of z_0, float32 (B, C, h, w).
         """
         if self._callback is not None:
             self._callback(step, steps, preview())
@@ -99,13 +99,13 @@ class Run:
 
 
 def _takes(function: object, count: int) -> bool:
-    """Say whether a function can be called with `count` arguments, as far as Python can tell without the call."""
+    """Say whether a function takes `count` arguments. If Python cannot tell, the answer is yes."""
     if not callable(function) or isinstance(function, type) or inspect.iscoroutinefunction(function):
         return False
     try:
         inspect.signature(function).bind(*(None,) * count)
     except TypeError:
         return False
-    except ValueError:  # Some functions that are written in C do not tell.
+    except ValueError:  # Some functions written in C have no signature.
         return True
     return True

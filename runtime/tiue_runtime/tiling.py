@@ -1,7 +1,7 @@
 """Decoding pictures in less memory: one at a time, then in overlapping tiles that are blended linearly.
 
-Decoding one at a time changes nothing. Tiles change the picture: the group norms and the attention of an autoencoder
-see one tile, so each tile gets contrasts and colours of its own. The blend hides the seams.
+Decoding one at a time changes nothing. Tiles change the picture: an autoencoder's group norms and attention see only
+one tile, so each tile gets contrasts and colours of its own. The blend hides the seams.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from tiue_runtime.bundle import Manifest
 
 Float32 = NDArray[np.float32]
 
-# Latent pixels of a tile's side. In smaller tiles the seams show: they are mostly overlap, and a Stable Diffusion
-# decoder sees more than that around each pixel.
+# Latent pixels of a tile's side. Smaller tiles show their seams: most of such a tile is overlap, and a Stable Diffusion
+# decoder's receptive field is larger.
 MIN_TILE = 16
 
 OVERLAP = 0.25  # of a tile's side, shared with its neighbour
@@ -46,15 +46,15 @@ def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> li
     Args:
         manifest: of the bundle.
         shape: of the latents, (B, C, h, w).
-        tiling: None for whole pictures, then tiles; False for whole pictures only; True for tiles at once, if a
-            picture is larger than one.
+        tiling: None for whole pictures first, then tiles; False for whole pictures only; True for tiles only, if a
+            picture is larger than a tile.
 
     Returns:
-        At least one plan. The first tiles have the bundle's default size, the next ones half of it, down to MIN_TILE.
+        At least one plan. The first tiles have the bundle's default size. Later plans halve it, down to MIN_TILE.
     """
     count, _, height, width = shape
     scale = manifest.pixels_per_latent
-    multiple = manifest.size_multiple // scale  # Tiles have sides that the bundle allows for pictures.
+    multiple = manifest.size_multiple // scale  # A tile's sides must be sides that the bundle allows for pictures.
     least = ceil(MIN_TILE / multiple) * multiple
     side = max(manifest.default_height // scale, least), max(manifest.default_width // scale, least)
     small = height <= side[0] and width <= side[1]
@@ -89,7 +89,7 @@ def decode_parts(run: Callable[[Float32], Float32], latents: Float32, plan: Plan
     for first, (top, down), (left, across) in parts:
         rows, bottom, right = slice(first, first + plan.rows), top + plan.height, left + plan.width
         part = run(latents[rows, :, top:bottom, left:right])
-        if not image.size:  # Not earlier, because the first run may free the memory that is needed here.
+        if not image.size:  # Allocate after the first run, which may free the memory that is needed here.
             image = np.zeros((count, 3, height * scale, width * scale), dtype=np.float32)
         image[rows, :, top * scale : bottom * scale, left * scale : right * scale] += part * (down[:, None] * across)
     return image
@@ -104,8 +104,8 @@ def windows(size: int, tile: int, scale: int) -> list[tuple[int, Float32]]:
         scale: pixels per latent.
 
     Returns:
-        For each tile its first latent, and the weights of its tile * scale pixels. Weights rise and fall linearly over
-        the overlap, but not at the border of the picture. The weights of a pixel add up to 1.
+        For each tile: its first latent, and float32 weights (tile * scale,) of its pixels. Weights rise and fall
+        linearly over the overlap, but not at the border of the picture. The weights of a pixel add up to 1.
     """
     if tile >= size:
         return [(0, np.ones(size * scale, dtype=np.float32))]

@@ -1,4 +1,4 @@
-"""Prompts to token ids, with tokenizer.json alone: its padding and truncation settings are the bundle's."""
+"""Prompts to token ids. tokenizer.json alone determines them, its padding and truncation included."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from tiue_runtime.bundle.tokenizer_json import read_tokenizer
 from tiue_runtime.errors import BundleError, RequestError, clip, shorten
 
-# A prompt is read in windows from its beginning, since tokens cost time although all but `length` of them are cut off.
-# The first window has this many characters for each token, and the next ones each have four times as many.
+# A long prompt is read in windows from its beginning, because tokens cost time and all but `length` of them are cut
+# off. The first window has this many characters per token. Each later window is four times as long.
 CHARACTERS_PER_TOKEN = 64
-MOST_CHARACTERS = 1_000_000  # of a prompt; those that follow are cut off whatever stands before them
+MOST_CHARACTERS = 1_000_000  # of a prompt; later ones are always cut off
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Tokens:
 
     input_ids: NDArray[np.int64]  # (B, L)
     attention_mask: NDArray[np.int64]  # (B, L), 1 where a token is, 0 where padding is
-    cut: tuple[str, ...]  # for each prompt, the part that did not fit into L tokens; "" where all did
+    cut: tuple[str, ...]  # for each prompt, the part that did not fit into L tokens, or ""
 
 
 class PromptTokenizer:
@@ -60,7 +60,7 @@ class PromptTokenizer:
         )
 
     def _encode(self, prompt: str) -> tuple[Any, str]:
-        """Encode the part of a prompt that decides its first tokens. Returns them, and the part that is cut off."""
+        """Encode the part of a prompt that decides its first tokens. Returns its encoding and the rest, cut off."""
         if self._keeps_the_end:
             read = prompt[-MOST_CHARACTERS:]
             encoding = self._tokenizer.encode(read)
@@ -70,7 +70,7 @@ class PromptTokenizer:
         window = CHARACTERS_PER_TOKEN * self._length
         while window < min(len(prompt), MOST_CHARACTERS):
             encoding = self._tokenizer.encode(prompt[:window])
-            # Tokens depend on the word that they are part of, and on no text far behind it.
+            # A token depends on its word, but not on text far behind that word.
             if encoding.overflowing and 2 * max((end for _, end in _places(encoding)), default=0) <= window:
                 return encoding, _cut_part(prompt, encoding)
             window *= 4
@@ -79,10 +79,10 @@ class PromptTokenizer:
 
     @contextmanager
     def _errors(self) -> Generator[None]:
-        """Turn what the tokenizers library raises into errors of this package."""
+        """Turn exceptions of the tokenizers library into errors of this package."""
         try:
             yield
-        except BaseException as error:  # A panic of the library is no Exception; all else that is none goes on.
+        except BaseException as error:  # A Rust panic is not an Exception. Others that are not, pass through.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise BundleError(f"{self._path}: the tokenizer failed: {clip(str(error))}") from error
             raise

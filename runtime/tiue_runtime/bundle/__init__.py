@@ -1,13 +1,13 @@
 """The bundle: the directory of graphs and settings that the exporter writes and the runtime reads.
 
-    manifest        what bundle.json says: frozen dataclasses that check themselves
-    directory       a bundle on the disk: load, verify, write
+    manifest        the content of bundle.json: frozen dataclasses that check themselves
+    directory       a bundle on disk: load, verify, write
     find            a bundle by its path or by the name of an installed package
     external_data   the files that an ONNX graph names
-    tokenizer_json  what tokenizer.json may hold
+    tokenizer_json  the check of tokenizer.json
     fields          typed reading of JSON; every error names the exact field
     schema          the JSON schema of bundle.json
-    replacing       files that appear whole
+    replacing       writing a file under another name, then renaming it
 
 This package imports the standard library only, so that any tool can read a bundle.
 """

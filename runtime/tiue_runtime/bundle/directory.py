@@ -25,7 +25,7 @@ from tiue_runtime.bundle.replacing import replacing
 from tiue_runtime.errors import BundleError, clip, shorten
 
 Stamp = tuple[int, int, int]
-"""Size, time of the last change and inode of a file: another file, or another content, has another one."""
+"""The size, modification time and inode of a file. A replaced or changed file has another stamp."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Bundle:
         The content of the files is not read; `verify` does that. Links are followed.
 
         Raises:
-            BundleError: the directory is no bundle, or not a whole one.
+            BundleError: the directory is not a bundle, or the bundle is incomplete or damaged.
         """
         directory = Path(directory)
         path = directory / MANIFEST
@@ -73,8 +73,8 @@ class Bundle:
         """Check the files of one graph before ONNX Runtime opens them.
 
         Raises:
-            BundleError: the graph names external data that bundle.json does not list, or one of its files is not the
-                one that was there when the bundle was loaded.
+            BundleError: the graph names external data that bundle.json does not list, or one of its files changed
+                since the bundle was loaded.
         """
         name = self.manifest.variants[variant][graph]
         self._check_unchanged(name)
@@ -85,7 +85,7 @@ class Bundle:
         """Compare every file with bundle.json: its sha256, and the external data that graphs name.
 
         Raises:
-            BundleError: files differ, and the message names them; or a graph names data that bundle.json does not list.
+            BundleError: files differ (the message names them), or a graph names data that bundle.json does not list.
         """
         files = self.manifest.files.items()
         wrong = [name for name, info in files if _sha256(self.directory, name) != info.sha256]
@@ -100,7 +100,7 @@ class Bundle:
             raise BundleError(f"{self.directory / name} changed on disk since the bundle was loaded: load it again")
 
     def _external_data(self, name: str) -> list[str]:
-        """Return the names of the files that a graph keeps its weights in."""
+        """Return the names of the files that hold a graph's weights."""
         folder, _, _ = name.rpartition("/")
         names = sorted(f"{folder}/{data}" if folder else data for data in external_data(self.directory / name))
         unknown = [data for data in names if data not in self.manifest.files]
@@ -113,10 +113,10 @@ class Bundle:
 
 
 def write_bundle(directory: str | Path, manifest: Manifest) -> Bundle:
-    """Write bundle.json for the files now in `directory`, whose sizes and sha256 it fills in.
+    """Write bundle.json for the files in `directory`, with their sizes and sha256.
 
-    Every file below `directory` becomes part of the bundle, but hidden ones, so call this last, in the directory that
-    the bundle was built in. `manifest.files` is ignored.
+    Every file below `directory`, except hidden ones, becomes part of the bundle. Call this last. `manifest.files` is
+    ignored.
 
     Returns:
         The bundle as `Bundle.load` reads it.
@@ -135,14 +135,14 @@ def write_bundle(directory: str | Path, manifest: Manifest) -> Bundle:
     content: dict[str, Any] = {"format": FORMAT, **asdict(replace(manifest, files=files))}
     present = {key: value for key, value in content.items() if value is not None}
     data = (json.dumps(present, indent=2, ensure_ascii=False) + "\n").encode()
-    read_manifest(data)  # refuse what could not be read back, before anything is written
+    read_manifest(data)  # Refuse values that could not be read back, before anything is written.
     with replacing(directory / MANIFEST) as file:
         file.write(data)
     return Bundle.load(directory)
 
 
 def read_limited(path: Path, most: int) -> bytes:
-    """Read a whole file of at most `most` bytes; never wait for a pipe or a device. Raises BundleError."""
+    """Read a whole file of at most `most` bytes. Never wait for a pipe or a device. Raises BundleError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as file:
@@ -151,7 +151,7 @@ def read_limited(path: Path, most: int) -> bytes:
                 raise BundleError("expected a regular file")
             if status.st_size > most:
                 raise BundleError(f"expected at most {most:,} bytes, got {status.st_size:,}")
-            return file.read(status.st_size)  # To read `most` would take as much memory.
+            return file.read(status.st_size)  # read(most) would allocate `most` bytes.
     except OSError as error:
         raise BundleError(f"cannot be read: {error.strerror or error}") from error
 
@@ -169,7 +169,7 @@ def _stamp(directory: Path, name: str) -> Stamp:
 
 
 def _sha256(directory: Path, name: str) -> str:
-    _stamp(directory, name)  # refuses pipes, which would not end
+    _stamp(directory, name)  # It refuses pipes, which might never end.
     try:
         with (directory / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

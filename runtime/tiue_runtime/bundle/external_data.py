@@ -1,8 +1,8 @@
-"""The names of the files that an ONNX graph keeps its weights in, read without the onnx package.
+"""The names of the files that hold the weights of an ONNX graph, read without the onnx package.
 
-An ONNX file is a protobuf message. A tensor whose bytes lie in another file says so in its field `external_data`, as
-key and value "location". Tensors stand in graphs, as attributes of nodes, and in graphs that are attributes, so that
-this walks through the messages that can hold one. Bytes of tensors are skipped, not read.
+An ONNX file is a protobuf message. A tensor whose bytes lie in another file names it in its field `external_data`,
+under the key "location". Tensors occur in graphs, in attributes of nodes, and in graphs that are attributes. This
+module walks through all messages that can hold a tensor. The bytes of tensors are skipped, not read.
 
 ONNX Runtime also opens files that EPContext nodes name. The exporter writes none, and they are refused.
 """
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from tiue_runtime.errors import BundleError
 
-# Message => field number => message of the field, after onnx.proto; fields without tensors are left out.
+# Message => field number => message of the field, from onnx.proto. Fields without tensors are left out.
 _MESSAGES = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
@@ -34,9 +34,9 @@ _MESSAGES = {
     "StringStringEntryProto": {1: "key", 2: "value"},
 }
 _DEEPEST = 100  # messages inside one another, as in protobuf's own reader
-_MOST_FIELDS = 3_000_000  # hundreds of times those of SD 2.1's decoder
+_MOST_FIELDS = 3_000_000  # hundreds of times the fields of SD 2.1's decoder
 _LONGEST_TEXT = 4096  # bytes of a key, a location or an operator's name
-_WHOLE = 65_536  # bytes of a message that is looked through at once
+_WHOLE = 65_536  # bytes of a message that is searched at once
 
 
 def external_data(path: Path) -> set[str]:
@@ -86,7 +86,7 @@ class _Walk:
             self.locations.add(texts.get("value", ""))
 
     def _may_name_files(self, length: int) -> bool:
-        """Whether the message here is large, or has a word that matters: a quick look saves reading most nodes."""
+        """Say whether the message here is large or contains a relevant word. This avoids reading most nodes."""
         if length > _WHOLE:
             return True
         start = self._file.tell()
@@ -100,7 +100,7 @@ class _Walk:
         return self._file.read(length).decode("utf-8", "replace")
 
     def _lengths(self, end: int) -> Generator[tuple[int, int, int]]:
-        """Yield (field number, start, end) of every field here that has a length; pass over the others."""
+        """Yield (field number, start, end) of every field that has a length. Skip the others."""
         while (position := self._file.tell()) < end:
             self._fields += 1
             if self._fields > _MOST_FIELDS:
@@ -112,7 +112,7 @@ class _Walk:
             elif tag & 7 == 2:
                 size = self._varint()
             if size is None or tag >> 3 == 0:
-                raise _Damaged(f"byte {position} begins no field")
+                raise _Damaged(f"no field begins at byte {position}")
             start = self._file.tell()
             if start + size > end:
                 raise _Damaged(f"the field at byte {position} is cut off")

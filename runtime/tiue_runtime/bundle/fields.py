@@ -1,7 +1,7 @@
-"""Typed reading of JSON: annotations of a dataclass say what a field may hold, and every error names the field.
+"""Typed reading of JSON. The annotations of a dataclass define its fields, and every error names the field.
 
-`reader_of(hint)` makes the reader of a type, and `bundle/schema.py` makes a JSON schema of the same annotations.
-Types are str, int, float, tuples, mappings, dataclasses, and each of them as Annotated[type, Field(...)].
+`reader_of(hint)` makes a reader from a type. `bundle/schema.py` makes a JSON schema from the same annotations.
+Types are str, int, float, tuples, mappings and dataclasses, each also as Annotated[type, Field(...)].
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from typing import Annotated, Any, NoReturn, cast, get_args, get_origin, get_typ
 from tiue_runtime.errors import BundleError, clip, shorten
 
 Reader = Callable[[object, str], Any]
-"""Takes (value, where it stands) and returns the value, or raises BundleError."""
+"""Takes (value, path of the field). Returns the value, or raises BundleError."""
 
-TEXT_PATTERN = "^[^\\u0000-\\u001f\\u007f]*$"  # no control characters, which terminals obey
+TEXT_PATTERN = "^[^\\u0000-\\u001f\\u007f]*$"  # No control characters, which could command a terminal.
 STEPS_PATTERN = "^[1-9][0-9]{0,3}$"  # step counts as keys
-_DIGITS = 20  # of the longest integer; 2**64 has as many
+_DIGITS = 20  # most digits of an integer, as many as 2**64 has
 
 
 @dataclass(frozen=True)
 class Field:
-    """What a value may be. Lengths are those of strings, in characters, and of lists and objects, in items."""
+    """The limits of a value. Lengths count the characters of strings, and the items of lists and objects."""
 
     doc: str = ""
     least: float | None = None
@@ -41,7 +41,7 @@ def unwrap(hint: Any) -> tuple[Any, Field]:
     """Split Annotated[type, Field] and `type | None` into (type, Field)."""
     note = Field()
     if get_origin(hint) is Annotated:
-        hint, *_, note = get_args(hint)  # of nested annotations the outer one
+        hint, *_, note = get_args(hint)  # The outer one of nested annotations is the last.
     if get_origin(hint) is UnionType:
         hint = next(part for part in get_args(hint) if part is not type(None))
     return hint, note
@@ -70,9 +70,11 @@ def reader_of(hint: Any) -> Reader:
 
 
 def parse_json(data: bytes) -> object:
-    """Parse strict JSON in UTF-8: no byte order mark, duplicate key, NaN, infinity or endless number.
+    """Parse strict JSON in UTF-8.
 
-    Raises BundleError.
+    Raises:
+        BundleError: the data have a byte order mark, a duplicate key, NaN, infinity or an overlong number, or are not
+            JSON.
     """
     if data.startswith(b"\xef\xbb\xbf"):
         raise BundleError("expected JSON without a byte order mark")
@@ -93,7 +95,7 @@ def parse_json(data: bytes) -> object:
 
 
 def require(condition: bool, where: str, expected: str, received: object) -> None:
-    """Raise BundleError that names a field, unless its condition holds."""
+    """Raise a BundleError that names the field, unless the condition holds."""
     if not condition:
         raise BundleError(f"{clip(where)}: expected {expected}, got {shorten(received)}")
 
@@ -161,7 +163,7 @@ def _number(note: Field) -> Reader:
 
 
 def _list(items: tuple[Any, ...], note: Field) -> Reader:
-    """Make a reader of tuple[X, ...], or of a tuple of as many items as the annotation has."""
+    """Make a reader of tuple[X, ...] or of a tuple of fixed length."""
     item = reader_of(items[0])
     if items[-1] is not ...:
         note = dataclasses.replace(note, shortest=len(items), longest=len(items))
@@ -177,7 +179,7 @@ def _list(items: tuple[Any, ...], note: Field) -> Reader:
 
 
 def _map(types: tuple[Any, ...], note: Field) -> Reader:
-    """Make a reader of Mapping[str, X], or of Mapping[int, X], whose keys are decimal in JSON."""
+    """Make a reader of Mapping[str, X] or Mapping[int, X]. In JSON, integer keys are decimal strings."""
     key_kind, item = types[0], reader_of(types[1])
 
     def read(value: object, where: str) -> dict[Any, Any]:
@@ -187,7 +189,7 @@ def _map(types: tuple[Any, ...], note: Field) -> Reader:
         _check_length(values, note, where, "entries")
         for key in values:
             if key_kind is int:
-                require(bool(re.fullmatch(STEPS_PATTERN, key)), where, "step counts such as '4' as keys", key)
+                require(bool(re.fullmatch(STEPS_PATTERN, key)), where, "step counts as keys, for example '4'", key)
             require(not re.search("[\ud800-\udfff]", key), where, "keys of whole characters", key)
         return {key_kind(k): item(v, _join(where, k)) for k, v in values.items()}
 

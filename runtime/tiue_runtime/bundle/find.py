@@ -1,7 +1,7 @@
-"""Finding bundles: by path, then by the name under which an installed package offers one.
+"""Finding bundles: by path, then by the name that an installed package gives to its bundle.
 
-A package offers its own directory as a bundle through the entry-point group `tiue_runtime.bundles`, for
-example `emoji = "tiue_emoji"`. The package is located, never imported.
+A package offers its own directory as a bundle through the entry-point group `tiue_runtime.bundles`, for example
+`emoji = "tiue_emoji"`. The package is located, never imported.
 """
 
 import os
@@ -19,7 +19,7 @@ DEFAULT_NAME = "emoji"
 
 
 def installed_bundles() -> dict[str, str]:
-    """Names of installed bundles, with the packages that hold them: of two alike, the first on sys.path."""
+    """Return the names of installed bundles and their packages. If a name occurs twice, the first on sys.path wins."""
     last_first = reversed(list(entry_points(group=GROUP)))
     return dict(sorted({entry.name: entry.value for entry in last_first}.items()))
 
@@ -27,10 +27,13 @@ def installed_bundles() -> dict[str, str]:
 def find_bundle(name_or_path: str | Path | None = None) -> Path:
     """Return the directory of a bundle.
 
-    name_or_path: a directory, or the name of an installed bundle; None means the environment variable
-    TIUE_BUNDLE, else "emoji". A name without a separator is a path only where that directory holds a
-    bundle.json, so that a folder that happens to be called like a bundle does not hide it.
-    Raises BundleError.
+    Args:
+        name_or_path: a directory, or the name of an installed bundle. None takes the environment variable TIUE_BUNDLE
+            if it is set, else "emoji". A name without a separator is a path only if that directory holds a bundle.json,
+            so that another folder of the same name does not hide an installed bundle.
+
+    Raises:
+        BundleError: there is no such bundle.
     """
     if isinstance(name_or_path, str) and name_or_path == "":
         raise BundleError("bundle: expected a directory or the name of an installed bundle, got an empty string")
@@ -43,8 +46,8 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     try:
         if (path / MANIFEST).is_file():
             return path
-    except (OSError, ValueError) as error:  # A name that is too long, or has a null character.
-        raise BundleError(f"bundle: {shorten(str(wanted))} is no name of a directory: {error.args[-1]}") from error
+    except (OSError, ValueError) as error:  # The name is too long, or has a null character.
+        raise BundleError(f"bundle: {shorten(str(wanted))} cannot name a directory: {error.args[-1]}") from error
     text = os.fspath(wanted)
     if isinstance(wanted, Path) or any(separator in text for separator in (os.sep, os.altsep) if separator):
         problem = f"has no {MANIFEST}" if path.is_dir() else "is not a directory"
@@ -60,12 +63,12 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
 
 
 def _package_directory(name: str, package: str) -> Path:
-    spec = find_spec(package) if "." not in package else None  # a dotted name would import its parent
+    spec = find_spec(package) if "." not in package else None  # A dotted name would import its parent.
     places = list(spec.submodule_search_locations or ()) if spec else []
     for place in places:
         if (Path(place) / MANIFEST).is_file():
             return Path(place)
     raise BundleError(
         f"bundle: {name!r} is installed as package {package!r}, but there is no {MANIFEST} in "
-        f"{', '.join(places) or 'it: no such package'}. Reinstall the package that offers it."
+        f"{', '.join(places) or 'it: no such package'}. Reinstall that package."
     )

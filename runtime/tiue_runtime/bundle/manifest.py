@@ -1,8 +1,9 @@
-"""The bundle contract, format 1: what `bundle.json` says, with one reader and one writer.
+"""The bundle contract, format 1: the fields of `bundle.json`.
 
 A bundle is a directory with `bundle.json`, `tokenizer.json`, at least four ONNX graphs with their external data
-files, and a model card. The exporter fills a `Manifest` and calls `write_bundle`; everything else calls `Bundle.load`.
-docs/bundle.md describes the format for readers in other languages, bundle.schema.json is made of the dataclasses here.
+files, and a model card. The exporter fills a `Manifest` and calls `write_bundle`. Everything else calls `Bundle.load`.
+docs/bundle.md describes the format for readers in other languages. bundle.schema.json is generated from these
+dataclasses.
 
 The graphs, with B, h, w and k dynamic:
 
@@ -15,9 +16,9 @@ The graphs, with B, h, w and k dynamic:
 vae_decoder is the first of Manifest.vaes. A second image decoder is one more graph, vae_decoder_tiny or vae_decoder_kl,
 with the same signature and for the same latents. safety_checker is optional.
 
-text, latents, step_weight, contribution, image and score are float32 at every precision. Features have whatever type
-the two UNet graphs agree on. step_index holds rows of `decoder_timesteps`, and
-contribution = sum_k step_weight_k eps_k, so that z_0 = noise_weight * z_T + contribution.
+text, latents, step_weight, contribution, image and score are float32 at every precision. The two UNet graphs agree on
+the types of features. step_index holds rows of `decoder_timesteps`. contribution = sum_k step_weight_k eps_k, so that
+z_0 = noise_weight * z_T + contribution.
 """
 
 import re
@@ -35,22 +36,22 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 PORTABLE = "portable"  # the variant that every device runs
-CPU = "cpu"  # the variant for ONNX Runtime's CPU provider, where the bundle has one
-CUDA = "cuda"  # the variant for NVIDIA GPUs, likewise
+CPU = "cpu"  # the optional variant for ONNX Runtime's CPU provider
+CUDA = "cuda"  # the optional variant for NVIDIA GPUs
 VARIANTS = (PORTABLE, CPU, CUDA)
 
 TEXT_ENCODER = "text_encoder"
 UNET_ENCODER = "unet_encoder"
 UNET_DECODER = "unet_decoder"
 VAE_DECODER = "vae_decoder"
-GRAPHS = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)  # in the order they run
+GRAPHS = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)  # in the order of their runs
 GRAPH_FILES = {graph: f"{graph}.onnx" for graph in GRAPHS}
 SAFETY_CHECKER = "safety_checker"  # optional, in all variants of a bundle or in none
 
 KL, TINY = "kl", "tiny"  # the kinds of image decoder: the teacher's AutoencoderKL, a small autoencoder for its latents
 VAE_KINDS = (KL, TINY)
 
-# Names of graph inputs and outputs. The features between the UNet graphs are named by the exporter.
+# Names of graph inputs and outputs. The exporter names the features between the UNet graphs.
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 TEXT = "text"
@@ -77,7 +78,7 @@ TENSORS = {
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of computing, and of stored weights
 
 MANIFEST_LIMIT = 16 * 2**20  # bytes of bundle.json
-REMEDY = "Export the bundle again, or reinstall the package it came from."
+REMEDY = "Export the bundle again, or reinstall its package."
 
 _MOST_STEPS = 1000
 _Timesteps = Annotated[
@@ -105,7 +106,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What a file of the bundle must be."""
+    """The size and hash of a file of the bundle."""
 
     sha256: Annotated[str, Field("Of the file's bytes, in lower-case hexadecimal.", pattern="^[0-9a-f]{64}$")]
     size: Annotated[int, Field("Bytes.", least=0, most=2**53)]
@@ -115,7 +116,7 @@ class FileInfo:
 class MemoryUse:
     """Working memory of one run of a graph, beyond its weights, measured at export.
 
-    On h*w latents it is rows * (per_latent * h*w + per_latent_squared * (h*w)**2) bytes, where rows is k*B for
+    On h*w latents, a run takes rows * (per_latent * h*w + per_latent_squared * (h*w)**2) bytes. rows is k*B for
     unet_decoder and B for the other graphs.
     """
 
@@ -123,13 +124,13 @@ class MemoryUse:
     per_latent_squared: Annotated[float, Field("Bytes for each pair of latent pixels: attention maps.", least=0)]
 
     def bytes(self, rows: int, latents: int) -> float:
-        """Estimate a run of `rows` rows of `latents` = h*w latent pixels."""
+        """Return the bytes of a run. rows: k*B or B, as above. latents: h*w."""
         return rows * (self.per_latent * latents + self.per_latent_squared * latents**2)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A linear image decoder: rgb = latents @ matrix + bias, RGB in [0, 1] once it is clipped."""
+    """A linear image decoder: RGB in [0, 1] is latents @ matrix + bias, clipped."""
 
     matrix: Annotated[tuple[tuple[float, float, float], ...], Field("C rows of 3 numbers.", shortest=1, longest=1024)]
     bias: Annotated[tuple[float, float, float], Field("One number for red, green and blue each.")]
@@ -137,9 +138,9 @@ class Preview:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What to ask the model for, for applications that show examples or complete words."""
+    """Prompts that suit the model, for applications that show examples or complete words."""
 
-    examples: Annotated[tuple[_Text, ...], Field("Whole prompts that the model draws well.")] = ()
+    examples: Annotated[tuple[_Text, ...], Field("Whole prompts that the model renders well.")] = ()
     vocabulary: Annotated[
         tuple[_Text, ...], Field("Words and phrases that it was trained on, if it knows no others.")
     ] = ()
@@ -152,9 +153,9 @@ class Manifest:
     name: Annotated[str, Field("The model's name.", shortest=1, longest=200)]
     license: Annotated[str, Field('An SPDX expression, or "unknown".', shortest=1, longest=1000)]
     created_from: Annotated[Mapping[str, str], Field("Provenance, for people: no program depends on it.", longest=100)]
-    precision: Annotated[str, Field("The type that the graphs compute in; the cpu variant: fp32.", choices=PRECISIONS)]
+    precision: Annotated[str, Field("The type of the graphs' arithmetic; the cpu variant: fp32.", choices=PRECISIONS)]
     weights: Annotated[
-        str, Field("The type that files store the weights of the UNet and the image decoders in.", choices=PRECISIONS)
+        str, Field("The type of the stored weights of the UNet and the image decoders.", choices=PRECISIONS)
     ]
     latent_channels: Annotated[int, Field("C.", least=1, most=1024)]
     pixels_per_latent: Annotated[int, _pixels("H = pixels_per_latent * h, and likewise W.")]
@@ -162,9 +163,7 @@ class Manifest:
     default_width: Annotated[int, _pixels("Pixels.")]
     size_multiple: Annotated[int, _pixels("Pixels: heights and widths are multiples of it.")]
     text_length: Annotated[int, Field("L, tokens.", least=1, most=65_536)]
-    encoder_timestep: Annotated[
-        int, Field("t_1 of training, which unet_encoder has as a constant.", least=0, most=999_999)
-    ]
+    encoder_timestep: Annotated[int, Field("t_1 of training, a constant of unet_encoder.", least=0, most=999_999)]
     decoder_timesteps: Annotated[
         _Timesteps, Field("step_index i means timestep decoder_timesteps[i].", shortest=1, longest=_MOST_STEPS)
     ]
@@ -183,13 +182,13 @@ class Manifest:
     ] = (KL,)
     sizes: Annotated[
         tuple[tuple[Annotated[int, _pixels("")], Annotated[int, _pixels("")]], ...],
-        Field("(height, width) in pixels that the model was trained for beside the default size.", longest=1000),
+        Field("Further (height, width) in pixels that the model was trained for.", longest=1000),
     ] = ()
     memory: Annotated[
-        Mapping[str, Mapping[str, MemoryUse]], Field("Variant => graph => estimate; an absent one is unknown.")
+        Mapping[str, Mapping[str, MemoryUse]], Field("Variant => graph => estimate; absent if unknown.")
     ] = field(default_factory=dict[str, Mapping[str, MemoryUse]])
     preview: Annotated[Preview | None, Field("A linear image decoder, for previews.")] = None
-    prompts: Annotated[Prompts | None, Field("What to ask for.")] = None
+    prompts: Annotated[Prompts | None, Field("Prompts that suit the model.")] = None
     files: Annotated[
         Mapping[str, FileInfo], Field("Every file of the bundle but bundle.json.", shortest=1, always=True)
     ] = field(default_factory=dict[str, FileInfo])  # write_bundle fills this
@@ -249,7 +248,7 @@ class Manifest:
 
     def _check_files(self) -> None:
         if not self.files:
-            return  # the exporter has not written them yet
+            return  # The exporter has not written them yet.
         for name in self.files:
             expected = "names relative to the bundle, with '/', that every system can store"
             require(is_portable(name), "files", expected, name)
@@ -285,7 +284,7 @@ class Manifest:
 
 
 def vae_graphs(kinds: Iterable[str]) -> dict[str, str]:
-    """Return the graph of each kind of image decoder, of which the default comes first."""
+    """Return the graph of each kind of image decoder. The first kind is the default."""
     return {kind: f"{VAE_DECODER}_{kind}" if i else VAE_DECODER for i, kind in enumerate(kinds)}
 
 
@@ -323,7 +322,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00
 
 
 def is_portable(name: str) -> bool:
-    """Whether a file name stays in the bundle, and can be stored, on every system."""
+    """Say whether a file name stays inside the bundle and can be stored on every system."""
     if len(name) > 1000 or re.search(r'[\\:*?"<>|\x00-\x1f\x7f]', name):
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Files that appear whole: written under another name, then renamed."""
+"""Writing whole files: under another name first, then renamed."""
 
 import os
 import secrets
@@ -13,13 +13,13 @@ _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 @contextmanager
 def replacing(path: Path) -> Generator[IO[bytes]]:
-    """Open a new file for writing, which takes the place of `path` at the end of the `with` block.
+    """Open a new file for writing. It replaces `path` at the end of the `with` block.
 
-    If the block raises, the new file is removed, and `path` is as it was. If `path` is a link, the file that it points
-    to is replaced. A file that may not be written is not replaced.
+    If the block raises, the new file is removed and `path` stays unchanged. If `path` is a link, its target is
+    replaced. A read-only file is not replaced.
 
     Raises:
-        OSError: `path` cannot be written. PermissionError is of its kind.
+        OSError: `path` cannot be written. PermissionError is a subclass.
     """
     target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
     mode = _mode(target)
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Generator[IO[bytes]]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError unless `replacing` can write `path`. The folder is tried by making a file in it."""
+    """Raise OSError unless `replacing` can write `path`. Tests the folder by making a file in it."""
     target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
     _mode(target)
     temporary, descriptor = _create(target.parent)
@@ -44,21 +44,21 @@ def check_writable(path: Path) -> None:
 
 
 def _mode(target: Path) -> int | None:
-    """Return the permissions of a file that may be replaced; None where there is no file."""
+    """Return the permissions of a file that may be replaced, or None if there is no file."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(mode):
         raise PermissionError(f"{target} is not a regular file")
-    # The system lets administrators write any file, so the permissions are read, too.
+    # Administrators may write any file, so check the permission bits as well.
     if not (mode & 0o222 and os.access(target, os.W_OK)):
         raise PermissionError(f"{target} is read-only")
     return stat.S_IMODE(mode)
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """Make an empty file with a random name, which is short enough wherever any name is."""
+    """Make an empty file with a short random name."""
     while True:
         temporary = folder / f".{secrets.token_hex(8)}.tmp"
         try:

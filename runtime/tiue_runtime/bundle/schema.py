@@ -1,9 +1,9 @@
-"""The JSON schema of bundle.json, made of the dataclasses in manifest.py.
+"""The JSON schema of bundle.json, generated from the dataclasses in manifest.py.
 
 python -m tiue_runtime.bundle.schema > bundle.schema.json
 
-bundle.schema.json beside this file is what readers in other languages use; a test keeps it up to date. The schema says
-what each value may be. What values say of each other, docs/bundle.md says and `Manifest` checks.
+Readers in other languages use bundle.schema.json beside this file. A test keeps it up to date. The schema limits each
+value by itself. Relations between values are described in docs/bundle.md and checked by `Manifest`.
 """
 
 import dataclasses

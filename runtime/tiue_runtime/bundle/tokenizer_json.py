@@ -1,7 +1,7 @@
-"""What tokenizer.json may hold: what the exporter writes for the tokenizers of CLIP, BERT, T5 and their like.
+"""The check of tokenizer.json: only the parts that the exporter writes for CLIP, BERT, T5 and similar tokenizers.
 
-The tokenizers library does what the file says, without a limit: it can be told to take all memory, to run for hours, or
-to end the process. So every part is looked up here before the library sees the file, and all other parts are refused.
+The tokenizers library obeys the file without limits. A file can make it take all memory, run for hours, or end the
+process. So every part is checked against tables of known parts before the library reads the file.
 """
 
 import base64
@@ -25,7 +25,7 @@ _VALUE = 1 << 31  # the bit of a unit of a trie that says that it is a leaf's
 _CONTINUATIONS = {bytes([byte]) for byte in range(0x80, 0xC0)}  # bytes of UTF-8 that begin no character
 _CHARSMAP_LIMIT = 4 * 2**20  # characters in base64; T5's has 316,720
 
-# Patterns of the tokenizers that are known. Any other one might take hours for some prompts.
+# Patterns of known tokenizers. Other patterns might take hours for some prompts.
 _CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
 _IGNORED = r"[\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}'.:·’]"  # noqa: RUF001
 _FINAL_SIGMA = rf"(?<={_CASED}|{_CASED}{_IGNORED}|{_CASED}{_IGNORED}{_IGNORED})Σ(?!{_IGNORED}*{_CASED})"
@@ -50,7 +50,7 @@ def read_tokenizer(path: Path, length: int) -> str:
     """Read a tokenizer.json that pads and truncates to exactly `length` tokens.
 
     Returns:
-        The text of the file, which the tokenizers library may read.
+        The text of the file, safe for the tokenizers library.
 
     Raises:
         BundleError: the file is not one that the exporter writes.
@@ -191,7 +191,7 @@ def _token_and_id(value: Any) -> bool:
 
 
 def _score(value: Any) -> bool:
-    """Whether an item of Unigram's vocabulary is a token with a number."""
+    """Say whether an item of Unigram's vocabulary is a token with a number."""
     return (
         _is_list(value)
         and len(value) == 2
@@ -210,7 +210,7 @@ def _merge(value: Any) -> bool:
 
 
 def _piece(value: Any) -> bool:
-    """Whether an item of a template is {"SpecialToken" or "Sequence": {"id": ..., "type_id": ...}}."""
+    """Say whether an item of a template is {"SpecialToken" or "Sequence": {"id": ..., "type_id": ...}}."""
     if not (_is_object(value) and len(value) == 1):
         return False
     ((kind, piece),) = value.items()
@@ -220,7 +220,7 @@ def _piece(value: Any) -> bool:
 
 
 def _is_second(piece: Any) -> bool:
-    """Whether a piece of a template stands for a second text, which a prompt does not have."""
+    """Say whether a piece of a template stands for a second text. A prompt has none."""
     return "Sequence" in piece and piece["Sequence"]["id"] == "B"
 
 
@@ -240,7 +240,7 @@ def _special_tokens(value: Any) -> bool:
 
 
 def _charsmap(value: Any) -> bool:
-    """Whether text is a table of characters that SentencePiece writes: a size, a trie of that size, and its values."""
+    """Say whether text is a well-formed character table of SentencePiece: a size, a trie of that size, its values."""
     if not isinstance(value, str) or len(value) > _CHARSMAP_LIMIT:
         return False
     try:
@@ -317,7 +317,7 @@ _KINDS: dict[str, dict[str, dict[str, Check]]] = {
         },
         **{kind: {} for kind in ("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "StripAccents")},
         "Strip": {"strip_left": _FLAG, "strip_right": _FLAG},
-        "Replace": {"pattern": lambda _: True, "content": _word},  # looked up as a pair
+        "Replace": {"pattern": lambda _: True, "content": _word},  # checked as a pair
         "Precompiled": {"precompiled_charsmap": _charsmap},
     },
     "pre_tokenizer": {
@@ -365,7 +365,7 @@ _MODELS: dict[str, dict[str, Check]] = {
     "BPE": {
         "vocab": _ids,
         "merges": _list_of(_MOST_TOKENS, _merge),
-        "dropout": _NULL,  # else the same prompt would give other tokens each time
+        "dropout": _NULL,  # Dropout would give a prompt other tokens each time.
         **dict.fromkeys(
             ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
             lambda value: value is None or _word(value),

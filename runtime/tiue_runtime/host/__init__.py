@@ -1,4 +1,4 @@
-"""This computer: what it has, and what is free. Knows nothing of bundles or ONNX Runtime.
+"""This computer: its hardware and its free memory. Knows nothing of bundles or ONNX Runtime.
 
     machine   CPU threads and instructions that this process may use
     gpu       NVIDIA GPUs, asked through the driver's own libraries

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as the driver sees them, through its own libraries: no package, and no CUDA toolkit, is needed."""
+"""NVIDIA GPUs, as the driver's own libraries report them. Neither a package nor a CUDA toolkit is needed."""
 
 import ctypes
 import sys
@@ -7,22 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"  # of the driver, too
+_MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"  # another library of the driver
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, in the driver's order, which CUDA_VISIBLE_DEVICES changes and "cuda:N" counts in."""
+    """One GPU. "cuda:N" counts in the driver's order, which CUDA_VISIBLE_DEVICES changes."""
 
     name: str
-    memory: int  # bytes, all of it
-    capability: tuple[int, int]  # compute capability, such as (8, 9)
+    memory: int  # bytes, in all
+    capability: tuple[int, int]  # compute capability, for example (8, 9)
 
 
 def find_gpus(load: Callable[[str], Any] = ctypes.CDLL) -> list[Gpu] | str:
-    """The GPUs, at least one, or why there are none. `load` opens a library by name, or raises OSError."""
+    """List the GPUs.
+
+    Args:
+        load: opens a library by name, or raises OSError.
+
+    Returns:
+        At least one GPU, or the reason why there is none.
+    """
     count = ctypes.c_int()
     try:
         driver = load(_DRIVER)
@@ -37,7 +44,10 @@ def find_gpus(load: Callable[[str], Any] = ctypes.CDLL) -> list[Gpu] | str:
 
 
 def driver_version(load: Callable[[str], Any] = ctypes.CDLL) -> str:
-    """The driver's version and the newest CUDA it runs, such as "580.65, CUDA 13.0"; "" for what cannot be known."""
+    """Return the driver's version and the newest CUDA that it runs, for example "580.65, CUDA 13.0".
+
+    A part that cannot be known is left out; "" if both are unknown.
+    """
     parts: list[str] = []
     text, number = ctypes.create_string_buffer(96), ctypes.c_int()
     try:

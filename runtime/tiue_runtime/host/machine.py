@@ -1,4 +1,4 @@
-"""What this process may use of the machine: CPU time, and the instructions of its CPUs."""
+"""The CPU time and the CPU instructions that this process may use."""
 
 import math
 import os
@@ -8,9 +8,10 @@ from pathlib import Path, PurePosixPath
 
 
 def thread_count(root: Path = Path("/")) -> int:
-    """CPU threads of a session: the CPUs this process may use, and no more than its quota of CPU time, rounded up.
+    """Return the CPU threads of a session: the CPUs of this process, at most its quota of CPU time, rounded up.
 
-    root: of the file system, for tests.
+    Args:
+        root: of the file system, for tests.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota(root)
@@ -18,7 +19,7 @@ def thread_count(root: Path = Path("/")) -> int:
 
 
 def has_bf16(root: Path = Path("/")) -> bool:
-    """Whether the CPU multiplies in bfloat16 (avx512_bf16 or amx_bf16), where the system tells: on Linux."""
+    """Say whether the CPU has bfloat16 instructions (avx512_bf16 or amx_bf16). Known on Linux only, else False."""
     try:
         lines = (root / "proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -28,9 +29,13 @@ def has_bf16(root: Path = Path("/")) -> bool:
 
 
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
-    """The directories of this process's control groups that a controller may limit, from the innermost to the top.
+    """List the directories of this process's control groups that a controller may limit, from the innermost to the top.
 
-    With each, whether it is of version 2, which names its files otherwise. Raises OSError, ValueError.
+    Yields:
+        A directory, and whether it is of version 2, whose files have other names.
+
+    Raises:
+        OSError, ValueError: the system's files cannot be read.
     """
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, group = line.split(":", 2)
@@ -41,13 +46,13 @@ def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
         else:
             continue
         path = PurePosixPath(group.lstrip("/"))
-        # In a container the path may be the host's and absent here: then its own group is the top.
+        # In a container, the path may be the host's and absent here. The container's own group is then the top.
         for directory in (top / path, *(top / parent for parent in path.parents)):
             yield directory, not controllers
 
 
 def _cpu_quota(root: Path) -> float | None:
-    """CPUs' worth of time that control groups grant, the least of all levels; None where there is no limit."""
+    """Return the CPU time that control groups grant, in CPUs: the least of all levels, or None without a limit."""
     if not sys.platform.startswith("linux"):
         return None
     quotas: list[float] = []
@@ -56,7 +61,7 @@ def _cpu_quota(root: Path) -> float | None:
             files = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
             if not all((directory / file).is_file() for file in files):
                 continue
-            # Microseconds in each period; version 2 has both in one file.
+            # Both numbers are in microseconds. Version 2 has them in one file.
             quota, period = " ".join((directory / file).read_text(encoding="ascii") for file in files).split()
             if quota not in ("max", "-1"):
                 quotas.append(int(quota) / int(period))

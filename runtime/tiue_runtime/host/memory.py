@@ -10,9 +10,10 @@ from tiue_runtime.host.machine import control_groups
 
 
 def free_memory(gpu: int | None = None) -> int | None:
-    """Bytes that this process can still get, of the computer's memory or of a GPU's; None if that cannot be known.
+    """Return the bytes that this process can still get, or None if they cannot be known.
 
-    gpu: the GPU's number, or None for the computer's own memory.
+    Args:
+        gpu: the GPU's number, or None for the computer's own memory.
     """
     if gpu is not None:
         return cuda_free(gpu)
@@ -23,7 +24,7 @@ def free_memory(gpu: int | None = None) -> int | None:
 
 
 def give_back() -> None:
-    """Have the C library return freed memory to the system (glibc keeps what lies between other blocks)."""
+    """Make the C library return freed memory to the system. glibc otherwise keeps blocks that lie between others."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -31,8 +32,8 @@ def give_back() -> None:
 
 
 def linux_free(root: Path) -> int | None:
-    """The least of what the machine has available, and what control groups and RLIMIT_AS leave to this process."""
-    import resource  # exists on Unix only
+    """Return the least of: the machine's available memory, and the bytes left by control groups and RLIMIT_AS."""
+    import resource  # It exists on Unix only.
 
     left: list[int] = []
     try:
@@ -47,7 +48,7 @@ def linux_free(root: Path) -> int | None:
 
 
 def _kib(path: Path) -> Iterator[tuple[str, int]]:
-    """The lines `Name:   123 kB` of a file in /proc."""
+    """Read the lines `Name:   123 kB` of a file in /proc."""
     for line in path.read_text(encoding="ascii", errors="replace").splitlines():
         words = line.split()
         if words[2:] == ["kB"]:
@@ -55,7 +56,7 @@ def _kib(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _cgroups_left(root: Path) -> Iterator[int]:
-    """What the limit of each control group of this process leaves, at every level of versions 1 and 2."""
+    """List the bytes that each control group of this process leaves, at every level of versions 1 and 2."""
     for directory, unified in control_groups(root, "memory"):
         if unified:
             limit, usage, cache = "memory.max", "memory.current", "inactive_file"
@@ -67,14 +68,14 @@ def _cgroups_left(root: Path) -> Iterator[int]:
         if most == "max":
             continue
         used = int((directory / usage).read_text(encoding="ascii"))
-        # Files read once, such as the bundle's, stay counted until the memory is wanted.
+        # Pages of files read once, for example the bundle's, are counted but can be reclaimed.
         pages = (directory / "memory.stat").read_text(encoding="ascii").split()
         used -= int(pages[pages.index(cache) + 1]) if cache in pages else 0
         yield int(most) - used
 
 
 def windows_free() -> int | None:
-    """The least of free memory, memory that may still be committed, and address space."""
+    """Return the least of free memory, memory that may still be committed, and address space."""
     if sys.platform != "win32":
         return None
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
@@ -100,14 +101,14 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def cuda_free(index: int, load: Callable[[str], Any] = ctypes.CDLL) -> int | None:
-    """Free bytes of a GPU through the CUDA driver, which numbers them as ONNX Runtime does (CUDA_VISIBLE_DEVICES)."""
+    """Return the free bytes of a GPU. The CUDA driver numbers GPUs as ONNX Runtime does (CUDA_VISIBLE_DEVICES)."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     try:
         driver = load("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
             return None
-        # The primary context is the one ONNX Runtime works in, so nothing is created here that is not there already.
+        # ONNX Runtime works in the primary context, so retaining it creates nothing new.
         if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
             return None
         try:

@@ -1,15 +1,15 @@
-"""CUDA graphs: the kernels of a run are recorded once per shape and launched together from then on.
+"""CUDA graphs: the kernels of a run are recorded once per shape. Later runs of that shape launch them all at once.
 
-The demands of ONNX Runtime and CUDA, and the answers:
+The constraints of ONNX Runtime and CUDA, and how this module meets them:
 
-1. A recorded run reads and writes the addresses it was recorded with. So every shape has buffers of its own: inputs are
-   copied into them, and the features that one graph writes are the very buffers that the next one reads.
-2. The run option gpu_graph_id selects the recording, one number per shape of a session: ONNX Runtime does not notice
-   that a number is used with another shape. -1 runs without; 0, the default, is reserved.
-3. Recordings belong to the thread that made them, and while one is made, no other thread may do certain things with
-   the GPU. So every run is made by one thread, which `CudaGraphs` owns.
-4. The buffers of a shape serve one request at a time, from the first graph to the last: `CudaGraphs.turn`.
-5. Memory that a recording uses must not be given back, so no arena is shrunk in these sessions.
+1. A recording reads and writes fixed addresses. Each shape therefore has its own buffers. Inputs are copied into them,
+   and the decoder reads features directly from the buffers that the encoder writes.
+2. The run option gpu_graph_id selects a recording. ONNX Runtime does not check that a number is always used with the
+   same shape, so each shape of a session has its own number. -1 runs without a recording. 0, the default, is reserved.
+3. A recording belongs to the thread that made it. During a recording, other threads must not use some functions of the
+   GPU. Therefore `CudaGraphs` owns one thread, and all runs happen on it.
+4. Buffers hold the data of one request. `CudaGraphs.turn` reserves them from the first graph of a request to the last.
+5. The memory of a recording must stay allocated. No arena is shrunk in these sessions.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -32,7 +32,7 @@ Returned = TypeVar("Returned")
 
 
 class CudaGraphs:
-    """Shared by the graphs of one pipeline: a thread, the right of one request to record or replay, and buffers."""
+    """The shared state of the graphs of one pipeline: a thread, a lock for one request at a time, and input buffers."""
 
     def __init__(self) -> None:
         self.mode: Literal["record", "replay", "without"] | None = None  # None between turns
@@ -49,7 +49,7 @@ class CudaGraphs:
 
     @contextmanager
     def turn(self) -> Generator[None]:
-        """Hold the buffers for one request. A request within a request, made by a callback, runs without recordings."""
+        """Reserve the buffers for one request. A nested request, made by a callback, runs without recordings."""
         with self._lock:
             outer = self.mode
             self.mode = "without" if outer else "record" if self._recording else "replay"
@@ -60,7 +60,7 @@ class CudaGraphs:
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Record the new shapes of requests that are made within."""
+        """Record the new shapes of all requests in this `with` block."""
         with self._lock:
             self._recording = True
             try:
@@ -69,7 +69,7 @@ class CudaGraphs:
                 self._recording = False
 
     def place(self, name: str, array: Any, place: tuple[str, int]) -> Any:
-        """Copy an input to the device, for several graphs. If its shape is recorded, the copy goes into the buffer."""
+        """Copy an input of several graphs to the device. An input of a recorded shape goes into the shape's buffer."""
         key = name, *_signature(array)
         if self.mode == "record" and key not in self._inputs:
             self._inputs[key] = _buffer(array, place)
@@ -87,23 +87,23 @@ class Recordings:
         self._place = place
         self.graphs = graphs
         self._recorded: dict[object, _Recording] = {}
-        self._numbers = count(1)  # none is used twice, even if a recording failed
+        self._numbers = count(1)  # No number is used twice, even after a failed recording.
 
     def __call__(
         self, inputs: Mapping[str, Any], run: Callable[[Mapping[str, Any]], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """Replay the recording for the shapes of `inputs`, or make it if this is the time to record.
+        """Replay the recording for the shapes of `inputs`. In the mode "record", make it first if there is none.
 
         Args:
             inputs: contiguous arrays, or values in device memory.
-            run: runs the session without a recording, and leaves its outputs in device memory.
+            run: runs the session without a recording. Returns outputs in device memory.
 
         Returns:
             Outputs by name in device memory, or None if there is no recording.
         """
         if self.graphs.mode not in ("record", "replay"):
             return None
-        # Arrays are told apart by shape, values in device memory by address, because the recording contains addresses.
+        # The key of an array is its shape. The key of a value in device memory is its address, which is recorded.
         key = tuple((name, *_signature(value)) for name, value in inputs.items())
         recording = self._recorded.get(key)
         if recording is None:
@@ -119,7 +119,7 @@ class Recordings:
 
     def _record(self, inputs: Mapping[str, Any], run: Callable[[Mapping[str, Any]], dict[str, Any]]) -> "_Recording":
         buffers = {name: _buffer(value, self._place) for name, value in inputs.items() if _is_array(value)}
-        # The outputs of a run without recording have the right shapes, so they become the buffers to record with.
+        # A run without a recording makes outputs of the right shapes. They become the output buffers of the recording.
         outputs = run({**inputs, **buffers})
         binding = self._session.io_binding()
         for name, value in {**inputs, **buffers}.items():
@@ -127,13 +127,13 @@ class Recordings:
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         recording = _Recording(buffers, outputs, binding, run_options({GRAPH_ID: str(next(self._numbers))}))
-        # With a new number this runs until memory settles, records, and launches what it recorded.
+        # With a new number, ONNX Runtime runs until its memory use is stable, records, and launches the recording.
         self._session.run_with_iobinding(binding, recording.options)
         return recording
 
 
 class _Recording:
-    """The buffers of one shape. `binding` keeps those alive that other graphs own."""
+    """The buffers of one shape. `binding` keeps the buffers of other graphs alive."""
 
     def __init__(self, buffers: dict[str, Any], outputs: dict[str, Any], binding: Any, options: Any) -> None:
         self.buffers = buffers
@@ -154,7 +154,7 @@ def _is_array(value: object) -> bool:
 
 
 def _buffer(array: Any, place: tuple[str, int]) -> Any:
-    """Copy an array to device memory. ortvalue_from_numpy may share the array's own memory; this never does."""
+    """Copy an array to new device memory. ortvalue_from_numpy, in contrast, may share the array's own memory."""
     buffer = load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, *place)
     buffer.update_inplace(array)
     return buffer

@@ -1,7 +1,7 @@
-"""Devices: the strings that name them, the ONNX Runtime providers behind them, and the options that they get.
+"""Devices: their names, the ONNX Runtime providers behind them, and the providers' options.
 
-A kind of device is a row of `KINDS`. No code outside this module compares kinds: it asks the row. Another provider
-(DirectML) is one more row.
+A kind of device is a row of `KINDS`. Code outside this module reads the row and never compares kinds. Another provider,
+for example DirectML, is one more row.
 """
 
 import json
@@ -47,24 +47,22 @@ class Kind:
     options: "Callable[[Device, Settings], dict[str, str]] | None" = None  # None: the provider takes no options
     # Whether a caller's provider options replace those that follow from precision and threads.
     takes_over: Callable[[Mapping[str, object]], bool] = lambda given: False
-    precisions: tuple[Precision, ...] = ()  # that a caller may choose; none: it computes as graphs are written
+    precisions: tuple[Precision, ...] = ()  # a caller's choices; (): it computes in the types of the graph
     cuda_graphs: bool = False  # whether runs can be recorded
-    session_entries: Mapping[str, str] = field(default_factory=dict[str, str])  # of ONNX Runtime's session options
-    probe_options: Mapping[str, object] = field(default_factory=dict[str, object])  # of the session that proves it
+    session_entries: Mapping[str, str] = field(default_factory=dict[str, str])  # entries of the session options
+    probe_options: Mapping[str, object] = field(default_factory=dict[str, object])  # provider options of the probe
     fallback: tuple[str, ...] = ()  # kinds that take the nodes for which it has no kernel, in this order
-    must_take_all: bool = (
-        False  # whether it has kernels for all our nodes, so that a node on the CPU is worth a warning
-    )
-    compiles: bool = False  # whether it makes files of a graph that are worth keeping
+    must_take_all: bool = False  # whether it has kernels for all our nodes; a node on the CPU then causes a warning
+    compiles: bool = False  # whether it compiles graphs to files that are worth keeping
     library: str = ""  # the provider's file in ONNX Runtime's wheel, without prefix and suffix
-    preloads: tuple[str, ...] = ()  # a package, and the libraries in it that must be loaded before, in this order
-    plugin: str = ""  # module of the wheel that brings the provider, where ONNX Runtime's own wheels do not
+    preloads: tuple[str, ...] = ()  # a package, then the libraries of it that must be loaded first, in this order
+    plugin: str = ""  # the module that brings the provider, if ONNX Runtime's own wheels do not
     slower_than: str = ""  # a variant: ONNX Runtime's CPU provider runs it faster than this kind does without bf16
-    remedy: str = ""  # for a device that does not start
+    remedy: str = ""  # the advice if a device does not start
 
     @property
     def is_gpu(self) -> bool:
-        """Whether its memory is not the CPU's. Devices of such a kind are numbered."""
+        """Whether it has its own memory. Devices of such a kind are numbered."""
         return self.memory != "cpu"
 
     @property
@@ -75,7 +73,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Device:
-    """Where graphs run. `str(device)` is what a caller may pass to ask for it again."""
+    """A place where graphs run. `parse_device(str(device))` gives the same device."""
 
     kind: str  # a key of KINDS
     index: int = 0
@@ -85,7 +83,7 @@ class Device:
 
     @property
     def row(self) -> Kind:
-        """What is known of its kind."""
+        """The row of its kind."""
         return KINDS[self.kind]
 
     @property
@@ -100,20 +98,20 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether its memory is not the CPU's."""
+        """Whether it has its own memory."""
         return self.row.is_gpu
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a session is set up, beyond its graph and device."""
+    """The settings of a session, beyond its graph and device."""
 
-    provider_options: Mapping[str, object] = field(default_factory=dict[str, object])  # win over those chosen here
+    provider_options: Mapping[str, object] = field(default_factory=dict[str, object])  # override ours
     cuda_graphs: bool = False  # whether runs can be recorded
-    precision: Precision | None = None  # that the device computes in; None: as graphs are written, or not yet decided
-    threads: int | None = None  # of the CPU, for each session; None is `thread_count()`
+    precision: Precision | None = None  # of the device's arithmetic; None: as the graph says, or not yet decided
+    threads: int | None = None  # CPU threads of each session; None: `thread_count()`
     cache: Path | None = None  # a directory for files that a provider compiles from this graph for this device
-    record_placement: bool = False  # whether the session can tell which provider got which node
+    record_placement: bool = False  # whether the session can list the nodes of each provider
 
     @property
     def cpu_threads(self) -> int:
@@ -124,9 +122,9 @@ class Settings:
 def _cuda(device: Device, settings: Settings) -> dict[str, str]:
     options = {
         "device_id": str(device.index),
-        # The default doubles the arena with each extension, and a session keeps its arena.
+        # By default, each extension doubles the arena, which stays allocated.
         "arena_extend_strategy": "kSameAsRequested",
-        # The default times every algorithm of every convolution at every new shape: many seconds for a UNet.
+        # By default, every convolution algorithm is timed at every new shape: many seconds for a UNet.
         "cudnn_conv_algo_search": "HEURISTIC",
     }
     return {**options, "enable_cuda_graph": "1"} if settings.cuda_graphs else options
@@ -139,9 +137,9 @@ def _configures_openvino(given: Mapping[str, object]) -> bool:
 def _openvino(device: Device, settings: Settings) -> dict[str, str]:
     if _configures_openvino(settings.provider_options):
         return {"device_type": "CPU"}
-    # No num_of_threads: the provider would also prepare that many requests for each graph, each with its memory.
+    # num_of_threads is not set: the provider would also prepare that many requests per graph, each with its memory.
     config = {
-        # Always given, because the provider's own default is float32 on every CPU.
+        # The precision is always set, because the provider's default is float32 on every CPU.
         "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[settings.precision or "fp32"],
         "INFERENCE_NUM_THREADS": str(settings.cpu_threads),
     }
@@ -149,10 +147,10 @@ def _openvino(device: Device, settings: Settings) -> dict[str, str]:
 
 
 def _tensorrt(device: Device, settings: Settings) -> dict[str, str]:
-    # No trt_fp16_enable: it would let TensorRT lower those parts of an fp16 bundle that are in fp32 because they
-    # overflow in fp16. Without it, the types are those written in the graph.
-    # No trt_profile_*_shapes: they would have to name every feature between the two UNet graphs. Instead, an engine
-    # covers the shapes seen so far, and is built again for a shape outside. The profile is cached with it.
+    # trt_fp16_enable is not set: some parts of an fp16 bundle are in fp32 because they overflow in fp16, and it would
+    # let TensorRT compute these in fp16. Without it, TensorRT keeps the types of the graph.
+    # trt_profile_*_shapes are not set: they would have to name every feature between the two UNet graphs. Instead, an
+    # engine covers the shapes seen so far. It is built again for any other shape. The profile is cached with it.
     options = {"device_id": str(device.index)}
     if settings.cache is None:
         return options
@@ -176,7 +174,7 @@ KINDS = {
         "CPU",
         "cpu",
         gives_back="on request",
-        loads="side by side",  # because to load a graph is mostly the work of one thread
+        loads="side by side",  # Loading a graph keeps mostly one thread busy.
         variants=(CPU, PORTABLE),
         remedy="Install ONNX Runtime again",
     ),
@@ -195,7 +193,7 @@ KINDS = {
         # also loads more slowly and takes more memory.
         slower_than=CPU,
         remedy=(
-            "It needs an x86-64 CPU or, for another device_type in provider_options, such a device of Intel's and its "
+            "It needs an x86-64 CPU or, for another device_type in provider_options, such an Intel device and its "
             "driver"
         ),
     ),
@@ -208,7 +206,7 @@ KINDS = {
         memory="cuda",
         options=_cuda,
         cuda_graphs=True,
-        # Weights outside the arena, so that an arena shrunk after a run holds little more than them.
+        # Weights lie outside the arena, so that an arena can shrink to almost nothing after a run.
         session_entries={"session.use_device_allocator_for_initializers": "1"},
         fallback=("cpu",),
         library="onnxruntime_providers_cuda",
@@ -217,14 +215,14 @@ KINDS = {
             '"tiue-runtime[cuda12]" for CUDA 12'
         ),
     ),
-    # TensorRT has none of the operators that only ONNX Runtime has, so the CUDA variant is not for it.
+    # TensorRT lacks ONNX Runtime's own operators, so it cannot run the CUDA variant.
     "tensorrt": Kind(
         "TensorrtExecutionProvider",
         "TensorRT",
         "tensorrt",
         memory="cuda",
         options=_tensorrt,
-        probe_options={"trt_min_subgraph_size": 1000},  # to load TensorRT, but build no engine of one node, in seconds
+        probe_options={"trt_min_subgraph_size": 1000},  # loads TensorRT, but saves the seconds of building an engine
         fallback=("cuda", "cpu"),
         compiles=True,
         library="onnxruntime_providers_tensorrt",
@@ -249,7 +247,7 @@ KINDS = {
 
 AUTO = ("cuda", "openvino", "cpu")  # the kinds that device="auto" tries, in this order; the last one always starts
 
-# Options that follow from other arguments, by the argument.
+# Provider options that follow from arguments of this package: option => argument.
 OWNED = {"device_id": "device", "enable_cuda_graph": "cuda_graphs", "trt_cuda_graph_enable": "cuda_graphs"}
 
 
@@ -276,7 +274,7 @@ def _quoted(text: str) -> str:
 
 
 def provider_options(device: Device, settings: Settings) -> list[tuple[str, dict[str, str]]]:
-    """List the providers of a session in order of preference, each with its options as ONNX Runtime takes them."""
+    """List the providers of a session in order of preference, each with its options in ONNX Runtime's form."""
     own = {**_options_of(device, settings), **{name: _text(value) for name, value in settings.provider_options.items()}}
     others = [Device(kind, device.index if KINDS[kind].is_gpu else 0) for kind in device.row.fallback]
     return [(device.provider, own), *((other.provider, _options_of(other, Settings())) for other in others)]

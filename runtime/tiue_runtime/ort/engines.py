@@ -23,21 +23,24 @@ def cache_root() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/tiue"
     given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "tiue"  # as the XDG standard says
+    return (Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "tiue"  # XDG ignores relative paths
 
 
 def with_cache(settings: Settings, device: Device, bundle: Path, graph: Path) -> Settings:
-    """Return `settings` with a directory for files that `device` compiles from one graph. The directory is made.
+    """Create a directory for the files that `device` compiles from one graph, and add it to `settings`.
 
-    Its path depends on the content of bundle.json, which holds the sha256 of every file, so new content never meets
-    old engines. It also depends on the device and on the version of ONNX Runtime, because engines fit one of each.
-    Devices that compile nothing get no directory.
+    The path depends on the content of bundle.json, which holds the sha256 of every file. New content therefore never
+    meets old engines. The path also depends on the device and on the version of ONNX Runtime, because engines fit only
+    these. Devices that compile nothing get no directory.
 
     Args:
         settings: of a session.
-        device: where it will run.
+        device: of the session.
         bundle: the directory of the bundle.
         graph: a graph file in it.
+
+    Returns:
+        The new settings.
 
     Raises:
         DeviceError: the directory cannot be made.
@@ -45,9 +48,9 @@ def with_cache(settings: Settings, device: Device, bundle: Path, graph: Path) ->
     if not device.row.compiles:
         return settings
     content = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
-    place = str(device).replace(":", "-")  # Windows has no colons in file names
+    place = str(device).replace(":", "-")  # Windows allows no colons in file names.
     version: str = load_onnxruntime().__version__
-    file = graph.relative_to(bundle).with_suffix("").as_posix().replace("/", "-")  # variants may use one name
+    file = graph.relative_to(bundle).with_suffix("").as_posix().replace("/", "-")  # Variants may share file names.
     directory = cache_root() / "engines" / content / f"{place}-onnxruntime-{version}" / file
     try:
         directory.mkdir(parents=True, exist_ok=True)

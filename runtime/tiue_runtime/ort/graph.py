@@ -33,15 +33,15 @@ Cancelled = Callable[[], bool]
 class Declared:
     """Type and shape of an input or output, as a graph declares them."""
 
-    dtype: str  # ONNX Runtime's name, such as "tensor(float)"
-    shape: tuple[int | str | None, ...]  # None or a name where a dimension is dynamic
+    dtype: str  # ONNX Runtime's name, for example "tensor(float)"
+    shape: tuple[int | str | None, ...]  # None or a name for a dynamic dimension
 
     def __str__(self) -> str:
         return f"{self.dtype} of {self.rank} dimensions"
 
     @property
     def rank(self) -> int:
-        """The number of dimensions. ONNX Runtime gives 0, too, where a graph does not tell."""
+        """The number of dimensions. It is also 0 if the graph declares none."""
         return len(self.shape)
 
     @property
@@ -54,7 +54,7 @@ _CONTRACT = {name: Declared(f"tensor({dtype})", (None,) * rank) for name, (dtype
 
 
 class Graph:
-    """An ONNX graph, loaded where it is needed. Calls from several threads at once are safe."""
+    """An ONNX graph, loaded when it is needed. Calls from several threads at once are safe."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Graph:
             device: where it runs.
             settings: of its sessions.
             cuda_graphs: shared by the graphs of a pipeline, if `settings` have cuda_graphs.
-            check: called whenever the graph has been loaded. An error of it refuses the graph.
-            check_files: called whenever the graph is about to be loaded.
-            load: load it now, and not when it is first needed.
+            check: called after each loading. If it raises, the graph is refused.
+            check_files: called before each loading.
+            load: load now, instead of when the graph is first needed.
 
         Raises:
             BundleError: the graph is bad.
@@ -93,19 +93,19 @@ class Graph:
         self._inputs: dict[str, Declared] | None = None
         self._outputs: dict[str, Declared] = {}
         self._recordings = None if cuda_graphs is None else Recordings(self.session(), device.place, cuda_graphs)
-        # Whether the memory of a run stays with the graph for its next one, and so does not count as free.
+        # Whether the graph keeps the memory of a run for its next run. Such memory does not count as free.
         self.keeps = device.row.gives_back != "after each run" or cuda_graphs is not None
-        self._entries: Mapping[str, str] = {}  # of the options of every run
+        self._entries: Mapping[str, str] = {}  # entries of the options of every run
         if self._recordings is not None:
             self._entries = WITHOUT
         elif device.row.gives_back == "after each run":
-            # Each session has an arena of its own: what one keeps, the others lack.
+            # Each session has its own arena. Memory that one keeps is lost to the others.
             self._entries = shrinking(device)
         if load:
             self.session()
 
     def session(self, cancelled: Cancelled | None = None) -> Any:
-        """Return ONNX Runtime's session, loaded and checked if it is not there. A refused graph is not kept."""
+        """Return ONNX Runtime's session. Load and check it first if necessary. A refused graph is not kept."""
         with self._loading:
             if self._session is not None:
                 return self._session
@@ -125,18 +125,18 @@ class Graph:
 
     @property
     def loaded(self) -> bool:
-        """Whether a session is there."""
+        """Whether the graph is loaded."""
         return self._session is not None
 
     def unload(self) -> None:
-        """Free the session and its memory, as soon as no call uses it. The next call loads it again."""
+        """Free the session and its memory as soon as no call uses it. The next call loads it again."""
         if self._session is not None:
             self._session = None
             give_back()
 
     @property
     def releases(self) -> bool:
-        """Whether a run can give back the memory that the graph would keep."""
+        """Whether `release` has an effect: the graph keeps memory that a run can give back."""
         return self.keeps and self.device.row.gives_back in ("on request", "by reloading")
 
     @property
@@ -161,24 +161,23 @@ class Graph:
         release: bool = False,
         cancelled: Cancelled | None = None,
     ) -> dict[str, Any]:
-        """Run the graph on the entries of `feed` that it has inputs for.
+        """Run the graph on those entries of `feed` that are its inputs.
 
         Args:
-            feed: numpy arrays, or what `place` or an earlier call with `keep_on_device` returned: opaque values that
-                never leave the device.
-            keep_on_device: return opaque values in the device's memory.
-            release: where `releases`, give back the memory of this run, which the graph would keep for its next one.
-            cancelled: whether the caller wants to stop. It is asked several times a second while the graph runs.
+            feed: numpy arrays, or values on the device: from `place`, or from a call with `keep_on_device`.
+            keep_on_device: return values in the device's memory, without copying them to arrays.
+            release: give back the memory of this run, if the graph `releases`. It would keep it for the next run.
+            cancelled: returns whether the caller wants to stop. Called several times a second while the graph runs.
 
         Returns:
             Every output by name.
 
         Raises:
-            InferenceError: the run failed. OutOfMemoryError is of its kind.
+            InferenceError: the run failed. OutOfMemoryError is a subclass.
             Cancelled: `cancelled` became true.
             BundleError, DeviceError, LoadingError: loading failed.
         """
-        self.session(cancelled)  # An error of loading is no error of the run.
+        self.session(cancelled)  # Load here, so that an error of loading is not reported as one of the run.
         gives_back = self.device.row.gives_back
         entries = shrinking(self.device) if release and gives_back == "on request" else self._entries
         options = run_options(entries)
@@ -202,9 +201,9 @@ class Graph:
         return outputs
 
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
-        """Copy inputs to the device, once for all runs that take them, of this graph and others there.
+        """Copy inputs to the device once, for all runs of this graph and of others on the same device.
 
-        On the CPU they are returned unchanged.
+        On the CPU, return them unchanged.
 
         Args:
             arrays: numpy arrays.
@@ -213,7 +212,7 @@ class Graph:
             Values for `__call__`.
 
         Raises:
-            InferenceError: the copy failed. OutOfMemoryError is of its kind.
+            InferenceError: the copy failed. OutOfMemoryError is a subclass.
         """
         if not self.device.is_gpu:
             return dict(arrays)
@@ -230,14 +229,14 @@ class Graph:
     def _replay(
         self, recordings: Recordings, values: Mapping[str, Any], keep_on_device: bool, options: Any
     ) -> dict[str, Any]:
-        """Run a recorded shape, or record it, or run without."""
+        """Replay a recorded shape, record it, or run without a recording."""
         recorded = recordings(values, lambda inputs: self._run(inputs, True, options))
         if recorded is None:
             return self._run(values, keep_on_device, options)
         return recorded if keep_on_device else {name: value.numpy() for name, value in recorded.items()}
 
     def _run(self, values: Mapping[str, Any], keep_on_device: bool, options: Any) -> dict[str, Any]:
-        """Run without a recording. The run has ended on the device, too, when this returns."""
+        """Run without a recording. Return after the run has ended on the device."""
         session = self.session()
         binding = session.io_binding()
         for name, value in values.items():
@@ -252,7 +251,7 @@ class Graph:
         except Exception as error:
             if "memory arena shrink list" not in str(error):
                 raise
-            # Some allocators that provider options select are no arenas, and then there is none to shrink.
+            # Provider options may select an allocator without an arena. There is nothing to shrink then.
             self._entries = {}
             session.run_with_iobinding(binding, run_options({}))
         outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
@@ -274,12 +273,12 @@ class Graph:
             if is_out_of_memory(error):
                 gives_back = self.device.row.gives_back
                 if gives_back == "on request":
-                    # Before it fails, the arena takes most of what is left. From now on it gives back after each run
-                    # the memory that the run no longer needs, as it does on a GPU from the first run.
+                    # Before a run fails, its arena takes most of the remaining memory. From now on, every run gives
+                    # back the memory that it no longer needs, as on a GPU.
                     self._entries = shrinking(self.device)
                     self.keeps = False
                 elif gives_back == "by reloading":
-                    self.unload()  # The memory of the failed run would stay, too.
+                    self.unload()  # Otherwise, the memory of the failed run would stay allocated.
                 raise OutOfMemoryError(f"{self.name} ran out of memory on {self.device}") from error
             raise InferenceError(f"{self.name} failed on {self.device}: {first_line(error)}") from error
 
@@ -296,7 +295,7 @@ class Graph:
             inputs: names of the contract that the graph may take.
             outputs: names that it must give.
             needed: names that it must take.
-            features: outputs of another graph that this one may take, too.
+            features: outputs of another graph, which are further inputs that this graph may take.
 
         Raises:
             BundleError: the graph breaks the contract.
@@ -323,11 +322,11 @@ class Graph:
         Args:
             name: of the output.
             value: the array.
-            shape: that it must have.
+            shape: the shape that it must have.
             remedy: for values that are not finite.
 
         Raises:
-            BundleError: the shape is another one.
+            BundleError: the shape differs.
             InferenceError: a value is not finite.
         """
         if value.shape != shape:

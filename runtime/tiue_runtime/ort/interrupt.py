@@ -1,7 +1,7 @@
 """Native calls that Ctrl-C, a cancel function and a deadline can reach.
 
-Python handles signals between bytecodes of the main thread. A call into ONNX Runtime takes seconds, so it is made on
-another thread, while the calling thread waits in short steps.
+Python handles signals between bytecodes of the main thread. A call into ONNX Runtime takes seconds, so another thread
+makes it, and the calling thread waits in short steps.
 """
 
 import os
@@ -14,8 +14,8 @@ from tiue_runtime.errors import Cancelled
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.05  # between two looks at `cancelled`
-GRACE_SECONDS = 10.0  # for a call to end after it was asked to stop; ONNX Runtime ends between two nodes of a graph
+POLL_SECONDS = 0.05  # between two calls of `cancelled`
+GRACE_SECONDS = 10.0  # wait for a call that was asked to stop; ONNX Runtime stops between two nodes of a graph
 
 
 def interruptible(
@@ -32,19 +32,19 @@ def interruptible(
     Args:
         function: the native call.
         what: the name of the work, for the message of Cancelled.
-        stop: asks `function` to end early, from another thread. None for a call that cannot be asked: it is left to
-            end on its own.
-        cancelled: whether the caller no longer wants the result. Asked every POLL_SECONDS.
+        stop: asks `function`, from another thread, to end early. None if that is impossible: the call then ends on its
+            own.
+        cancelled: returns whether the caller no longer wants the result. Called every POLL_SECONDS.
 
     Returns:
-        What `function` returns.
+        The result of `function`.
 
     Raises:
         Cancelled: `cancelled` became true first.
-        KeyboardInterrupt: Ctrl-C was pressed. Then, too, `function` was asked to stop.
+        KeyboardInterrupt: Ctrl-C was pressed. `stop` is called in this case as well.
     """
     if cancelled is None and threading.current_thread() is not threading.main_thread():
-        return function()  # Nobody could interrupt it.
+        return function()  # Here nothing can interrupt a call.
     results: list[T] = []
     errors: list[BaseException] = []
     done = threading.Event()
@@ -68,16 +68,16 @@ def interruptible(
             done.wait(GRACE_SECONDS)
         raise
     if errors:
-        raise errors.pop()  # An error that stayed in the list would be a cycle, and keep the arrays of its frames.
+        raise errors.pop()  # Empty the list: an error in it would be a cycle that keeps the arrays of its frames.
     return results[0]
 
 
 class _Worker:
-    """A thread that makes one call after another. Starting a thread for each call would take three times as long."""
+    """A thread that makes one call after another. A new thread for each call would take three times as long."""
 
     def __init__(self) -> None:
         self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # A daemon, because Python must be able to exit even if a call never ends.
+        # The thread is a daemon, so that Python can exit even if a call never ends.
         threading.Thread(target=self._work, name="tiue-worker", daemon=True).start()
 
     def _work(self) -> None:
@@ -103,7 +103,7 @@ def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) 
     """Call `function` on each item, on `at_once` threads. Ctrl-C does not wait for native calls to end.
 
     Raises:
-        BaseException: the first error of a call. Calls that have not begun by then are left out.
+        BaseException: the first error of a call. Calls that have not begun by then are skipped.
     """
     rest = list(items)[::-1]
     errors: list[BaseException] = []

@@ -23,13 +23,13 @@ from tiue_runtime.ort.sessions import first_line, installed_wheels, replace_whee
 MOST_THREADS = 4096
 _COLLECTIONS = (tuple, list, set, frozenset, Mapping)  # of names; a string is none
 
-# y = Identity(x) on one float, as an ONNX model: the cheapest proof that a provider starts. A test builds it again.
+# An ONNX model, y = Identity(x) on one float: the cheapest proof that a provider starts. A test rebuilds these bytes.
 PROBE_MODEL = bytes.fromhex(
     "08083a3b0a100a017812017922084964656e74697479120570726f62655a0f0a0178120a0a08080112040a020801620f0a0179120a0a0808"
     "0112040a02080142040a001012"
 )
 
-# y = a @ b on 16x16 floats: OpenVINO computes it in the precision that it was asked for, or in float32.
+# An ONNX model, y = a @ b on 16x16 floats: OpenVINO computes it in the requested precision, or in float32.
 PRODUCT_MODEL = bytes.fromhex(
     "08083a590a110a01610a016212017922064d61744d756c120570726f62655a130a0161120e0a0c080112080a0208100a0208105a130a01"
     "62120e0a0c080112080a0208100a02081062130a0179120e0a0c080112080a0208100a02081042040a001012"
@@ -38,15 +38,15 @@ PRODUCT_MODEL = bytes.fromhex(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how the graphs of one variant of a bundle run. `place` makes it."""
+    """Where and how the graphs of a bundle run. `place` makes it."""
 
     device: Device
     variant: str  # of the bundle
-    settings: Settings  # of every session; a graph may need others, for example a directory for compiled files
+    settings: Settings  # of every session; a graph may add to them, for example a directory for compiled files
 
     @property
     def precision(self) -> Precision | None:
-        """The precision that the device was asked for and has shown; None: it computes as the graphs are written."""
+        """The proven precision of the device's arithmetic; None: the types of the graphs decide."""
         return self.settings.precision
 
 
@@ -63,26 +63,26 @@ def place(
     """Decide where graphs run, and prove that they can.
 
     Args:
-        device: "cpu", "openvino", "cuda", "cuda:1" and so on; such a device is granted or refused. Or "auto": CUDA,
-            else OpenVINO, where a session starts on it; else the CPU, with a warning if ONNX Runtime was built for one
-            of them. "auto" passes over devices that run none of the variants. It passes over OpenVINO, too, where the
-            CPU does not multiply in bf16 and there are graphs for ONNX Runtime's CPU provider, which are faster then.
+        device: "cpu", "openvino", "cuda", "cuda:1" and so on, or "auto". A device by name is granted or refused.
+            "auto" is the first of CUDA and OpenVINO on which a session starts, else the CPU. If ONNX Runtime was built
+            for CUDA or OpenVINO and the CPU is chosen, a warning says why. "auto" skips devices that run none of the
+            variants. It also skips OpenVINO if the CPU has no bf16 instructions and the bundle has "cpu" graphs, which
+            are faster there.
         variants: the variants that the bundle holds.
         variant: one of them, or None for the best that runs on the device.
-        provider_options: options of ONNX Runtime's provider, which win over those chosen here. They need a device by
-            name.
-        precision: the precision that the device computes in, where it has a choice: "bf16", "fp32", or None for bf16
-            where the CPU multiplies in it, else fp32. It needs a device by name.
+        provider_options: options of ONNX Runtime's provider. They override ours, and need a device by name.
+        precision: "bf16" or "fp32", for devices with a choice. None is bf16 if the CPU has instructions for it, else
+            fp32. A precision needs a device by name.
         threads: CPU threads of a session, from 1 to MOST_THREADS, or None for all that this process may use.
-        cuda_graphs: whether runs shall be recorded. Where "auto" chooses a device that cannot, they are not.
+        cuda_graphs: whether runs are recorded. If "auto" chooses a device that cannot record, this is ignored.
 
     Returns:
         The device, with the settings of its sessions.
 
     Raises:
         BundleError: the bundle does not hold the variant.
-        DeviceError: the device is not there or does not start, or a setting contradicts it. The error tells which
-            devices there are and what to install.
+        DeviceError: the device is absent or does not start, or a setting contradicts it. The message lists the
+            available devices and the package to install.
     """
     _check_types(variants, provider_options, precision, threads, cuda_graphs)
     if variant is not None and (not isinstance(cast(object, variant), str) or variant not in tuple(variants)):
@@ -128,7 +128,7 @@ def _check_types(variants: object, options: object, precision: object, threads: 
 
 
 def _check_settings(device: Device, settings: Settings) -> None:
-    """Raise DeviceError for settings that a device cannot have."""
+    """Raise DeviceError for settings that do not fit a device."""
     kind = device.row
     if settings.cuda_graphs and not kind.cuda_graphs:
         raise DeviceError(f"cuda_graphs: expected device={_kinds_with('cuda_graphs')}, got {device}")
@@ -170,7 +170,7 @@ def _is_count(value: object) -> bool:
 
 
 def _kinds_with(name: str) -> str:
-    """Name the kinds of device whose row has something under `name`."""
+    """List the kinds of device whose field `name` is not empty."""
     return " or ".join(f'"{kind}"' for kind, row in KINDS.items() if getattr(row, name))
 
 
@@ -179,7 +179,7 @@ def _some(names: Collection[object]) -> str:
 
 
 def _grant(device: Device, settings: Settings) -> None:
-    """Raise DeviceError if a device that was asked for by name is not there or does not start."""
+    """Raise DeviceError if a device that was requested by name is absent or does not start."""
     available = sessions.available_providers()
     if device.provider not in available:
         raise DeviceError(
@@ -210,13 +210,13 @@ def _choose_any(variants: Collection[str]) -> Device:
 
 
 def _settle_precision(device: Device, settings: Settings) -> Settings:
-    """Fill in the precision that the device computes in, and prove it. Devices without a choice: unchanged.
+    """Fill in the precision of the device's arithmetic, and prove it. Devices without a choice: unchanged.
 
-    The precision is the one asked for, else bf16 where the CPU multiplies in it. On a CPU without, OpenVINO itself
-    computes in float32, without a word, although it is asked for bf16.
+    The default is bf16 if the CPU has instructions for it. On other CPUs, OpenVINO silently computes in float32 when
+    bf16 is requested, so a proof is needed.
 
     Raises:
-        DeviceError: bf16 was asked for and is not what the device computes in.
+        DeviceError: bf16 was requested, but the device computes in float32.
     """
     takes_over = device.row.takes_over(settings.provider_options)
     if device.row.proof != "product" or takes_over or settings.precision == "fp32":
@@ -232,18 +232,18 @@ def _settle_precision(device: Device, settings: Settings) -> Settings:
 
 
 def _rounds(device: Device, settings: Settings) -> bool:
-    """Whether a matrix product loses the bits that bf16, with 8 significant bits, cannot hold. Raises DeviceError."""
+    """Say whether a matrix product is rounded to bf16, which has 8 significant bits. Raises DeviceError."""
     try:
         start = partial(sessions.start_session, PRODUCT_MODEL, device, settings, must_take_all=device.row.must_take_all)
         session = interruptible(start, f"starting {device}")
         a, b = np.full((16, 16), 1 + 2**-10, dtype=np.float32), np.eye(16, dtype=np.float32)
         return bool((session.run(None, {"a": a, "b": b})[0] == 1).all())
     except Exception as error:  # ONNX Runtime's own exceptions share no other base
-        raise DeviceError(f"precision: {device} cannot show what it computes in: {first_line(error)}") from error
+        raise DeviceError(f"precision: the precision of {device} cannot be tested: {first_line(error)}") from error
 
 
 def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
-    """Prove that a device works: start a session of one node on it.
+    """Test a device: start a session of one node on it.
 
     Returns:
         The problem, or "" if the device was granted.
@@ -252,7 +252,7 @@ def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
         settings = Settings(provider_options={**device.row.probe_options, **(options or {})})
         start = partial(sessions.start_session, PROBE_MODEL, device, settings)
         granted: list[str] = interruptible(start, f"starting {device}").get_providers()
-    except Exception as error:  # every failure is an answer here
+    except Exception as error:  # The answer to any failure is its reason.
         return _with_reason(first_line(error), device)
     if granted[0] == device.provider:
         return ""
@@ -260,7 +260,7 @@ def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
 
 
 def _with_reason(problem: str, device: Device) -> str:
-    """Add the reasons that ONNX Runtime only prints: there is no GPU, or a library is missing."""
+    """Add reasons that ONNX Runtime prints but does not raise: there is no GPU, or a library is missing."""
     gpus = gpu.find_gpus() if device.is_gpu else ""
     reasons = [gpus] if isinstance(gpus, str) and gpus else []
     name = device.row.library
@@ -272,6 +272,6 @@ def _with_reason(problem: str, device: Device) -> str:
                 if path.is_file():
                     ctypes.CDLL(str(path))
             except OSError as error:
-                if "undefined symbol" not in str(error):  # ONNX Runtime itself would have defined it
+                if "undefined symbol" not in str(error):  # Such symbols come from ONNX Runtime itself.
                     reasons.append(first_line(error))
     return f"{problem} ({'; '.join(reasons)})" if reasons else problem

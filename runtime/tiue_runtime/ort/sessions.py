@@ -1,7 +1,7 @@
-"""ONNX Runtime's sessions: the import, the options, and the check that a session runs where it was asked to.
+"""ONNX Runtime's sessions: the import, the options, and the check that a session runs on the requested device.
 
-ONNX Runtime runs on the CPU, with a printed warning, where it cannot give the provider that it was asked for. Here,
-another device than the one asked for is an error. `devices` lists the devices.
+If the requested provider is not available, ONNX Runtime prints a warning and runs on the CPU. Here, that is an error.
+`devices` lists the devices.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from typing import Any
 from tiue_runtime.errors import BundleError, DeviceError, LoadingError, clip, is_out_of_memory
 from tiue_runtime.ort.devices import KINDS, Device, Settings, provider_options
 
-_LONGEST_REASON = 400  # characters of what ONNX Runtime says, in a message
+_LONGEST_REASON = 400  # characters of ONNX Runtime's text in a message
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 INSTALL = 'pip install "tiue-runtime[cpu]" (or "tiue-runtime[cuda]" for an NVIDIA GPU)'
 
 
-# Where this entry is 1, ONNX Runtime refuses a graph of which nodes are left to the CPU provider, in these words.
+# If this entry is 1, ONNX Runtime refuses a graph that leaves nodes to the CPU provider. LEFT_NODES is its message.
 _MUST_TAKE_ALL = "session.disable_cpu_ep_fallback"
 LEFT_NODES = "fallback to CPU EP has been explicitly disabled"
 
 
 def available_providers() -> list[str]:
-    """List the providers of the installed ONNX Runtime, and those that installed plugins bring.
+    """List the providers of the installed ONNX Runtime and of installed plugins.
 
     Raises:
         DeviceError: ONNX Runtime cannot be imported.
@@ -51,13 +51,13 @@ def installed_wheels() -> dict[str, str]:
 
 
 def replace_wheels(extra: str) -> str:
-    """Return the command that leaves exactly the wheel of one extra."""
+    """Return the command that installs the wheel of one extra in place of all others."""
     installed = " ".join(installed_wheels() or WHEELS[:1])
     return f'pip uninstall -y {installed} && pip install "tiue-runtime[{extra}]"'
 
 
 def load_onnxruntime() -> Any:
-    """Import onnxruntime, late: the only import of it in this package.
+    """Import onnxruntime when it is first needed. This is its only import in this package.
 
     Raises:
         DeviceError: it is missing, broken, or installed twice.
@@ -132,12 +132,12 @@ def _start_graph(path: Path, device: Device, settings: Settings) -> Any:
 
 
 def took_all(session: Any) -> bool:
-    """Whether a session was created under the condition that its device takes all nodes."""
+    """Say whether a session was created with `must_take_all`."""
     return session.get_session_options().get_session_config_entry(_MUST_TAKE_ALL) == "1"
 
 
 def run_options(entries: Mapping[str, str]) -> Any:
-    """Make the options of one run of a session, which `load_onnxruntime` made possible."""
+    """Make the options of one run of a session. onnxruntime is imported already."""
     options = importlib.import_module("onnxruntime").RunOptions()
     for key, value in entries.items():
         options.add_run_config_entry(key, value)
@@ -145,18 +145,18 @@ def run_options(entries: Mapping[str, str]) -> Any:
 
 
 def shrinking(device: Device) -> dict[str, str]:
-    """Return entries of `run_options` after which the device's arena gives back the memory that is not in use."""
+    """Return the entries of `run_options` that make the device's arena give back unused memory after the run."""
     return {"memory.enable_memory_arena_shrinkage": f"gpu:{device.index}" if device.is_gpu else "cpu:0"}
 
 
 def start_session(model: str | bytes, device: Device, settings: Settings, *, must_take_all: bool = False) -> Any:
-    """Create a session. It may run elsewhere than on `device`: the caller looks.
+    """Create a session. It may run on another device than `device`: the caller must check.
 
     Args:
         model: a path, or the model itself.
-        device: where it should run.
-        settings: how the session is set up.
-        must_take_all: refuse a graph of which the device leaves nodes to the CPU.
+        device: the requested device.
+        settings: of the session.
+        must_take_all: raise an error if the device would leave nodes of the graph to the CPU.
 
     Returns:
         ONNX Runtime's InferenceSession.
@@ -168,7 +168,7 @@ def start_session(model: str | bytes, device: Device, settings: Settings, *, mus
     ort, kind = load_onnxruntime(), device.row
     options = _session_options(ort, device, settings, must_take_all)
     providers: list[tuple[str, dict[str, str]]] | None = provider_options(device, settings)
-    # ONNX Runtime prints to stdout what it cannot load. To redirect it is no work for several threads at once.
+    # ONNX Runtime prints loading failures of libraries to stdout. Redirect only here: redirecting is not thread-safe.
     with contextlib.redirect_stdout(sys.stderr) if kind.library or kind.plugin else contextlib.nullcontext():
         if device.is_gpu:
             preload_libraries(ort, device)
@@ -183,14 +183,14 @@ def start_session(model: str | bytes, device: Device, settings: Settings, *, mus
 def _session_options(ort: Any, device: Device, settings: Settings, must_take_all: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.cpu_threads
-    # Four sessions whose idle threads spin take the cores from each other (70 against 22 ms a picture of the default
-    # model on 2 cores), and from the application.
+    # Spinning idle threads of four sessions take the cores from each other and from the application. On 2 cores, a
+    # picture of the default model takes 70 ms with spinning and 22 ms without.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # ONNX Runtime looks up how an earlier run laid out its memory by the XOR of all dimensions of the inputs. Square
-    # latents of any size have the same, and so has any number of timesteps: small runs would take the memory of large
-    # ones.
+    # ONNX Runtime would reuse the memory layout of an earlier run whose inputs have the same XOR of all dimensions.
+    # Square latents of all sizes have the same XOR, and so have all numbers of timesteps. Small runs would then take
+    # the memory of large ones.
     options.enable_mem_pattern = False
-    options.log_severity_level = 4  # Errors are raised, too, and a caller has no use for other messages.
+    options.log_severity_level = 4  # Errors are also raised, and callers need no other messages.
     options.add_session_config_entry(_MUST_TAKE_ALL, str(int(must_take_all)))
     if settings.record_placement:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -200,14 +200,14 @@ def _session_options(ort: Any, device: Device, settings: Settings, must_take_all
 
 
 def preload_libraries(ort: Any, device: Device) -> None:
-    """Load the libraries of a GPU from the wheels that bring them, where the system's loader does not look."""
-    ort.preload_dlls()  # of CUDA and cuDNN
+    """Load the libraries of a GPU from their wheels, because the system's loader does not search these."""
+    ort.preload_dlls()  # CUDA and cuDNN
     package, *names = device.row.preloads or ("",)
     spec = importlib.util.find_spec(package) if package else None
     for folder in spec.submodule_search_locations or [] if spec else []:
         for name in names:
             for library in (*Path(folder).glob(f"lib{name}.so.*"), *Path(folder).glob(f"{name}_*.dll")):
-                with contextlib.suppress(OSError):  # The provider will not start, and says what it lacks.
+                with contextlib.suppress(OSError):  # The provider then does not start, and names the missing library.
                     ctypes.CDLL(str(library))
 
 
@@ -231,9 +231,10 @@ def _plugin_devices(ort: Any, device: Device) -> list[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Return an exception's first line, or its type. OpenVINO's begin with places in its code: the last line.
+    """Return the first line of an exception's message, or its type if the message is empty.
 
-    Names in a graph, which these messages quote, may have any length.
+    OpenVINO's messages begin with places in its code, so their last line is returned. The line is shortened, because
+    messages quote names from graphs, which may have any length.
     """
     lines = str(error).strip().splitlines()
     if not lines:

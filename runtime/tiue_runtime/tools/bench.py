@@ -1,4 +1,4 @@
-"""Seconds per image, graph by graph, with the conditions they were measured under."""
+"""Seconds per image, graph by graph, with the conditions of the measurement."""
 
 import platform
 import statistics
@@ -21,7 +21,7 @@ SAME = 0.02  # of pixels in [0, 1]: GPU kernels may add up in another order from
 def bench(
     bundle: str | None = None, *, runs: int, loading: LoadOptions | None = None, request: RequestOptions | None = None
 ) -> dict[str, object]:
-    """Time `runs` pictures after an untimed one, whose pixels every timed one must repeat.
+    """Time `runs` pictures after an untimed one. Every timed picture must equal the untimed one.
 
     Args:
         bundle: as in `Pipeline.load`.
@@ -30,11 +30,11 @@ def bench(
         request: options of every request.
 
     Returns:
-        Rows to print: conditions, then median, least and most milliseconds of each graph.
+        Rows to print: conditions, then the median, least and most milliseconds of each graph.
 
     Raises:
         RequestError: runs or an option is wrong.
-        InferenceError: a run failed, or gave other pictures than the one before.
+        InferenceError: a run failed, or its pictures differ from the untimed run's.
         TiueError: as `Pipeline.load`.
     """
     if runs < 1:
@@ -76,7 +76,7 @@ def bench(
 
 
 def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows the name
+    cpuinfo = Path("/proc/cpuinfo")  # It exists on Linux. Elsewhere, `platform` knows the name.
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

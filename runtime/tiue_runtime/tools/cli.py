@@ -21,11 +21,11 @@ T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 130
 _SHOWN = 300  # characters of a message about flags
-_CHECKED_FILES = 1000  # more pictures than these are hardly ever made at once
+_CHECKED_FILES = 1000  # pictures whose file names are checked first; more are hardly ever made at once
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong, without the usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         short = message if len(message) <= _SHOWN else f"{message[: _SHOWN - 3]}..."
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after one line on stderr about what the user can fix."""
+    """Run one command. Returns 0, or 2 after one line on stderr about a problem that the user can fix."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A redirected stdout on Windows is not UTF-8. No prompt and no file name may stop the command.
@@ -65,7 +65,7 @@ def _say(kind: str, message: object) -> None:
 
 
 def _write(text: str, stream: IO[str] | None = None, end: str = "\n") -> None:
-    """Print to a stream, or to stdout. If its reader has gone, for example head, the command goes on in silence."""
+    """Print to a stream, or to stdout. If its reader (for example head) has gone, the command continues silently."""
     output: IO[str] | None = stream or sys.stdout
     if output is None:  # Programs without a console have none.
         return
@@ -133,7 +133,7 @@ def _info(arguments: argparse.Namespace) -> int:
     bundle = Bundle.load(find_bundle(arguments.bundle))
     if arguments.json:
         content = json.loads((bundle.directory / MANIFEST).read_text(encoding="utf-8"))
-        # In ASCII, because a terminal's escapes for characters that it cannot show are not those of JSON.
+        # ASCII, because `_write` would replace characters that the terminal cannot show by escapes foreign to JSON.
         _write(json.dumps({"directory": str(bundle.directory), **content}, indent=2))
         return 0
     manifest = bundle.manifest
@@ -211,20 +211,25 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them as PNG")
-    generate.add_argument("prompt", help='what to draw, for example "a red heart"')
-    generate.add_argument("--out", required=True, metavar="FILE.png", help="where to save; several get -1, -2, ...")
+    generate.add_argument("prompt", help='a description of the picture, for example "a red heart"')
+    generate.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.png",
+        help="file to save; with several pictures, FILE-1.png, FILE-2.png, ...",
+    )
     _bundle_flag(generate)
     _option_flags(generate, RequestOptions)
     _option_flags(generate, LoadOptions)
 
-    info = _command(commands, "info", _info, "show what a bundle is: license, sizes, step counts, origin")
+    info = _command(commands, "info", _info, "describe a bundle: license, sizes, step counts, origin")
     _bundle_flag(info)
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 
     verify = _command(commands, "verify", _verify, "compare every file of a bundle with its sha256")
     _bundle_flag(verify)
 
-    doctor = _command(commands, "doctor", _doctor, "show versions, devices and installed bundles, and what is wrong")
+    doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
     _bundle_flag(doctor)
     doctor.add_argument("--device", help="with this or --bundle, load the graphs and count the nodes of each provider")
 
@@ -257,7 +262,7 @@ def _bundle_flag(parser: _Parser) -> None:
 
 
 def _option_flags(parser: _Parser, options: type) -> None:
-    """Add a flag for every option of a TypedDict that shall have one."""
+    """Add a flag for every option of a TypedDict whose `flag` is set."""
     for name, (kind, option, _) in described(options).items():
         if not option.flag:
             continue

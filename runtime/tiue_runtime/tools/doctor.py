@@ -32,7 +32,7 @@ from tiue_runtime.ort.sessions import (
     took_all,
 )
 
-# Beginnings of wheels and of shared libraries that ONNX Runtime works with on a GPU.
+# Prefixes of the wheels and shared libraries that ONNX Runtime uses on a GPU.
 _GPU_WHEELS = ("nvidia-", "tensorrt", "onnxruntime-ep-")
 _GPU_LIBRARIES = ("libcu", "libnv", "cudart", "cublas", "cufft", "cudnn", "nvcuda", "nvinfer", "nvonnxparser")
 
@@ -44,11 +44,11 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
 
     Args:
         bundle: a directory or a name, as in `Pipeline.load`.
-        device: as in `Pipeline.load`. With a bundle or a device, graphs are loaded to see on which provider their
-            nodes run. With TensorRT that takes minutes.
+        device: as in `Pipeline.load`. With a bundle or a device, graphs are loaded to find the provider of each node.
+            With TensorRT this takes minutes.
 
     Returns:
-        Rows of facts to print, and the problems. Without problems, pictures can be made here.
+        Rows of facts to print, and a list of problems. Without problems, this installation can make pictures.
     """
     rows: Rows = {
         "tiue-runtime": __version__,
@@ -91,7 +91,7 @@ def examine(bundle: str | Path | None = None, device: str | None = None) -> tupl
 def _telemetry() -> str:
     """Say whether ONNX Runtime may report its use. This package turns that off, unless the user turned it on."""
     value = os.environ.get("ORT_DISABLE_TELEMETRY", "")
-    off = value.lower() in ("1", "true", "yes", "on")  # ONNX Runtime takes any other value for no
+    off = value.lower() in ("1", "true", "yes", "on")  # ONNX Runtime reads any other value as no
     return f"{'off' if off else 'ON'}, by ORT_DISABLE_TELEMETRY={value}"
 
 
@@ -108,7 +108,7 @@ def _gpu_rows() -> Rows:
 
 
 def _provider_rows() -> Rows:
-    """One row per kind of device and per provider that none stands for. Raises DeviceError."""
+    """Return a row for each kind of device, and one for all other providers. Raises DeviceError."""
     ort, available = load_onnxruntime(), available_providers()
     rows: Rows = {}
     gpus = [Device(name) for name, kind in KINDS.items() if kind.is_gpu and kind.library and kind.provider in available]
@@ -135,7 +135,7 @@ def _provider_rows() -> Rows:
 
 
 def _loaded_libraries() -> list[str]:
-    """File names of the CUDA, cuDNN and TensorRT libraries in this process, where the system tells."""
+    """List the file names of the CUDA, cuDNN and TensorRT libraries in this process. Known on Linux only."""
     maps = Path("/proc/self/maps")
     if not (sys.platform.startswith("linux") and maps.is_file()):
         return ["not reported by this system"]
@@ -154,14 +154,14 @@ def _placement_rows(bundle: Bundle, placement: Placement) -> Rows:
         path = bundle.graph_path(graph, placement.variant)
         settings = with_cache(replace(placement.settings, record_placement=True), device, bundle.directory, path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of nodes on the CPU, which are shown here
+            warnings.simplefilter("ignore", UserWarning)  # The rows already show nodes on the CPU.
             session = interruptible(partial(create_session, path, device, settings), f"loading {graph}")
         rows[f"nodes of {graph}"] = count_nodes(session, device)
     return rows
 
 
 def count_nodes(session: Any, device: Device) -> str:
-    """Count a session's nodes, such as "CUDAExecutionProvider 540, CPUExecutionProvider 5 (3 Gather, 2 Shape)"."""
+    """Count a session's nodes: "CUDAExecutionProvider 540, CPUExecutionProvider 5 (3 Gather, 2 Shape)"."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         if not device.row.must_take_all:
             return "not reported by this version of ONNX Runtime"
@@ -173,7 +173,7 @@ def count_nodes(session: Any, device: Device) -> str:
     texts: list[str] = []
     for provider, operators in sorted(nodes.items(), key=lambda item: item[0] != device.provider):
         text = f"{provider} {operators.total()}"
-        if provider != device.provider:  # nodes that the device did not take
+        if provider != device.provider:  # These nodes were left by the device.
             text += f" ({', '.join(f'{count} {name}' for name, count in operators.most_common())})"
         texts.append(text)
     return ", ".join(texts)
