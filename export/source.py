@@ -14,6 +14,7 @@ from safetensors import safe_open
 from export.errors import ExportError
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, ComponentsError, check_fit, load_components
+from tiue.files import is_directory, is_file
 from tiue.hub import is_hub_id
 from tiue.plausible import check_runs
 from tiue.recognize import is_original_layout, is_single_file, kind_of_weights
@@ -44,13 +45,13 @@ def load_source(
         ValueError: (CheckpointError, ComponentsError, ExportError) in one line.
     """
     source = Path(path_or_id)
-    if source.is_file():
+    if is_file(source):
         student = _load_file(source, steps, base, shared_up_blocks)
     else:
         if base is not None:
-            what = "is a pipeline" if source.is_dir() else "is no such file"
+            what = "is a pipeline" if is_directory(source) else "is no such file"
             raise ExportError(f"`base` goes with a file of UNet weights, but {path_or_id} {what}")
-        if not source.is_dir() and not is_hub_id(str(path_or_id)):
+        if not is_directory(source) and not is_hub_id(str(path_or_id)):
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
         components = load_components(path_or_id, local_files_only=False)
         student = _undeclared(components, steps, components.name, shared_up_blocks)

@@ -9,9 +9,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
+from export.source import load_source
 from tiue import schedule
 from tiue.checkpoint import Student, load_student, save_student
-from tiue.components import ComponentsError, Geometry, decode_latents, load_components
+from tiue.components import ComponentsError, Geometry, decode_latents, load_components, load_tiny_vae
+from tiue.files import OneLineError
 from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text, tokenize
 
@@ -368,3 +370,41 @@ def test_the_size_of_unets_from_before_diffusers_0_9_is_repaired(directory, vers
 def test_no_directory_is_not_taken_for_a_hub_id():
     with pytest.raises(ComponentsError, match="no such pipeline directory: some/model"):
         load_components("some/model")
+
+
+# Configurations that make no sense.
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"sample_size": 8.5}, "sample_size is 8.5: expected a whole number, or two"),
+        ("unet", {"sample_size": [8]}, r"sample_size is \[8\]"),
+        ("unet", {"sample_size": "8"}, "sample_size is '8'"),
+        ("unet", {"sample_size": 0}, "sample_size is 0"),
+        ("unet", {"sample_size": [8, -8]}, "sample_size is"),
+        ("unet", {"sample_size": True}, "sample_size is True"),
+        ("unet", {"layers_per_block": 10**6}, "layers_per_block is 1000000: expected at most"),
+        ("unet", {"norm_num_groups": 0}, "unet cannot be loaded as UNet2DConditionModel"),
+        ("vae", {"layers_per_block": 10**6}, "layers_per_block is 1000000"),
+        ("text_encoder", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+        ("text_encoder", {"vocab_size": 2**40}, "vocab_size is"),
+    ],
+)
+@pytest.mark.parametrize("base", [False, True])
+def test_configurations_that_make_no_sense_are_refused_at_once(directory, tmp_path, part, changes, message, base):
+    tiny.edit_json(directory / part / "config.json", **changes)
+    source, rest = directory, None
+    if base:
+        source, rest = tmp_path / "unet.safetensors", directory
+        save_file(tiny.unet().state_dict(), source)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_source(source, base=rest)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "x/" * 3000, "x" * 300 + ".safetensors", "a\0b"])
+def test_names_that_no_system_has_are_no_files(name):
+    for load in (load_source, load_components, load_tiny_vae, load_student):
+        with pytest.raises(OneLineError, match=r"no such (checkpoint|pipeline directory|directory)"):
+            load(name)

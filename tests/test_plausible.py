@@ -9,7 +9,8 @@ from fuzz import students
 from tiue.checkpoint import CheckpointError, Student, check_savable, load_student
 from tiue.components import ComponentsError
 from tiue.files import OneLineError
-from tiue.plausible import check_runs, check_sizes
+from tiue.plausible import check_runs
+from tiue.sizes import check_sizes
 from tiue.unet import TiUE
 
 

@@ -181,6 +181,26 @@ def test_whole_surrogate_pairs_are_characters(tmp_path):
     assert load_prompts(write(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude00"}')) == ["\U0001f600"]
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os = pytest.importorskip("posix")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match=r"pipe\.txt: expected a regular file"):
+        load_prompts(tmp_path / "pipe.txt")
+    write(tmp_path / "a.txt", "one\n")
+    assert load_prompts(tmp_path) == ["one"]
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"lost\.txt: No such file"):
+        load_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "x\0.txt", "loop.txt"])
+def test_paths_that_no_system_opens(tmp_path, name):
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    with pytest.raises(ValueError) as refused:
+        load_prompts(tmp_path / name)
+    assert "\n" not in str(refused.value)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.txt: No such file"):
         load_prompts(tmp_path / "gone.txt")

@@ -23,9 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiue.components import Components, ComponentsError, check_fit, class_named
-from tiue.files import OneLineError, one_line, shortened, written_whole
-from tiue.plausible import check_runs, check_sizes
+from tiue.files import OneLineError, is_file, one_line, shortened, written_whole
+from tiue.plausible import check_runs
 from tiue.recognize import kind_of_weights
+from tiue.sizes import check_sizes
 from tiue.unet import TiUE
 from tiue.weights import Stored, WeightsError, fill, read_headers, without_wrappers
 
@@ -231,7 +232,7 @@ def load_student(path: str | Path) -> Student:
             call for.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
         found = read_headers(path)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from tiue import hub
+from tiue.files import is_directory, is_file
 from tiue.loading import load_fast_tokenizer, load_part, load_single_file, load_unet_file, single_file_parts
 from tiue.pipeline_directory import (
     CONFIGURATIONS,
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 
+_LARGEST_SIDE = 2**16  # of latents
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The shapes of a model's latents and pictures."""
@@ -58,12 +62,15 @@ class Geometry:
         """Read the geometry from the configurations of a UNet and a VAE.
 
         Raises:
-            ComponentsError: the UNet's configuration has no default size.
+            ComponentsError: the UNet's configuration has no default size, or one that is none.
         """
         size = unet.get("sample_size")
         if size is None:
             raise ComponentsError("the UNet's configuration has no sample_size, so there is no default image size")
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = [*size] if isinstance(size, list | tuple) else [size, size]
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= _LARGEST_SIDE for side in sides):
+            raise ComponentsError(f"the UNet's sample_size is {size!r:.100}: expected a whole number, or two")
+        height, width = sides
         pixels = 2 ** (len(vae["block_out_channels"]) - 1)
         halvings = len(unet["block_out_channels"]) - 1  # the UNet halves a side this often, and doubles it again
         return cls(unet["in_channels"], height, width, pixels, pixels * 2**halvings)
@@ -187,7 +194,7 @@ def read_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
     """Load an AutoencoderTiny (TAESD's layout) from its own directory. Raises ComponentsError."""
     root = Path(directory)
-    if not root.is_dir():
+    if not is_directory(root):
         raise ComponentsError(f"no such directory: {directory}")
     config = read_json(root, "config.json")
     check_not_quantized(root, config)
@@ -198,9 +205,9 @@ def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
 def _find(directory: str | Path, local_files_only: bool, parts: list[str]) -> PipelineDirectory:
     """Read the configurations of a pipeline, and download it, with the weights of `parts`, where that is wanted."""
     root = Path(directory)
-    if root.is_dir():
+    if is_directory(root):
         return read_directory(root)
-    if root.is_file():
+    if is_file(root):
         what = "a file" if root.suffix == ".safetensors" else f"a file that {not_safetensors(root)}"
         raise ComponentsError(f"{directory} is {what}: expected a diffusers pipeline directory")
     if local_files_only or not hub.is_hub_id(str(directory)):

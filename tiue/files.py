@@ -69,6 +69,22 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; False for a name that no system has."""
+    try:
+        return path.is_file()
+    except OSError:  # Too long a name.
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory of this name; False for a name that no system has."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 class OneLineError(ValueError):
     """An error of ours about other people's files. Its message is one line, whatever names and values it quotes."""
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from tiue.files import is_directory
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_LONGEST_ID = 96  # characters, as the Hub allows
 _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".json", ".onnx")
 
 
@@ -17,7 +20,8 @@ class HubError(ValueError):
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no path here may be a Hub id, owner/name, rather than a mistyped path."""
-    return _ID.fullmatch(name) is not None and not name.endswith(_FILES) and not Path(name).parent.exists()
+    is_id = len(name) <= _LONGEST_ID and _ID.fullmatch(name) is not None
+    return is_id and not name.endswith(_FILES) and not is_directory(Path(name).parent)
 
 
 def offline() -> bool:

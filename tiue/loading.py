@@ -12,14 +12,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as libraries_logging
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from tiue.files import one_line
-from tiue.pipeline_directory import ComponentsError, PipelineDirectory
+from tiue.pipeline_directory import ComponentsError, PipelineDirectory, read_json
 from tiue.recognize import is_original_layout, kind_of_weights
+from tiue.sizes import check_sizes
 from tiue.tokenization import load_tokenizer
 from tiue.weights import (
     Stored,
@@ -33,18 +33,6 @@ from tiue.weights import (
     without_wrappers,
 )
 
-# What the libraries raise for files and configurations that do not fit.
-_LIBRARY_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    IndexError,
-)
 # Where a single file in the original layout has the parts of a model.
 _ORIGINAL_PLACES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 # Tensors of single files that no picture depends on: the averaged copy of the weights, and the noise process, which the
@@ -65,6 +53,7 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
             if name.endswith(".safetensors"):
                 found |= _headers(directory / name)
         check_stored(found, part)
+        _check_sizes({part: read_json(directory, "config.json")}, found)
         if has_wrappers(found):
             clean, taken = without_wrappers(found, _empty(cls, directory).state_dict())
             if taken:
@@ -73,7 +62,9 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
             module, report = _from_pretrained(cls, directory, variant)
     except WeightsError as error:
         raise ComponentsError(f"{directory} cannot be loaded: {error}") from error
-    except _LIBRARY_ERRORS as error:
+    except ComponentsError:
+        raise
+    except Exception as error:  # Libraries raise anything for configurations that make no sense.
         raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
     # Tensors that the libraries would leave at random, or leave out.
     unexpected = [name for name in report["unexpected_keys"] if not is_harmless(part, name)]
@@ -89,10 +80,11 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
 
 def load_unet_file(path: Path, directory: PipelineDirectory) -> UNet2DConditionModel:
     """Load the UNet that a pipeline's configuration describes, with the weights of a file. Raises ComponentsError."""
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(directory.configs["unet"])
     try:
-        found, taken = without_wrappers(read_headers(path), unet.state_dict())
+        found = read_headers(path)
+        _check_sizes({"unet": directory.configs["unet"]}, found)
+        unet = _empty_unet(directory)
+        found, taken = without_wrappers(found, unet.state_dict())
         if taken not in ("", "unet."):
             _warn_of_wrappers(path, taken)
         fill(unet, found, part="unet")
@@ -100,6 +92,15 @@ def load_unet_file(path: Path, directory: PipelineDirectory) -> UNet2DConditionM
         where = directory.root / "unet" / "config.json"
         raise ComponentsError(f"{path} {error}, by {where}" if _is_misfit(error) else f"{path} {error}") from error
     return unet
+
+
+def _empty_unet(directory: PipelineDirectory) -> UNet2DConditionModel:
+    try:
+        with init_empty_weights():
+            return UNet2DConditionModel.from_config(directory.configs["unet"])
+    except Exception as error:  # Libraries raise anything for configurations that make no sense.
+        what = f"{directory.root / 'unet'} cannot be loaded as UNet2DConditionModel"
+        raise ComponentsError(f"{what}: {one_line(error)}") from error
 
 
 def single_file_parts(path: Path) -> set[str]:
@@ -131,6 +132,7 @@ def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) 
     headers = read_headers(path)
     if kind := kind_of_weights(headers):
         raise ComponentsError(f"{path} {kind}")
+    _check_sizes({part: directory.configs[part] for part in parts}, headers)
     places = tuple(_ORIGINAL_PLACES[part] for part in parts)
     whole = any(name.startswith(places) for name in headers)
     others = [name for name in headers if whole and not name.startswith(places) and not _ORIGINAL_HARMLESS.match(name)]
@@ -157,7 +159,9 @@ def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) 
             del state
             if "text_encoder" in parts:
                 loaded["text_encoder"] = _original_text_encoder(path, directory, loaded, options)
-    except _LIBRARY_ERRORS as error:
+    except ComponentsError:
+        raise
+    except Exception as error:  # Libraries raise anything for configurations that make no sense.
         raise ComponentsError(
             f"{path} does not fit the configurations in {directory.root}: {one_line(error)}"
         ) from error
@@ -187,6 +191,10 @@ def _headers(path: Path) -> dict[str, Stored]:
         return read_headers(path)
     except WeightsError as error:
         raise WeightsError(f"{path.name} {error}") from error
+
+
+def _check_sizes(configs: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
+    check_sizes(configs, [stored.shape for stored in found.values()])
 
 
 def _from_pretrained(cls: Any, directory: Path, variant: str | None) -> tuple[Any, Mapping[str, Any]]:

@@ -55,7 +55,11 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
     """
     counts: Skipped = Counter() if skipped is None else skipped
     none = True
-    for file in _files(path, counts):
+    try:
+        files = _files(path, counts)
+    except OSError as error:
+        raise ValueError(f"{one_line(str(path))}: {one_line(error.strerror or error)}") from error
+    for file in files:
         try:
             for caption in _READERS[file.suffix.lower()](file, field, counts):
                 none = False
@@ -77,6 +81,8 @@ def _files(path: Path, skipped: Skipped) -> list[Path]:
     if not path.is_dir():
         if path.suffix.lower() not in _READERS:
             raise ValueError(f"{path}: prompts come from {', '.join(_READERS)} or a directory of such files")
+        if path.exists() and not path.is_file():  # It would be waited for.
+            raise ValueError(f"{path}: expected a regular file")
         return [path]
     found: list[Path] = []
     for entry in sorted(path.iterdir()):
@@ -84,7 +90,7 @@ def _files(path: Path, skipped: Skipped) -> list[Path]:
             skipped[HIDDEN] += 1
         elif entry.is_dir():
             skipped[FOLDERS] += 1
-        elif entry.suffix.lower() in _READERS:
+        elif entry.suffix.lower() in _READERS and (entry.is_file() or not entry.exists()):  # A lost link is an error.
             found.append(entry)
         else:
             skipped[OTHER_FILES] += 1
@@ -214,7 +220,7 @@ def _caption(record: Any, field: str | None, skipped: Skipped) -> str:
     if empty:
         skipped[empty] += 1
         return ""
-    wanted = one_line(" or ".join(names), 100)
+    wanted = one_line(" or ".join(names) or "''", 100)
     raise ValueError(f"expected an object with {wanted}, received {json.dumps(record)[:80]}")
 
 

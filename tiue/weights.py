@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from tiue.files import OneLineError
+from tiue.files import OneLineError, is_file
 from tiue.recognize import kind_of_weights, not_safetensors
 
 
@@ -98,7 +98,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Stored(path, name, s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise WeightsError(not_safetensors(path) if path.is_file() else f"cannot be read: {error}") from error
+        raise WeightsError(not_safetensors(path) if is_file(path) else f"cannot be read: {error}") from error
 
 
 def check_stored(found: Mapping[str, Stored], part: str) -> None:

@@ -220,6 +220,12 @@ def test_refuses_a_directory_without_a_bundle(tmp_path):
         Bundle.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a\0b"])
+def test_a_name_that_no_system_has_is_no_bundle(name):
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle.load(name)
+
+
 def test_verify_names_the_tampered_files(copy):
     bundle = Bundle.load(copy)
     bundle.verify()

@@ -96,3 +96,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "old")]
+
+
+@pytest.mark.parametrize("name", ["x" * 252 + ".png", "x" * 9000 + ".png", "a\0.png"])
+def test_a_name_that_no_system_has_is_refused_in_a_short_line(tmp_path, name):
+    with pytest.raises(RequestError, match=r"^out: cannot write ") as refused:
+        check_png_path(tmp_path / name)
+    assert len(str(refused.value)) < 500

@@ -18,10 +18,20 @@ TARGETS: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "graphs": bundles.graph_files,
     "external": bundles.external_files,
     "students": students.student_files,
+    "pipelines": students.pipelines,
     "captions": captions.caption_files,
     "pictures": pictures.pictures,
 }
-SHARES = {"manifests": 5, "tokenizers": 4, "graphs": 6, "external": 3, "students": 2, "captions": 4, "pictures": 1}
+SHARES = {
+    "manifests": 10,
+    "tokenizers": 8,
+    "graphs": 12,
+    "external": 6,
+    "students": 2,
+    "pipelines": 1,
+    "captions": 8,
+    "pictures": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ def undamaged(target: str, about: dict[str, Any] | None = None) -> Case:
     """Return a case of which nothing was changed."""
     if target == "students":
         return Case(students.undamaged(), ())
+    if target == "pipelines":
+        return Case(students.pipeline(), (), {"source": "base"})
     if target in ("manifests", "tokenizers", "graphs", "external"):
         return Case(bundles.read("tiny"), ())
     files = {"captions.jsonl": b'{"prompt": "a red heart"}'} if target == "captions" else {}

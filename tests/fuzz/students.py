@@ -1,4 +1,4 @@
-"""Damaged student files: the header, the metadata in it, and the tensors that it tells of."""
+"""Damaged students and pipelines: headers, metadata, configurations, and the tensors that headers tell of."""
 
 import json
 import struct
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fuzz.cases import TEXTS, VALUES, Case, Draw, dump, edit_bytes, edit_json, edited_json
 
 NAME = "student.safetensors"
+SINGLE = "single.safetensors"
 _DTYPES = st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "I8", "U8", "BOOL", "C64", "F4", "x", ""])
 
 
@@ -39,6 +40,72 @@ def undamaged() -> dict[str, bytes]:
     """Return a student file of which nothing was changed."""
     header, tensors = whole()
     return {NAME: written(json.dumps(header).encode(), tensors)}
+
+
+@cache
+def pipeline() -> dict[str, bytes]:
+    """Return the files of a pipeline directory, and beside it those of a single file in the original layout."""
+    import tiny
+    from safetensors.torch import save_file
+
+    with TemporaryDirectory() as folder:
+        root = tiny.save_pipeline(tiny.sd15(), Path(folder) / "base")
+        tiny.save_clip_tokenizer(root / "tokenizer", "<|endoftext|>")
+        tiny.edit_json(root / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+        tiny.edit_json(root / "text_encoder" / "config.json", vocab_size=520)
+        embedding = "text_model.embeddings.token_embedding.weight"
+        _widen(root / "text_encoder" / "model.safetensors", embedding, 520)
+        (root / "README.md").write_text("---\nlicense: mit\n---\n")
+        save_file(tiny.original_layout(tiny.sd15()), Path(folder) / SINGLE)
+        _widen(Path(folder) / SINGLE, f"cond_stage_model.transformer.{embedding}", 520)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _widen(path: Path, name: str, rows: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    tensors[name] = tensors[name].repeat(1 + rows // len(tensors[name]), 1)[:rows].contiguous()
+    save_file(tensors, path, {"format": "pt"})
+
+
+@st.composite
+def pipelines(draw: Draw) -> Case:
+    """A pipeline directory, or a single file with one as its base, with something wrong."""
+    files = dict(pipeline())
+    single = draw(st.sampled_from([False, False, True]))
+    edits: list[str] = []
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
+        name = SINGLE if single and draw(st.booleans()) else draw(st.sampled_from(sorted(set(files) - {SINGLE})))
+        files[name], said = _damaged(draw, name, files[name])
+        edits.append(f"{name}: {said}")
+        if said == "missing":
+            del files[name]
+            break
+    return Case(files, tuple(edits), {"source": SINGLE if single else "base"})
+
+
+def _damaged(draw: Draw, name: str, data: bytes) -> tuple[bytes, str]:
+    kind = draw(st.sampled_from(["content"] * 8 + ["bytes", "bytes", "missing"]))
+    if kind == "missing":
+        return data, kind
+    if kind == "bytes" or name.endswith((".txt", ".md")):
+        return edit_bytes(draw, data)
+    if name.endswith(".json"):
+        try:
+            content = json.loads(data)
+        except ValueError:
+            return data, "was changed before"
+        data, edits = edited_json(draw, content)
+        return data, "; ".join(edits)
+    try:
+        (size,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + size])
+        edit = _other_tensor(draw, header)
+    except (ValueError, struct.error):
+        return data, "was changed before"
+    return written(dump(header).encode(errors="replace"), data[8 + size :]), edit
 
 
 @st.composite
@@ -118,7 +185,17 @@ def _other_tensor(draw: Draw, header: dict[str, Any]) -> str:
         del header[name]
         if kind == "rename":
             new = draw(
-                st.sampled_from([f"module.{name}", f"{name}.weight_scale", name[1:], "unet.", "x", "other.weight"])
+                st.sampled_from(
+                    [
+                        f"module.{name}",
+                        f"_orig_mod.{name}",
+                        f"{name}.weight_scale",
+                        name[1:],
+                        "unet.",
+                        "x",
+                        "other.weight",
+                    ]
+                )
             )
             header[new] = own
             return f"rename {name} => {new}"

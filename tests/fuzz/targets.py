@@ -131,16 +131,40 @@ def student(folder: Path, about: dict[str, Any]) -> str:
         warnings.simplefilter("ignore")
         found = load_student(folder / "student.safetensors")
         check_savable(found)
-        if not found.share_encoder:
-            return "a control"
-        network = found.tiue()
-        text = torch.zeros(1, 4, found.components.unet.config.cross_attention_dim)
-        size = found.components.geometry.multiple
-        latents = torch.zeros(1, found.components.unet.config.in_channels, size, size)
-        made = network(latents, text)
-        if made.shape != latents.shape:
-            raise Wrong(f"made latents of shape {tuple(made.shape)}")
-        return "finite latents" if made.isfinite().all() else "latents that are not finite, which the exporter refuses"
+        return _latents(found)
+
+
+def pipeline(folder: Path, about: dict[str, Any]) -> str:
+    """Load a pipeline, or a single file with one as its base, as the exporter does, and make latents with it."""
+    import torch
+
+    from export.source import load_source
+
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("always", UserWarning)
+        base = folder / "base" if about["source"] != "base" else None
+        found = load_source(folder / about["source"], base=base)
+        for warning in said:
+            message = str(warning.message)
+            if len(message) > LONGEST_MESSAGE or not message.isprintable():
+                raise Wrong(f"warned in {len(message)} characters: {message!a:.200}")
+        return _latents(found)
+
+
+def _latents(found: Any) -> str:
+    """Make latents with a student."""
+    import torch
+
+    if not found.share_encoder:
+        return "a control"
+    network = found.tiue()
+    text = torch.zeros(1, 4, found.components.unet.config.cross_attention_dim)
+    size = found.components.geometry.multiple
+    latents = torch.zeros(1, found.components.unet.config.in_channels, size, size)
+    made = network(latents, text)
+    if made.shape != latents.shape:
+        raise Wrong(f"made latents of shape {tuple(made.shape)}")
+    return "finite latents" if made.isfinite().all() else "latents that are not finite, which the exporter refuses"
 
 
 def captions(folder: Path, about: dict[str, Any]) -> str:
@@ -153,7 +177,7 @@ def captions(folder: Path, about: dict[str, Any]) -> str:
     for caption in found:
         if not isinstance(caption, str) or not caption.strip() or caption != caption.strip():
             raise Wrong(f"read {caption!r:.60}")
-        if len(caption) > LONGEST or "\0" in caption or any(0xD800 <= ord(character) < 0xE000 for character in caption):
+        if len(caption) > LONGEST or any(0xD800 <= ord(character) < 0xE000 for character in caption):
             raise Wrong(f"read {caption!r:.60} of {len(caption)} characters")
     return "captions" if found else "none"
 
@@ -203,6 +227,12 @@ def target(name: str) -> Target:
         from tiue.checkpoint import CheckpointError
 
         return Target(student, (CheckpointError,))
+    if name == "pipelines":
+        from export.errors import ExportError
+        from tiue.checkpoint import CheckpointError
+        from tiue.components import ComponentsError
+
+        return Target(pipeline, (ExportError, CheckpointError, ComponentsError))
     if name == "code":
         return Target(code, (ValueError,), exact=True)
     if name == "captions":
@@ -216,6 +246,7 @@ def run(name: str, files: dict[str, bytes], about: dict[str, Any], scratch: Path
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
     for file, data in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data)
     try:
         return f"accepted: {chosen.run(folder, about)}", ""

@@ -47,8 +47,10 @@ class Bundle:
         """
         directory = Path(directory)
         path = directory / MANIFEST
-        if not path.exists():
-            raise BundleError(f"{directory} is not a bundle: expected a file {MANIFEST} in it, found none.")
+        if not os.path.exists(path):  # noqa: PTH110 (unlike Path.exists, it raises nothing for a name that is too long)
+            raise BundleError(
+                f"{clip(str(directory), 300)} is not a bundle: expected a file {MANIFEST} in it, found none."
+            )
         try:
             manifest = read_manifest(read_limited(path, MANIFEST_LIMIT))
         except BundleError as error:
