@@ -1,4 +1,4 @@
-"""`python -m tiue`: see `tiue.cli`."""
+"""`python -m tiue`: see `tiue.distill.cli`."""
 
 import sys
 

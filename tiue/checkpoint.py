@@ -1,4 +1,4 @@
-"""`student.safetensors`: one self-contained file with everything a student needs.
+"""`student.safetensors`: one self-contained file with everything that a student needs.
 
 Tensors are prefixed `unet.`, `text_encoder.` and `vae.`. The metadata holds configurations, schedules,
 tokenizer, license and provenance as JSON.
@@ -52,7 +52,7 @@ class Student:
     provenance: dict[str, Any] = field(default_factory=dict)  # JSON: how it was trained
     shared_up_blocks: int = 0  # up blocks that belong to the encoder
     share_encoder: bool = True  # False: a control, whose encoder was trained to run at every timestep
-    declared: bool = True  # False: made of a pipeline, which does not say which schedules it was trained for
+    declared: bool = True  # False: made from a pipeline, which does not declare the schedules of its training
 
     def tiue(self, steps: int | None = None) -> TiUE:
         """Return the network for one of the schedules, by default for the longest.
@@ -115,17 +115,17 @@ def check_savable(student: Student) -> None:
 
 
 def save_student(path: str | Path, student: Student, dtype: torch.dtype | None = None) -> None:
-    """Write `student` to `path`, by way of a temporary file beside it, so that `path` is never half-written.
+    """Write `student` to `path`: to a temporary file first, so that `path` is never half-written.
 
-    Tensors that share memory, such as tied embeddings, are stored once.
+    Tensors that share memory, for example tied embeddings, are stored once.
 
     Args:
-        path: usually ends in .safetensors; an existing file is replaced.
+        path: usually ends in .safetensors. An existing file is replaced.
         student: modules may be on any device.
-        dtype: how floating-point tensors are stored (torch.float16 halves the file); by default as they are.
+        dtype: the stored type of floating-point tensors. torch.float16 halves the file. None keeps their own types.
 
     Raises:
-        CheckpointError: a weight cannot be stored or is not finite, in the given dtype.
+        CheckpointError: a weight cannot be stored in the given dtype, or is not finite in it.
     """
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
@@ -154,7 +154,7 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
 
 
 def _metadata(student: Student) -> dict[str, str]:
-    """Return all but the tensors, as safetensors' metadata. Raises CheckpointError for what is not JSON."""
+    """Return everything but the tensors, as safetensors' metadata. Raises CheckpointError for values outside JSON."""
     components = student.components
     metadata = {
         **{part: _config(getattr(components, part)) for part in PARTS},
@@ -196,7 +196,7 @@ def _check_module(part: str, module: nn.Module) -> None:
 
 
 def _problem(tensor: Any, dtype: torch.dtype | None) -> str | None:
-    """Say in words why a tensor cannot be stored as `dtype`, by default as it is; None if it can."""
+    """Say why a tensor cannot be stored as `dtype` (None: its own type). Return None if it can."""
     if not isinstance(tensor, torch.Tensor):
         return f"is no tensor but {type(tensor).__name__}"
     if tensor.is_meta:
@@ -210,7 +210,7 @@ def _problem(tensor: Any, dtype: torch.dtype | None) -> str | None:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key that two tensors have in common if they are the same memory in the same order."""
+    """Return a key that is equal for tensors that are the same memory in the same order."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
@@ -224,12 +224,11 @@ def _to_store(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def load_student(path: str | Path) -> Student:
-    """Read a student: modules in float32 whatever the file stores, in evaluation mode, on the CPU.
+    """Read a student: modules in float32, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: in one line, the file is missing, damaged, not a student, or of a newer format; it has metadata
-            of which no model or schedule can be made; or it does not hold exactly the tensors that its configurations
-            call for.
+        CheckpointError: the file is missing, damaged, not a student, or of a newer format; its metadata describe no
+            model or schedule; or its tensors are not exactly those of its configurations.
     """
     path = Path(path)
     if not is_file(path):
@@ -272,7 +271,7 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _empty_modules(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Make the modules that configurations describe, without weights."""
     modules: dict[str, Any] = {}
-    with init_empty_weights():  # parameters come from the file, so none is initialised first
+    with init_empty_weights():  # The file has the parameters, so none is initialized.
         modules["unet"] = UNet2DConditionModel.from_config(metadata["unet"])
         vae, text = metadata["vae"], metadata["text_encoder"]
         vae_class = class_named(diffusers, vae["_class_name"], (AutoencoderKL, AutoencoderTiny))
@@ -283,7 +282,7 @@ def _empty_modules(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill(path: Path, modules: Mapping[str, Any], found: Mapping[str, Stored], aliases: Mapping[str, str]) -> None:
-    """Give modules their weights, and tie those that were stored once for several names."""
+    """Give modules their weights, and tie the weights that are stored once for several names."""
     unknown = [name for name in found if name.partition(".")[0] not in modules]
     if unknown:
         raise CheckpointError(f"{path} has an unexpected tensor {unknown[0]} ({len(unknown)} in all)")
@@ -318,13 +317,15 @@ def _student(path: Path, metadata: Mapping[str, Any], modules: Mapping[str, Any]
         ),
         scheduler_config=metadata["scheduler"],
         name=metadata["name"],
-        license=metadata["license"] if "license" in metadata else metadata["licence"],  # the key was renamed
+        license=metadata["license"]
+        if "license" in metadata
+        else metadata["licence"],  # Older files have the second key.
     )
     student = Student(
         components=components,
         encoder_timestep=metadata["encoder_timestep"],
         schedules={int(steps): timesteps for steps, timesteps in metadata["schedules"].items()},
-        shared_up_blocks=metadata.get("shared_up_blocks", 0),  # files older than the settings have none
+        shared_up_blocks=metadata.get("shared_up_blocks", 0),  # Older files lack this setting.
         share_encoder=metadata.get("share_encoder", True),
         base_model=metadata["base_model"],
         provenance=metadata["provenance"],
@@ -336,7 +337,7 @@ def _student(path: Path, metadata: Mapping[str, Any], modules: Mapping[str, Any]
 def _tokenizer(path: Path, content: Any) -> Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the tokenizers library raises bare ones
+    except Exception as error:  # The tokenizers library raises bare Exceptions.
         raise CheckpointError(f"{path} has a malformed tokenizer: {one_line(error)}") from error
 
 
@@ -346,12 +347,12 @@ def _tokenizer_json(tokenizer: Any) -> Any:
         raise CheckpointError(f"{type(tokenizer).__name__} cannot be stored: expected a fast tokenizer")
     try:
         return json.loads(backend.to_str())
-    except Exception as error:  # one with a part that is written in Python
+    except Exception as error:  # The tokenizer has a part that is written in Python.
         raise CheckpointError(f"the tokenizer cannot be stored: {one_line(error)}") from error
 
 
 def _check_schedules(path: Path, student: Student) -> None:
-    """Raise CheckpointError unless the student names a schedule, and every one that it names fits its scheduler."""
+    """Raise CheckpointError unless the student has a schedule and all its schedules fit its scheduler."""
     if not student.schedules:
         raise CheckpointError(f"{path} names no schedule that it was trained for")
     for steps, timesteps in student.schedules.items():
@@ -371,7 +372,7 @@ def _config(module: nn.Module) -> dict[str, Any]:
 
 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the libraries' private keys; one of them holds a path of this machine."""
+    """Return a configuration without the libraries' private keys. One of them is a local path."""
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 

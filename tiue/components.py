@@ -52,8 +52,8 @@ class Geometry:
     """The shapes of a model's latents and pictures."""
 
     channels: int  # C, of latents
-    height: int  # h of the size that the model was made for, in latents
-    width: int  # w of it, in latents
+    height: int  # h of the model's default size, in latents
+    width: int  # w of the model's default size, in latents
     pixels_per_latent: int
     multiple: int  # sides of pictures are multiples of this, in pixels
 
@@ -72,18 +72,18 @@ class Geometry:
             raise ComponentsError(f"the UNet's sample_size is {size!r:.100}: expected a whole number, or two")
         height, width = sides
         pixels = 2 ** (len(vae["block_out_channels"]) - 1)
-        halvings = len(unet["block_out_channels"]) - 1  # the UNet halves a side this often, and doubles it again
+        halvings = len(unet["block_out_channels"]) - 1  # how often the UNet halves a side
         return cls(unet["in_channels"], height, width, pixels, pixels * 2**halvings)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the size that the model was made for."""
+        """(C, h, w) of the model's default size."""
         return self.channels, self.height, self.width
 
 
 @dataclass(frozen=True)
 class Components:
-    """A text-to-image model, in parts. Modules are in evaluation mode, float32, on the CPU, as loaded."""
+    """The parts of a text-to-image model. Loaded modules are in evaluation mode, in float32 and on the CPU."""
 
     unet: UNet2DConditionModel
     text_encoder: PreTrainedModel  # CLIPTextModel, BertModel ...: its first output is the text (B, L, D)
@@ -105,18 +105,18 @@ class Components:
 
 
 def latent_scaling(vae: AutoencoderKL | AutoencoderTiny) -> tuple[float, float]:
-    """Return the (scale, shift) with which a VAE's own latents are z / scale + shift for the UNet's z."""
+    """Return (scale, shift) of a VAE. Its own latents are z / scale + shift, where z are the UNet's."""
     return vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
 
 
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w), as the UNet makes them => image (B, 3, H, W) in [-1, 1]."""
+    """Decode the UNet's latents (B, C, h, w) => image (B, 3, H, W) in [-1, 1]."""
     scale, shift = latent_scaling(vae)
     return vae.decode(latents / scale + shift, return_dict=False)[0]
 
 
 def check_fit(components: Components) -> None:
-    """Raise ComponentsError where the parts do not belong together, or a bundle cannot say what they need."""
+    """Raise ComponentsError if the parts do not fit each other, or need something that a bundle cannot express."""
     unet, vae, text = components.unet.config, components.vae.config, components.text_encoder.config
     channels, latent_channels = unet["in_channels"], vae["latent_channels"]
     if channels != latent_channels:
@@ -142,21 +142,23 @@ def load_components(
 ) -> Components:
     """Load a diffusers pipeline directory. Weights are read from safetensors only, never from pickles.
 
-    Each part's weights may be one file or shards, of any precision. The variant "fp16" is read where a part has no
-    other. Memory holds them once, as float32. The tokenizer may be in the files of the slow class or of the fast one.
-    Configurations of 2022 are repaired as diffusers' StableDiffusionPipeline repairs them, with a warning. Prefixes of
-    compiled or wrapped models are taken off names, with a warning.
+    Each part's weights may be one file or shards, of any precision. The variant "fp16" is read if a part has no other.
+    Memory holds the weights once, as float32. The tokenizer may be stored in the files of the slow or the fast class.
+    Configurations of 2022 are repaired as in diffusers' StableDiffusionPipeline, with a warning. Prefixes that compiled
+    or wrapped models add to names are removed, with a warning.
 
     Args:
         directory: holds model_index.json and unet/, text_encoder/, vae/, tokenizer/ and scheduler/.
-        local_files_only: if False and there is no such directory, take the name for a Hugging Face Hub id and
-            download it.
-        unet_file: take the weights of this safetensors file in place of the pipeline's. It holds a UNet under the
-            names of diffusers; or it is a single file in the original layout (A1111's), of which all parts are taken.
-            The model is named after the file. Folders of parts that are taken from it need a config.json only.
+        local_files_only: if False and there is no such directory, the name is a Hugging Face Hub id to download.
+        unet_file: a safetensors file whose weights replace the pipeline's. It holds a UNet under diffusers' names, or
+            is a single file in the original layout (A1111's), whose parts are all used. The model is named after the
+            file. Folders of replaced parts need only a config.json.
+
+    Returns:
+        The model.
 
     Raises:
-        ComponentsError: a part is missing, unreadable or of an unsupported class; the message names it.
+        ComponentsError: a part is missing, unreadable or of an unsupported class. The message names it.
     """
     taken: set[str] = set()
     if unet_file is not None:
@@ -174,14 +176,14 @@ def load_components(
         if part not in modules:
             modules[part] = load_part(found.classes[part], found.root / part, part)
     size = found.configs["unet"].get("sample_size")
-    if modules["unet"].config.sample_size != size:  # repaired
+    if modules["unet"].config.sample_size != size:  # The size was repaired.
         modules["unet"].register_to_config(sample_size=size)
     return Components(
         **modules,
         tokenizer=tokenizer,
         scheduler_config=found.configs["scheduler"],
         name=Path(directory).resolve().name if unet_file is None else Path(unet_file).stem,
-        license=found.license if unet_file is None else "unknown",  # the base's license says nothing of the UNet's
+        license=found.license if unet_file is None else "unknown",  # The base's license need not be the UNet's.
     )
 
 
@@ -203,7 +205,7 @@ def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
 
 
 def _find(directory: str | Path, local_files_only: bool, parts: list[str]) -> PipelineDirectory:
-    """Read the configurations of a pipeline, and download it, with the weights of `parts`, where that is wanted."""
+    """Read the configurations of a pipeline. If it is downloaded, fetch the weights of `parts` as well."""
     root = Path(directory)
     if is_directory(root):
         return read_directory(root)
@@ -223,7 +225,7 @@ def _download(hub_id: str, parts: list[str]) -> PipelineDirectory:
         names = hub.list_files(hub_id)
         found = read_directory(
             hub.fetch(hub_id, CONFIGURATIONS)
-        )  # an unsupported model is refused before gigabytes come
+        )  # Unsupported models are refused before their weights are downloaded.
         weights: list[str] = []
         for part in parts:
             own = [name.removeprefix(f"{part}/") for name in names if re.fullmatch(rf"{part}/[^/]+", name)]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, fingerprints of weights and texts, and errors as one line."""
+"""Writing files whole or not at all, fingerprints of weights and texts, and errors as one line."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn  # importing torch takes seconds that a command's --help need not wait for
+    from torch import nn  # Importing torch takes seconds, for which --help should not wait.
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and rename that file to `path` once it is complete and on the disk.
+    """Give a temporary path beside `path`. Rename that file to `path` when it is complete and on the disk.
 
-    If the block raises, the temporary file is deleted and `path` stays as it was. A link is followed. The temporary
-    name is random, so that a file left behind by a killed process is never in the way, and as short for a long name.
+    If the block raises, the temporary file is deleted and `path` stays unchanged. A link is followed. The temporary
+    name is random, so that files left by killed processes are never in the way. It is short even if the name is long.
 
     Yields:
-        The temporary path; the block writes the file there.
+        The temporary path. The block writes the file there.
     """
     path = path.resolve()
-    if path.exists() and not path.stat().st_mode & stat.S_IWUSR:  # The permission counts for root, too.
+    if path.exists() and not path.stat().st_mode & stat.S_IWUSR:  # Respect the permission even as root.
         raise PermissionError(errno.EACCES, "the file is read-only, so it is not replaced", str(path))
     temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
@@ -58,7 +58,7 @@ def fingerprint(*modules: nn.Module) -> str:
     for module in modules:
         for name, tensor in module.state_dict().items():
             values = tensor.detach().flatten()
-            values = values[:: values.numel() // 64 | 1]  # an odd stride does not stay within one column
+            values = values[:: values.numel() // 64 | 1]  # An odd stride does not stay in one column.
             hashed.update(f"{name} {list(tensor.shape)}".encode())
             hashed.update(values.double().cpu().numpy().tobytes())
     return hashed.hexdigest()[:16]
@@ -86,16 +86,16 @@ def is_directory(path: Path) -> bool:
 
 
 class OneLineError(ValueError):
-    """An error of ours about other people's files. Its message is one line, whatever names and values it quotes."""
+    """An error about a user's file. Its message is one line, even if it quotes strange names or values."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message, 1000))
 
 
 def one_line(error: BaseException | str, length: int = 300) -> str:
-    """Put an error's message on one line of at most `length` characters; without a message, the error's type.
+    """Put an error's message, or its type if there is none, on one line of at most `length` characters.
 
-    Characters that a terminal cannot show, or would obey, are written as escapes.
+    Characters that a terminal cannot print, control codes among them, become escapes.
     """
     text = " ".join(str(error)[: 4 * length].split())
     if not text.isprintable():
@@ -104,5 +104,5 @@ def one_line(error: BaseException | str, length: int = 300) -> str:
 
 
 def shortened(text: str, length: int = 100) -> str:
-    """Cut a text that is longer than `length` characters, and say so by three dots."""
+    """Cut a text that is longer than `length` characters, and mark the cut by three dots."""
     return text if len(text) <= length else f"{text[: length - 4]} ..."

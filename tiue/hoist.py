@@ -1,17 +1,17 @@
 """The student in two halves: all work that does not depend on the timestep is done once, exactly.
 
-An up block has resnets whose input is cat(hidden, skip). The following moves out of the decoder:
+The input of a resnet in an up block is cat(hidden, skip). The following moves out of the decoder:
 
 - Convolution is linear in its channels, so conv1 and the shortcut of `skip` are computed once and added to those of
-  `hidden`. The group norm before conv1 works on groups of channels. Groups of skip channels alone are normalized once.
-  The group that `hidden` and `skip` share is called the edge; it is normalized at every timestep.
-- The first resnet's `hidden` does not depend on the timestep, so all of its conv1 and shortcut is computed once.
+  `hidden`. The group norm before conv1 works on groups of channels. Groups of only skip channels are normalized once.
+  One group may mix channels of `hidden` and `skip`. Its skip channels are the edge, and stay in the decoder.
+- The first resnet's `hidden` does not depend on the timestep, so its whole conv1 and shortcut are computed once.
 - Keys and values of the text are computed once.
 - Time embeddings of fixed timesteps are constants. They become biases of conv1, one per timestep.
 
 conv_out is linear, so it is applied once, to the weighted sum of its inputs. Up blocks of other kinds stay whole.
 
-The halves exchange features by name: a block's are called `up_<block>_<name>`.
+The halves exchange features by name, `up_<block>_<name>`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,18 +38,18 @@ def hoist(tiue: TiUE, timesteps: Sequence[int]) -> tuple["HoistedEncoder", "Hois
     Both halves alias the student's weights, have no gradients, and compute in the UNet's own dtype.
 
     Args:
-        tiue: the student; it stays as it is.
-        timesteps: where the decoder will run, in the order of its step_index.
+        tiue: the student. It is not changed.
+        timesteps: the timesteps of the decoder. step_index i means timesteps[i].
 
     Returns:
-        (encoder, decoder): the encoder's features are the decoder's, in the order of `encoder.names`.
+        (encoder, decoder). The decoder takes the encoder's features, in the order of `encoder.names`.
     """
     with torch.no_grad():
         first = tiue.shared_up_blocks
         copy = TiUE(alias_weights(tiue.unet), tiue.schedule, tiue.encoder_timestep, first)
         unet = copy.unet
         temb = tiue.embed(torch.tensor(list(timesteps)), tiue.unet.dtype)
-        hidden = 0  # channels that depend on the timestep
+        hidden = 0  # number of channels that depend on the timestep
         once, per_step, names, text_columns = dict[str, Any](), dict[str, Any](), list[str](), _TextColumns()
         for i, block in enumerate(unet.up_blocks[first:], first):
             halves = _split(block, hidden, temb, text_columns) if _can_split(block) else _keep(block, hidden, temb)
@@ -89,7 +89,7 @@ class HoistedEncoder(nn.Module):
         for prefix, block in zip(self.prefixes, self.blocks, strict=True):
             skips, own = skips[: -block.skips], skips[-block.skips :]
             features |= _prefixed(prefix, block(hidden, own[::-1], text))
-            hidden = None  # from here on it depends on the timestep
+            hidden = None  # The next block's depends on the timestep.
         if self.projections:
             features[_KEYS_VALUES] = torch.cat([project(text) for project in self.projections], dim=-1)
         return tuple(features[name] for name in self.names)
@@ -114,12 +114,12 @@ class HoistedDecoder(nn.Module):
         hidden = None
         for prefix, block in zip(self.prefixes, self.blocks, strict=True):
             hidden = block(hidden, _own(named, prefix), step_index, text)
-        assert hidden is not None  # a UNet has up blocks
+        assert hidden is not None  # A UNet has up blocks.
         return self.weighted_sum(self.norm_out(hidden).unflatten(0, (k, batch)), step_weight)
 
 
 class _WeightedSum(nn.Module):
-    """conv_out is linear, so it is applied once, to the weighted sum of its inputs. Computes in conv_out's dtype."""
+    """conv_out of the weighted sum of its inputs, in conv_out's dtype. conv_out is linear, so it is applied once."""
 
     def __init__(self, conv_out: nn.Conv2d):
         super().__init__()
@@ -134,7 +134,7 @@ class _WeightedSum(nn.Module):
 
 
 def alias_weights(module: M) -> M:
-    """Copy a module so that it may be changed. Its weights alias the original's, and take no memory of their own."""
+    """Copy a module. Its structure may be changed. Its weights alias the original's, so they take no memory."""
     tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return deepcopy(module, tensors | {id(b): b.detach() for b in module.buffers()})
 
@@ -142,20 +142,20 @@ def alias_weights(module: M) -> M:
 class _Halves(NamedTuple):
     """An up block in two halves."""
 
-    once: Any  # hidden or None, own skips, text => features by name; `names` has their names
-    per_step: nn.Module  # hidden or None, features by name, step_index, text keys and values => hidden
-    channels: int  # channels of the result
+    once: Any  # (hidden or None, the block's skips, text) => features by name; `once.names` lists the names
+    per_step: nn.Module  # (hidden or None, features by name, step_index, keys and values of the text) => hidden
+    channels: int  # of the block's output
 
 
 class _TextColumns:
-    """Linear layers that are applied to the text once, and the columns where each result is found."""
+    """The linear layers that are applied to the text once. Their results stand side by side, as columns of a tensor."""
 
     def __init__(self) -> None:
         self.projections: list[nn.Module] = []
         self._width = 0
 
     def move(self, attention: Any) -> None:
-        """Move the layers for keys and values of an attention here, and leave layers that cut out their columns."""
+        """Move an attention's layers for keys and values here. In their place, put layers that select their columns."""
         for name in ("to_k", "to_v"):
             project = getattr(attention, name)
             setattr(attention, name, _Columns(self._width, self._width + project.out_features))
@@ -174,7 +174,7 @@ class _Columns(nn.Module):
 
 def _can_split(block: nn.Module) -> bool:
     if type(block) not in (UpBlock2D, CrossAttnUpBlock2D) or all(getattr(block, s, None) for s in ("s1", "s2", "b1")):
-        return False  # another kind of block, or FreeU, which changes what resnets are given
+        return False  # Another kind of block, or FreeU, which changes the inputs of resnets.
     resnets = all(
         type(resnet) is ResnetBlock2D
         and resnet.time_embedding_norm in ("default", "scale_shift")
@@ -190,7 +190,7 @@ def _can_split(block: nn.Module) -> bool:
 
 
 def _of_text(module: nn.Module) -> list[Any]:
-    """Return the attentions that look at the text."""
+    """List the attentions to the text (cross-attentions)."""
     layers = [m for m in module.modules() if isinstance(m, BasicTransformerBlock)]
     return [a for m in layers for a in ((m.attn1,) if m.only_cross_attention else ()) + (m.attn2,) if a is not None]
 
@@ -211,7 +211,7 @@ def _prefixed(prefix: str, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _own(features: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the features whose names begin with `prefix`, without it."""
+    """Return the features whose names begin with `prefix`, under names without the prefix."""
     return {name.removeprefix(prefix): feature for name, feature in features.items() if name.startswith(prefix)}
 
 
@@ -246,21 +246,21 @@ class _SplitPerStep(nn.Module):
                 hidden = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
         for upsampler in self.upsamplers:
             hidden = upsampler(hidden)
-        assert hidden is not None  # a block has resnets
+        assert hidden is not None  # A block has resnets.
         return hidden
 
 
 def _edge(resnet: Any, hidden: int) -> int:
-    """Return how many of skip's channels are in a group with channels of `hidden`."""
+    """Return the number of skip's channels that are in a group with channels of `hidden`."""
     size = resnet.in_channels // resnet.norm1.num_groups
     return min(-hidden % size, resnet.in_channels - hidden)
 
 
 class _ResnetOnce(nn.Module):
-    """The part of a resnet that works on the last of its input's channels, which do not depend on the timestep."""
+    """The part of a resnet that works on `skip`, the last input channels. These do not depend on the timestep."""
 
     def __init__(self, resnet: Any, hidden: int):
-        """Take `hidden`, the number of the input's first channels, which depend on the timestep."""
+        """Make the part. hidden: the number of the input's first channels, which depend on the timestep."""
         super().__init__()
         self.edge = _edge(resnet, hidden)
         alone = slice(hidden + self.edge, resnet.in_channels)
@@ -284,7 +284,7 @@ class _ResnetPerStep(nn.Module):
     """The rest of a resnet."""
 
     def __init__(self, resnet: Any, hidden: int, temb: Tensor):
-        """Take `hidden` as `_ResnetOnce` does, and the embeddings `temb` (T, E) of the timesteps."""
+        """Make the rest. hidden: as in `_ResnetOnce`. temb: the embeddings (T, E) of the timesteps."""
         super().__init__()
         edge = _edge(resnet, hidden)
         self.conv1 = self.shortcut = None
@@ -309,7 +309,7 @@ class _ResnetPerStep(nn.Module):
             edge = [repeat_rows(features["edge"], k)] if "edge" in features else []
             mixed = self.conv1(torch.cat([hidden, *edge], dim=1))
             x = mixed if x is None else mixed + x
-        assert x is not None  # one of the two has channels
+        assert x is not None  # At least one of the two parts has channels.
         batch = x.shape[0] // k
         bias = _rows(self.bias, step_index, batch)
         if self.scale is None:
@@ -321,13 +321,13 @@ class _ResnetPerStep(nn.Module):
 
 
 def _rows(table: Tensor, step_index: Tensor, batch: int) -> Tensor:
-    """Rows of a table (T, C), each for a batch => (k*batch, C, 1, 1), step-major."""
+    """Select rows of a table (T, C) and repeat each for a batch => (k*batch, C, 1, 1), step-major."""
     k = step_index.shape[0]
     return table[step_index][:, None].expand(k, batch, -1).flatten(0, 1)[:, :, None, None]
 
 
 def _time_bias(resnet: Any, temb: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the bias of conv1 at each timestep (T, C), and the second norm's scale and shift (T, 2C) if it has any."""
+    """Return the bias of conv1 at each timestep (T, C), and the second norm's scale and shift (T, 2C) or None."""
     bias = resnet.conv1.bias.detach().expand(len(temb), -1)
     if resnet.time_emb_proj is None:
         return bias, None
@@ -336,7 +336,7 @@ def _time_bias(resnet: Any, temb: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _fold_time(unet: Any, temb: Tensor) -> bool:
-    """Move a fixed time embedding (1, E) into biases, in place. Return False for blocks that use it in another way."""
+    """Move a fixed time embedding (1, E) into biases, in place. Return False if a block uses it in another way."""
     resnets = [m for m in unet.modules() if hasattr(m, "time_emb_proj")]
     if any(type(m) is not ResnetBlock2D or m.time_embedding_norm != "default" for m in resnets):
         return False
@@ -348,7 +348,7 @@ def _fold_time(unet: Any, temb: Tensor) -> bool:
 
 
 def _keep(block: Any, hidden: int, temb: Tensor) -> _Halves:
-    """Keep a block of another kind whole: all of it runs at every timestep."""
+    """Keep a block of another kind whole. It runs at every timestep."""
     has_text = bool(getattr(block, "has_cross_attention", False))
     once = _WholeOnce(len(block.resnets), first=not hidden, has_text=has_text)
     return _Halves(once, _WholePerStep(block, temb), block.resnets[-1].out_channels)
@@ -377,7 +377,7 @@ class _WholePerStep(nn.Module):
         k = step_index.shape[0]
         if "hidden" in features:
             hidden = repeat_rows(features["hidden"], k)
-        assert hidden is not None  # the block before made it
+        assert hidden is not None  # The block before has made it.
         skips = [repeat_rows(features[name], k) for name in _skip_names(len(self.block.resnets))]
         temb = _rows(self.temb, step_index, hidden.shape[0] // k)[:, :, 0, 0]
         text = {"encoder_hidden_states": repeat_rows(features["text"], k)} if "text" in features else {}
@@ -389,7 +389,7 @@ def _skip_names(count: int) -> list[str]:
 
 
 def _shortcut(resnet: Any) -> Any:
-    """Return the shortcut of a resnet as a convolution; where it has none, the identity."""
+    """Return the shortcut of a resnet as a convolution. Without a shortcut, it is the identity."""
     if resnet.conv_shortcut is not None:
         return resnet.conv_shortcut
     count, weight = resnet.in_channels, resnet.conv1.weight
@@ -399,7 +399,7 @@ def _shortcut(resnet: Any) -> Any:
 
 
 def _norm_of(norm: nn.GroupNorm, channels: slice) -> nn.GroupNorm:
-    """Return the norm of some of the channels, which are whole groups."""
+    """Return the norm of some of the channels. They must be whole groups."""
     count = channels.stop - channels.start
     part = nn.GroupNorm(count * norm.num_groups // norm.num_channels, count, norm.eps, device="meta")
     part.weight = nn.Parameter(norm.weight[channels].detach(), requires_grad=False)
@@ -408,7 +408,7 @@ def _norm_of(norm: nn.GroupNorm, channels: slice) -> nn.GroupNorm:
 
 
 def _conv_of(conv: nn.Conv2d, channels: slice, *, bias: bool) -> nn.Conv2d:
-    """Return the convolution of some of the input's channels."""
+    """Return the convolution restricted to some of the input's channels."""
     part = nn.Conv2d(
         channels.stop - channels.start,
         conv.out_channels,

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub. This is the only module that uses a network, and only for a model that was named."""
+"""Models on the Hugging Face Hub. Only this module uses a network, and only for a model that the user named."""
 
 import re
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".json", ".onnx")
 
 
 class HubError(ValueError):
-    """A model cannot be downloaded from the Hub; the message says why, in one line."""
+    """A model cannot be downloaded from the Hub. The message says why, in one line."""
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here may be a Hub id, owner/name, rather than a mistyped path."""
+    """Say whether a name that is no local path looks like a Hub id, owner/name, and not like a mistyped path."""
     is_id = len(name) <= _LONGEST_ID and _ID.fullmatch(name) is not None
     return is_id and not name.endswith(_FILES) and not is_directory(Path(name).parent)
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set, so that only earlier downloads are used."""
+    """Say whether HF_HUB_OFFLINE is set, so that only earlier downloads are used."""
     return constants.HF_HUB_OFFLINE
 
 
@@ -38,17 +38,21 @@ def list_files(hub_id: str) -> list[str]:
 
 
 def fetch(hub_id: str, patterns: Sequence[str]) -> Path:
-    """Download files of a model into the Hub's cache, unless they are there, and return the snapshot's directory.
+    """Download files of a model into the Hub's cache, unless they are already there.
 
     Args:
-        patterns: name the files. They are ignored while offline, where the cache holds what was downloaded.
+        hub_id: owner/name.
+        patterns: glob patterns of the files. Offline, they are ignored, and the cache is used as it is.
+
+    Returns:
+        The snapshot's directory.
 
     Raises:
         HubError: the download failed.
     """
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=offline()))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: from the Hub's transfer library
+    except (OSError, ValueError, RuntimeError) as error:  # The Hub's transfer library raises RuntimeError.
         raise HubError(_reason(hub_id, error)) from error
 
 
@@ -60,7 +64,7 @@ def _reason(hub_id: str, error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError) and offline():
         return f"{hub_id} is not a path here, nor was it downloaded before, and HF_HUB_OFFLINE is set"
     first = next(iter(str(error).strip().splitlines()), "")
-    what = first if 0 < len(first) < 150 else type(error).__name__  # some messages hold whole responses
+    what = first if 0 < len(first) < 150 else type(error).__name__  # Some messages hold whole responses.
     return (
         f"{hub_id} is not a path here, and cannot be downloaded from the Hugging Face Hub: {what} "
         "(HF_HUB_OFFLINE=1 uses an earlier download)"

@@ -1,4 +1,4 @@
-"""Filling the parts of a model with weights: from a pipeline's folders, a UNet's file, or a single file of all."""
+"""Loading the parts of a model with weights: from a pipeline's folders, a UNet's file, or a single file of all."""
 
 import logging
 import re
@@ -33,10 +33,10 @@ from tiue.weights import (
     without_wrappers,
 )
 
-# Where a single file in the original layout has the parts of a model.
+# The prefixes of the parts of a model in a single file in the original layout.
 _ORIGINAL_PLACES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-# Tensors of single files that no picture depends on: the averaged copy of the weights, and the noise process, which the
-# scheduler's configuration has.
+# Tensors of single files that no picture depends on: the averaged copy of the weights, and the noise process, which is
+# also in the scheduler's configuration.
 _ORIGINAL_HARMLESS = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar$|scale_factor$|"
     r"first_stage_model\.(loss\.|model_ema\.)|cond_stage_model\.(logit_scale|model\.(logit_scale|text_projection))|"
@@ -66,7 +66,7 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
         raise
     except Exception as error:  # Libraries raise anything for configurations that make no sense.
         raise ComponentsError(f"{directory} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
-    # Tensors that the libraries would leave at random, or leave out.
+    # The libraries would leave missing tensors at random values and ignore the others.
     unexpected = [name for name in report["unexpected_keys"] if not is_harmless(part, name)]
     for problem, names in (
         ("lacks tensor", report["missing_keys"]),
@@ -75,11 +75,11 @@ def load_part(cls: Any, directory: Path, part: str) -> Any:
     ):
         if names:
             raise ComponentsError(f"{directory} cannot be loaded: it {problem} {min(names)} ({len(names)} in all)")
-    return module.float().eval()  # transformers leaves 8-bit floats as they are
+    return module.float().eval()  # transformers keeps 8-bit floats.
 
 
 def load_unet_file(path: Path, directory: PipelineDirectory) -> UNet2DConditionModel:
-    """Load the UNet that a pipeline's configuration describes, with the weights of a file. Raises ComponentsError."""
+    """Load a pipeline's UNet with the weights of another file. Raises ComponentsError."""
     try:
         found = read_headers(path)
         _check_sizes({"unet": directory.configs["unet"]}, found)
@@ -104,10 +104,10 @@ def _empty_unet(directory: PipelineDirectory) -> UNet2DConditionModel:
 
 
 def single_file_parts(path: Path) -> set[str]:
-    """Return the parts that a file in the original layout (A1111's) holds; none where it has another layout.
+    """Return the parts that a file in the original layout (A1111's) holds. There are none in another layout.
 
     Raises:
-        ComponentsError: it is no safetensors file.
+        ComponentsError: the file is not a safetensors file.
     """
     try:
         names = read_headers(path)
@@ -119,15 +119,18 @@ def single_file_parts(path: Path) -> set[str]:
 
 
 def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) -> dict[str, Any]:
-    """Load the parts that a file in the original layout holds, by diffusers and the configurations of a pipeline.
+    """Load the parts that a file in the original layout holds, with diffusers and a pipeline's configurations.
 
     Args:
         path: a safetensors file.
-        directory: a pipeline of the same family; its weights are not read.
-        parts: as `single_file_parts` returns them.
+        directory: a pipeline of the same family. Its weights are not read.
+        parts: the result of `single_file_parts`.
+
+    Returns:
+        The modules by part.
 
     Raises:
-        ComponentsError: the file does not fit the configurations, or holds a tensor that would be left out.
+        ComponentsError: the file does not fit the configurations, or holds a tensor that no part takes.
     """
     headers = read_headers(path)
     if kind := kind_of_weights(headers):
@@ -149,7 +152,7 @@ def load_single_file(path: Path, directory: PipelineDirectory, parts: set[str]) 
     try:
         with _quiet():
             state = load_file(path)
-            if not whole:  # a UNet alone, whose names diffusers knows with their place only
+            if not whole:  # The file is a UNet alone. diffusers expects its names with their prefix.
                 state = {f"{_ORIGINAL_PLACES['unet']}{name}": tensor for name, tensor in state.items()}
             loaded = {
                 part: directory.classes[part].from_single_file(dict(state), subfolder=part, **options)
@@ -178,10 +181,10 @@ def load_fast_tokenizer(directory: PipelineDirectory) -> Any:
         raise ComponentsError(f"{directory.root} is not a complete diffusers pipeline: tokenizer is missing")
     try:
         tokenizer = load_tokenizer(cls, folder, like_slow=directory.slow_tokenizer)
-    except Exception as error:  # the tokenizers library raises bare ones
+    except Exception as error:  # The tokenizers library raises bare Exceptions.
         raise ComponentsError(f"{folder} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
     limit = directory.configs["text_encoder"].get("max_position_embeddings")
-    if tokenizer.model_max_length == VERY_LARGE_INTEGER and limit:  # vocab.json and merges.txt do not say
+    if tokenizer.model_max_length == VERY_LARGE_INTEGER and limit:  # vocab.json and merges.txt hold no limit.
         tokenizer.model_max_length = limit
     return tokenizer
 
@@ -198,7 +201,7 @@ def _check_sizes(configs: Mapping[str, Any], found: Mapping[str, Stored]) -> Non
 
 
 def _from_pretrained(cls: Any, directory: Path, variant: str | None) -> tuple[Any, Mapping[str, Any]]:
-    if issubclass(cls, PreTrainedModel):  # transformers names tensors of a wrong shape only when told to go on
+    if issubclass(cls, PreTrainedModel):  # transformers names misshapen tensors only with ignore_mismatched_sizes
         options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     else:
         options = {"torch_dtype": torch.float32}
@@ -235,7 +238,7 @@ def _is_misfit(error: WeightsError) -> bool:
 
 
 def _original_text_encoder(path: Path, directory: PipelineDirectory, loaded: Mapping[str, Any], options: Any) -> Any:
-    """Load the text encoder of a single file, by the pipeline of diffusers, which alone can."""
+    """Load the text encoder of a single file. Only diffusers' pipeline class can do this."""
     pipeline = StableDiffusionPipeline.from_single_file(
         str(path),
         unet=loaded["unet"],
@@ -253,7 +256,7 @@ def _original_text_encoder(path: Path, directory: PipelineDirectory, loaded: Map
 def _check_complete(
     path: Path, directory: PipelineDirectory, part: str, module: Any, headers: Mapping[str, Stored]
 ) -> None:
-    """Raise ComponentsError where diffusers left a weight without value, or a tensor of the file out."""
+    """Raise ComponentsError if diffusers left a weight without value, or ignored a tensor of the file."""
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if empty:
         raise ComponentsError(
@@ -263,7 +266,7 @@ def _check_complete(
     own = [name for name in headers if name.startswith(place) and not _ORIGINAL_HARMLESS.match(name)]
     is_open_clip = part == "text_encoder" and any(name.startswith("cond_stage_model.model.") for name in own)
     if is_open_clip or not own:
-        return  # OpenCLIP keeps query, key and value in one tensor, and has a layer more than is used
+        return  # OpenCLIP's tensors cannot be counted: one holds query, key and value, and one layer is unused.
     count = len(module.state_dict())
     if len(own) != count:
         raise ComponentsError(
@@ -274,7 +277,7 @@ def _check_complete(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries' long reports of weights that do not fit; we refuse these in a line."""
+    """Silence the libraries' long reports of weights that do not fit. Such weights are refused here, in one line."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
     shows_bars = libraries_logging.is_progress_bar_enabled()

@@ -14,7 +14,7 @@ def vsd_loss(x0: Tensor, teacher_eps: Tensor, fake_eps: Tensor, sigma2: Tensor) 
         x0: the student's latents z_0, float (B, C, h, w), with gradient.
         teacher_eps: noise predicted by the teacher on noised x0, with guidance, (B, C, h, w).
         fake_eps: noise predicted by the fake score on the same, with guidance, (B, C, h, w).
-        sigma2: sigma_t^2 = 1 - abar_t of every sample, (B).
+        sigma2: sigma_t^2 = 1 - abar_t of every sample, (B,).
 
     Returns:
         0.5 * mean((x0 - sg(x0 - grad))^2), a scalar.
@@ -48,12 +48,15 @@ def fake_score_loss(eps: Tensor, noise: Tensor, sqrt_alpha: Tensor) -> Tensor:
     Args:
         eps: noise predicted by the fake score, (B, C, h, w).
         noise: the noise that was added, (B, C, h, w).
-        sqrt_alpha: sqrt(abar_t) of every sample, (B).
+        sqrt_alpha: sqrt(abar_t) of every sample, (B,).
+
+    Returns:
+        The loss, a scalar.
     """
     weight = sqrt_alpha.view(-1, 1, 1, 1)
     return F.mse_loss(weight * eps.float(), weight * noise)
 
 
 def clip_loss(text: Tensor, image: Tensor, margin: float = 0.35) -> Tensor:
-    """relu(margin - mean cos(text, image)) over CLIP's projected embeddings, both (B, D)."""
+    """CLIP loss of projected embeddings, both (B, D) => relu(margin - mean cos(text, image)), a scalar."""
     return F.relu(margin - F.cosine_similarity(text, image, dim=-1).mean())

@@ -1,4 +1,4 @@
-"""The configurations of a diffusers pipeline directory: read once, checked, and repaired as diffusers repairs them."""
+"""The configurations of a diffusers pipeline directory: read once, checked, and repaired as in diffusers."""
 
 import json
 import re
@@ -28,27 +28,27 @@ CONFIGURATIONS = (
     *(f"{part}/config.json" for part in WITH_WEIGHTS),
 )
 _PARTS = (*WITH_WEIGHTS, "tokenizer", "scheduler")
-_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # no picture depends on these
-# Pipelines that repair the configurations of 2022 when they are made.
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # No picture depends on these.
+# The pipelines that repair configurations of 2022 when they are constructed.
 _REPAIRING = ("StableDiffusion", "AltDiffusion", "CycleDiffusion", "OnnxStableDiffusion")
 _LONGEST_CARD = 65_536  # bytes of a model card that are searched for its license
 _LONGEST_LICENSE = 100  # characters
 
 
 class ComponentsError(OneLineError):
-    """A pipeline directory lacks a part, or holds one of a kind we do not handle."""
+    """A pipeline directory lacks a part, or holds an unsupported one."""
 
 
 @dataclass(frozen=True)
 class PipelineDirectory:
-    """What a pipeline directory says of itself, without weights."""
+    """The content of a pipeline directory, without weights."""
 
     root: Path
     classes: dict[str, Any]  # of the parts with weights and of the tokenizer
     slow_tokenizer: bool  # the pipeline names the slow tokenizer
     configs: dict[str, dict[str, Any]]  # of the parts with weights and of the scheduler
-    license: str  # as the model card declares it, or "unknown"
-    warnings: tuple[str, ...]  # what was repaired or is left out
+    license: str  # the model card's, or "unknown"
+    warnings: tuple[str, ...]  # notes on repaired and ignored parts
 
 
 def read_directory(root: Path) -> PipelineDirectory:
@@ -117,7 +117,7 @@ def class_named(library: Any, name: Any, expected: type | tuple[type, ...]) -> A
 
 
 def _classes(index: Mapping[str, Any], named: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return the classes that model_index.json names for the parts, if they are all there is and supported."""
+    """Return the classes that model_index.json names for the parts, if all are supported and no other part is named."""
     others = [part for part in named if named[part] and part not in _PARTS + _LEFT_OUT]
     if others:
         kind = index.get("_class_name", "the pipeline")
@@ -158,7 +158,7 @@ def check_not_quantized(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def _repair(configs: dict[str, dict[str, Any]], scheduler_class: str | None) -> list[str]:
-    """Repair configurations in place, as StableDiffusionPipeline of diffusers does, and say what was done."""
+    """Repair configurations in place, as diffusers' StableDiffusionPipeline does. Return a note on each repair."""
     notes: list[str] = []
     scheduler, unet = configs["scheduler"], configs["unet"]
     offset = _option(scheduler, "steps_offset", scheduler_class)
@@ -181,7 +181,7 @@ def _repair(configs: dict[str, dict[str, Any]], scheduler_class: str | None) -> 
 
 
 def _option(scheduler: Mapping[str, Any], name: str, class_name: str | None) -> Any:
-    """Return an option of a scheduler, by default that of its class; None where the class has no such option."""
+    """Return an option of a scheduler, or the default of its class, or None if the class has no such option."""
     if name in scheduler:
         return scheduler[name]
     cls = getattr(diffusers, class_name or str(scheduler.get("_class_name")), None)
@@ -197,7 +197,7 @@ def _is_older_than_0_9(version: Any) -> bool:
 
 
 def _other_directory(root: Path) -> str:
-    """Say in words what a directory is that is no pipeline; "" if that is not known."""
+    """Say what a directory is that is not a pipeline. "" if that is unknown."""
     if (root / "bundle.json").is_file():
         return "; it is a bundle, which is exported already"
     if (root / "adapter_config.json").is_file() or any(root.glob("*lora*.safetensors")):

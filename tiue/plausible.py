@@ -1,4 +1,4 @@
-"""Whether configurations, which anybody can write, describe a model that runs."""
+"""A check that configurations, which anybody can write, describe a model that runs."""
 
 import math
 
@@ -12,14 +12,14 @@ from tiue.unet import TiUE
 
 
 def check_runs(components: Components, network: TiUE) -> None:
-    """Refuse a model that cannot make a picture, by one that has shapes and no numbers: no weight is read.
+    """Refuse a model that cannot make a picture. Only shapes are computed (meta tensors), so no weight is read.
 
     Args:
         components: text encoder, image decoder and tokenizer.
         network: the UNet as a student.
 
     Raises:
-        ComponentsError: a part fails, or makes another shape.
+        ComponentsError: a part fails, or its output has a wrong shape.
     """
     scale, shift = latent_scaling(components.vae)
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift)) or scale == 0:
@@ -42,9 +42,9 @@ def check_runs(components: Components, network: TiUE) -> None:
 
 
 def _text(components: Components) -> torch.Tensor:
-    """Return a text (1, L, D) without numbers."""
+    """Return text embeddings (1, L, D) on the meta device."""
     try:
         return encode_text(components, [""])
-    except DataDependentOutputException:  # BERT looks at its mask to choose a kernel.
+    except DataDependentOutputException:  # BERT reads its mask to choose a kernel.
         length, width = components.tokenizer.model_max_length, components.unet.config["cross_attention_dim"]
         return torch.zeros(1, length, width)

@@ -1,4 +1,4 @@
-"""Captions to distill on: read one by one from text, JSON Lines and Parquet."""
+"""Captions for distillation, read one by one from text, JSON Lines and Parquet."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from typing import Any
 
 from tiue.files import one_line
 
-FIELDS = ("prompt", "caption", "text", "Task2.Caption")  # where a record has its caption; the last is JourneyDB's
-LONGEST = 100_000  # characters of a caption; a longer one is a file in another format
-_LONGEST_LINE = 10_000_000  # characters of a line; records have other fields, too
+FIELDS = (
+    "prompt",
+    "caption",
+    "text",
+    "Task2.Caption",
+)  # fields of a record that may hold its caption; the last is JourneyDB's
+LONGEST = 100_000  # characters of a caption; a longer one means that the file has another format
+_LONGEST_LINE = 10_000_000  # characters of a line; records also have other fields
 
-# Reasons for which a caption is left out. The rest of its file is read.
+# Reasons for skipping a caption. The rest of its file is read.
 BLANK, NULL, NOT_TEXT = "blank", "null", "not Unicode text (half of a surrogate pair)"
-# What is left out of a directory.
+# Things in a directory that are skipped.
 HIDDEN, FOLDERS, OTHER_FILES = "hidden files", "folders, whose files are not read", "files of other kinds"
 
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-_JUNK = {"__macosx", "thumbs.db", "desktop.ini"}  # left by operating systems, as hidden files are
+_JUNK = {"__macosx", "thumbs.db", "desktop.ini"}  # files of operating systems, counted as hidden ones
 _log = logging.getLogger(__name__)
 
-Skipped = Counter[str]  # captions that were left out, by reason
+Skipped = Counter[str]  # numbers of skipped captions and files, by reason
 Reader = Callable[[Path, str | None, Skipped], Iterator[str]]
 
 
 def load_prompts(path: Path, field: str | None = None) -> list[str]:
-    """Read all captions of `read_prompts`, each once."""
+    """Read captions as `read_prompts` does, and drop repetitions."""
     return list(dict.fromkeys(read_prompts(path, field)))
 
 
@@ -37,21 +42,23 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
     """Read captions one by one, in order. Repetitions are kept.
 
     Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Suffixes may be in capitals. In a directory,
-    hidden files (such as `._name.txt`), folders and files of other kinds are passed over. Where a record has a key
-    twice, the last one counts.
+    hidden files (for example `._name.txt`), folders and files of other kinds are skipped. If a record has a key twice,
+    the last one counts.
 
     Args:
-        path: a .txt (one caption a line), a .jsonl (a record a line), a .parquet, or a directory of such files, which
-            are read in the order of their names.
-        field: where records have their caption, as in "Task2.Caption". By default it is the first of FIELDS that a
-            record has.
-        skipped: counts what is left out, by reason (see `in_words`): captions that are blank, null or half a surrogate
-            pair, and files. By default a warning is logged at the end that counts all but the blank ones.
+        path: a .txt (one caption per line), a .jsonl (one record per line), a .parquet, or a directory of such files.
+            The files of a directory are read in the order of their names.
+        field: the field of records that holds the caption, for example "Task2.Caption". By default, the first of
+            FIELDS that a record has.
+        skipped: counts the skipped captions (blank, null, or with half a surrogate pair) and files, by reason. By
+            default, a warning at the end counts all but the blank captions.
+
+    Yields:
+        The captions.
 
     Raises:
-        ValueError: there is no such file, or a file is in another format or encoding, or holds a malformed record, a
-            record without a caption or a caption over LONGEST characters, or no caption is left. The message names
-            file and line.
+        ValueError: a file is missing or in another format or encoding; a record is malformed or has no caption; a
+            caption has more than LONGEST characters; or no caption is left. The message names file and line.
     """
     counts: Skipped = Counter() if skipped is None else skipped
     none = True
@@ -73,7 +80,7 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
 
 
 def in_words(skipped: Skipped) -> str:
-    """Say what was left out, for example "2 null, 1 hidden files"; "" if nothing was."""
+    """List the reasons with their numbers, for example "2 null, 1 hidden files"; "" if nothing was skipped."""
     return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
@@ -162,7 +169,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         head = file.read(4)
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
     number = 0
-    # What is not UTF-8 becomes half surrogate pairs, which UTF-8 has none of, so that the line is known.
+    # Bytes that are not UTF-8 become half surrogate pairs, which UTF-8 never has. Their line is then known.
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     with path.open(encoding=encoding, errors=errors) as file:
         try:
@@ -181,7 +188,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _cleaned(text: str, skipped: Skipped) -> str:
-    """Return a caption without blanks around it; "" for one that is left out."""
+    """Return a caption without blanks around it, or "" to skip it."""
     text = text.strip()
     if not text:
         skipped[BLANK] += 1
@@ -206,7 +213,7 @@ def _of_sane_length(caption: str, where: str) -> str:
 
 
 def _caption(record: Any, field: str | None, skipped: Skipped) -> str:
-    """Return the caption of a record; "" if it is left out. Raises ValueError if the record has no such field."""
+    """Return the caption of a record, or "" to skip it. Raises ValueError if the record has no such field."""
     if record is None:
         skipped[NULL] += 1
         return ""
@@ -225,7 +232,7 @@ def _caption(record: Any, field: str | None, skipped: Skipped) -> str:
 
 
 def _look_up(record: Any, name: str) -> tuple[bool, Any]:
-    """Look up a name such as "Task2.Caption". Returns whether it is there, and its value."""
+    """Look up a name, for example "Task2.Caption". Returns whether it exists, and its value."""
     value = record
     for key in name.split("."):
         if not isinstance(value, dict) or key not in value:

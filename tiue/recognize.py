@@ -1,4 +1,4 @@
-"""What a file of weights is, where it is not the one that was expected, and what to do with it."""
+"""Recognizing an unexpected file of weights: its kind, and the remedy."""
 
 import json
 import re
@@ -39,12 +39,12 @@ _WEB_PAGE = (
     "(on the Hugging Face Hub, addresses of files have /resolve/ in place of /blob/)"
 )
 _AGAIN = "download or copy it again"
-_HEADER = 8  # bytes that say how long the header of a safetensors file is
+_HEADER = 8  # bytes at the beginning of a safetensors file, which hold the length of its header
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
 def not_safetensors(path: Path) -> str:
-    """Say in words, beginning with "is", why a file is not a readable safetensors file, and what to do."""
+    """Say why a file is not a readable safetensors file, and the remedy, in a clause such as "is empty: ..."."""
     size = path.stat().st_size
     if size == 0:
         return f"is empty: {_AGAIN}"
@@ -72,7 +72,7 @@ def _zip_archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError):
-        names = []  # cut short
+        names = []  # The archive is cut short.
     is_pickle = any(name.endswith("data.pkl") for name in names) or (not names and path.suffix.lower() != ".zip")
     return _PICKLE if is_pickle else "is a zip archive: unpack it first"
 
@@ -99,7 +99,7 @@ _ORIGINAL_UNET = r"(model\.diffusion_model\.)?(input_blocks|output_blocks|middle
 _ORIGINAL = r"(model\.diffusion_model|first_stage_model|cond_stage_model)\."
 _DIFFUSERS_UNET = r"(?!.*(encoder|decoder)\.)(\w+\.)*(down_blocks|up_blocks|mid_block|time_embedding)\."
 _FAMILY = "expected the UNet of a Stable Diffusion 1.x or 2.x model"
-# The first row of which a name in a file matches the pattern says what the file is.
+# Pattern => kind. The first row whose pattern matches a name in the file gives the file's kind.
 _KINDS = (
     (
         r"(lora_(unet|te\d?|transformer)_|.*\.lora_(A|B|up|down)\b|.*\.lora\.(up|down)\.|.*_lora\.(up|down)\."
@@ -142,7 +142,7 @@ _KINDS = (
 
 
 def is_original_layout(names: Iterable[str]) -> bool:
-    """Whether tensors are named as in CompVis's code, which A1111's single files are."""
+    """Say whether tensors are named as in CompVis's code and A1111's single files."""
     names = list(names)
     return any(re.match(_ORIGINAL_UNET, name) for name in names) and not any(
         re.match(_DIFFUSERS_UNET, name) for name in names
@@ -150,21 +150,20 @@ def is_original_layout(names: Iterable[str]) -> bool:
 
 
 def is_single_file(names: Iterable[str]) -> bool:
-    """Whether a file holds several parts of a model in the original layout."""
+    """Say whether a file holds several parts of a model in the original layout."""
     names = list(names)
     return is_original_layout(names) and len({m[1] for name in names if (m := re.match(_ORIGINAL, name))}) > 1
 
 
 def kind_of_weights(names: Iterable[str]) -> str | None:
-    """Say in words what a file holds, by its tensors' names, where it is not the weights of one UNet.
+    """Recognize, by tensors' names, a file that does not hold the weights of one UNet.
 
     Returns:
-        A clause that begins with a verb, such as "is a LoRA ...", with the remedy. None for a UNet, and for tensors of
-        an unknown kind.
+        A clause with the kind and the remedy, for example "is a LoRA ...". None for a UNet and for unknown kinds.
     """
     names = list(names)
     if any(re.match(_DIFFUSERS_UNET, name) for name in names):
-        kinds = _KINDS[:7]  # other kinds of UNets, and what is made for UNets
+        kinds = _KINDS[:7]  # other kinds of UNets, and additions to UNets
     elif is_original_layout(names):
         kinds = _KINDS[:7]
     else:

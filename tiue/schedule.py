@@ -4,8 +4,8 @@ With eta = 0 and no clipping, a DDIM step is linear, z <- a_i z + b_i eps_i. All
 
     z_0 = w_0 z_T + sum_i w_i eps_i,    w_0 = prod_j a_j,    w_i = b_i prod_{j>i} a_j,
 
-and nothing at run time needs a scheduler. Where the network predicts v instead of eps, the step is linear in v,
-and the weights multiply v.
+and nothing at run time needs a scheduler. If the network predicts v instead of eps, the step is linear in v, and the
+weights multiply v.
 """
 
 import json
@@ -25,14 +25,14 @@ from tiue.files import one_line
 
 _CLIPPING = ("clip_sample", "thresholding")  # scheduler options that make a step nonlinear
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
-_MOST_TIMESTEPS = 100_000  # of training; models have 1000
-# Schedulers of other processes. Some of their configurations still hold betas, left from an earlier scheduler.
+_MOST_TIMESTEPS = 100_000  # limit of training timesteps; models have 1000
+# Schedulers of other noise processes. Some of their configurations still hold betas of an earlier scheduler.
 _WITHOUT_BETAS = ("FlowMatch", "EDM", "CogVideoX")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where the decoder runs, and how its predictions are summed: z_0 = w_0 z_T + sum_i w_i eps_i."""
+    """The decoder's timesteps, and the weights of the sum z_0 = w_0 z_T + sum_i w_i eps_i."""
 
     timesteps: tuple[int, ...]  # t_1 > ... > t_N
     noise_weight: float  # w_0
@@ -41,7 +41,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise process that a model was trained with, and where DDIM's steps lie on it."""
+    """The noise process of a model's training, and the timesteps of DDIM on it."""
 
     abar: tuple[float, ...]  # alphas_cumprod of every training timestep
     final_abar: float  # abar after the last step
@@ -51,12 +51,12 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Read any scheduler's configuration that has betas (DDIM, PNDM, DDPM, Euler, UniPC ...).
+        """Read the configuration of any scheduler with betas (DDIM, PNDM, DDPM, Euler, UniPC ...).
 
-        Options that are missing are those of DDIMScheduler. Clipping has no place in a sum: see `ignored_options`.
+        Missing options take the defaults of DDIMScheduler. A sum cannot clip: see `ignored_options`.
 
         Raises:
-            ValueError: the scheduler has no betas, or its network predicts something that DDIM is not linear in.
+            ValueError: the scheduler has no betas, or DDIM is not linear in its network's prediction.
         """
         try:
             content = json.dumps(dict(scheduler_config), sort_keys=True, default=list)
@@ -67,10 +67,10 @@ class NoiseSchedule:
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
         """abar_t of every training timestep, float64 (T)."""
-        return torch.tensor(self.abar, dtype=torch.float64, device="cpu")  # also within torch.device("meta")
+        return torch.tensor(self.abar, dtype=torch.float64, device="cpu")  # The default device may be "meta".
 
     def timesteps(self, steps: int) -> list[int]:
-        """Return the `steps` timesteps, descending, that diffusers' DDIMScheduler takes.
+        """Return the `steps` descending timesteps of diffusers' DDIMScheduler.
 
         Raises:
             ValueError: `steps` is not between 1 and the number of training timesteps.
@@ -115,11 +115,11 @@ class NoiseSchedule:
         return coefficients
 
     def _arrivals(self, timesteps: list[int]) -> list[int]:
-        """Return the timestep that each step lands on; negative means the end of the chain.
+        """Return the timestep that each step lands on. A negative one is the end of the chain.
 
-        DDIMScheduler lands T // N below t_i. With "linspace" spacing, and with "trailing" when N does not divide T,
-        that is not t_{i+1}. We follow it, so that a student samples like its teacher. A step from timesteps that are
-        not DDIM's own lands on the next timestep.
+        DDIMScheduler lands T // N below t_i. With "linspace" spacing, and with "trailing" if N does not divide T, this
+        is not t_{i+1}. The same is done here, so that a student samples like its teacher. With timesteps that are not
+        DDIM's own, a step lands on the next timestep.
         """
         if timesteps == self.timesteps(len(timesteps)):
             stride = len(self.abar) // len(timesteps)
@@ -143,27 +143,27 @@ def closed_form(scheduler_config: Mapping[str, Any], steps: int | Sequence[int])
 
 
 def ignored_options(scheduler_config: Mapping[str, Any]) -> list[str]:
-    """Return the options of a configuration that clip a sampler's steps. A closed form leaves them out.
+    """Return the options of a configuration that clip a sampler's steps. The closed form ignores them.
 
-    Stable Diffusion is sampled without them: diffusers' own pipeline sets clip_sample to false.
+    Stable Diffusion is sampled without clipping: diffusers' own pipeline sets clip_sample to false.
     """
     return [option for option in _CLIPPING if scheduler_config.get(option)]
 
 
 def _epsilon_step(abar: float, abar_next: float) -> tuple[float, float]:
-    """DDIM, eq. 12 of arXiv 2010.02502 with sigma = 0: the a and b of z <- a z + b eps."""
+    """Return a and b of DDIM's step z <- a z + b eps: eq. 12 of arXiv 2010.02502 with sigma = 0."""
     a = sqrt(abar_next / abar)
     return a, sqrt(1 - abar_next) - a * sqrt(1 - abar)
 
 
 def _v_step(abar: float, abar_next: float) -> tuple[float, float]:
-    """The same with x_0 = sqrt(abar) z - sqrt(1-abar) v and eps = sqrt(abar) v + sqrt(1-abar) z."""
+    """Return the same for v: x_0 = sqrt(abar) z - sqrt(1-abar) v and eps = sqrt(abar) v + sqrt(1-abar) z."""
     a = sqrt(abar_next * abar) + sqrt((1 - abar_next) * (1 - abar))
     return a, sqrt((1 - abar_next) * abar) - sqrt(abar_next * (1 - abar))
 
 
 def _check_numbers(scheduler_config: Mapping[str, Any]) -> None:
-    """Raise ValueError for numbers of which no scheduler can be built, or only one that takes all memory."""
+    """Raise ValueError for numbers from which no scheduler can be built, or only one that takes all memory."""
     trained, betas = scheduler_config.get("num_train_timesteps", 1000), scheduler_config.get("trained_betas")
     if type(trained) is not int or not 1 <= trained <= _MOST_TIMESTEPS:
         expected = f"a whole number from 1 to {_MOST_TIMESTEPS:,}"
@@ -178,12 +178,12 @@ _STEPS = {"epsilon": _epsilon_step, "v_prediction": _v_step}
 _SPACINGS = ("leading", "trailing", "linspace")
 
 
-@lru_cache(maxsize=16)  # a model's configuration is asked for many times, and building a scheduler takes milliseconds
+@lru_cache(maxsize=16)  # Building a scheduler takes milliseconds, and is needed often.
 def _read(scheduler_config: str) -> NoiseSchedule:
     scheduler = _ddim(json.loads(scheduler_config))
     config = scheduler.config
     return NoiseSchedule(
-        # The values are those of diffusers, which computes them in float32, so they are the ones the teacher knew.
+        # diffusers computes these values in float32. The teacher was trained with them, so they are kept.
         abar=tuple(scheduler.alphas_cumprod.double().tolist()),
         final_abar=float(scheduler.final_alpha_cumprod),
         prediction_type=config.prediction_type,
@@ -213,7 +213,7 @@ def _ddim(scheduler_config: Mapping[str, Any]) -> DDIMScheduler:
     except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{name} has a malformed configuration: {one_line(error, 100)}") from error
     abar = scheduler.alphas_cumprod
-    if not bool(((abar >= 0) & (abar <= 1)).all()):  # false for what is not a number, too
+    if not bool(((abar >= 0) & (abar <= 1)).all()):  # This is also false for NaN.
         raise ValueError(f"{name} has a malformed configuration: its betas make no noise process")
     trained, betas = scheduler.config.num_train_timesteps, len(scheduler.betas)
     if trained != betas:

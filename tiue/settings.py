@@ -1,4 +1,4 @@
-"""Settings as fields of a dataclass: default, help, range and choices in one place, and flags made from them.
+"""Settings as fields of a dataclass. The default, help, range and choices of a setting stand in one place.
 
     @dataclass(frozen=True)
     class Settings:
@@ -7,8 +7,8 @@
         def __post_init__(self):
             check(self)  # raises ValueError: `size` must be a whole number of at least 8, got 4
 
-A command line has the flags of `add_flags`, reads those that were given with `given`, and shows errors with
-`with_flags`: libraries write the name of a setting in backquotes, and the command line shows its flag instead.
+A command line makes its flags with `add_flags` and reads them with `given`. In messages, libraries write the names of
+settings in backquotes. The command line shows these messages by `with_flags`, which replaces the names by flags.
 """
 
 from __future__ import annotations
@@ -56,28 +56,33 @@ def setting(
     metavar: str | None = None,
     shown: str | None = None,
 ) -> Any:
-    """Make a dataclass field of type bool, int, float, str, a tuple of one of these, or one of these or None.
+    """Make a dataclass field that holds a setting.
+
+    Its type is bool, int, float or str; or a tuple of these; or one of all these types or None.
 
     Args:
         default: the default value.
-        help: the flag's help, without the default, which is added.
-        group: heading in the help of this setting and of those that follow, up to the next group. A subclass can
+        help: the flag's help. The default is added to it.
+        group: the heading in the help for this setting and the following ones, up to the next group. A subclass can
             return to a group of its base class.
-        at_least, above, at_most: range of a number, or of every number of a tuple. Numbers are finite in any case.
-        choices: the values that a text, or every text of a tuple, may have.
-        aliases: shorter names; `kl` makes the flag `--kl` beside the field's own.
-        metavar: stands for the value in the help.
-        shown: stands for the default in the help, where the default is None or empty.
+        at_least, above, at_most: the range of a number, or of all numbers of a tuple. Numbers must always be finite.
+        choices: the allowed values of a text, or of all texts of a tuple.
+        aliases: shorter names. `kl` adds the flag `--kl`.
+        metavar: the name of the value in the help.
+        shown: the default in the help, for a default of None or an empty one.
+
+    Returns:
+        The field, for the body of the dataclass.
     """
     rule = _Rule(help, group, at_least, above, at_most, tuple(choices), tuple(aliases), metavar, shown)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 def check(settings: Any) -> None:
-    """Raise ValueError unless every setting of a dataclass is of its type, finite, in range and among its choices.
+    """Check the settings of a dataclass: types, ranges and choices.
 
     Raises:
-        ValueError: the message names the setting in backquotes, what was expected and what was received.
+        ValueError: a setting is wrong. The message has its name in backquotes, the expected and the received value.
     """
     for name, kind, rule in _rules(type(settings)):
         value = getattr(settings, name)
@@ -89,7 +94,7 @@ def check(settings: Any) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add the flag of every setting of a dataclass. A flag that is not given is None: see `given`."""
+    """Add a flag for every setting of a dataclass. A flag that is not given is None: see `given`."""
     group: argparse._ActionsContainer = parser
     groups: dict[str, argparse._ActionsContainer] = {}
     for name, kind, rule in _rules(settings):
@@ -113,20 +118,20 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Return the settings among parsed arguments whose flags were given, by the names of their fields."""
+    """Return the settings whose flags were given: name of the field => value."""
     values = {name: getattr(arguments, name) for name, _, _ in _rules(settings)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def with_flags(message: str, settings: type) -> str:
-    """Replace every name of a setting that stands in backquotes by its flag; other names stay."""
+    """Replace the names of settings in backquotes by their flags. Other names in backquotes stay."""
     names = {name for name, _, _ in _rules(settings)}
     return re.sub(r"`(\w+)`", lambda found: _flag(found[1]) if found[1] in names else found[0], message)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """The type of a setting: `of`, a tuple of `of` (several), or None besides (optional)."""
+    """The type of a setting: `of`, or a tuple of `of` if `several`, or also None if `optional`."""
 
     of: type
     several: bool = False
@@ -158,7 +163,7 @@ def _default(settings: type, name: str) -> Any:
 
 
 def _fits(value: Any, kind: type, rule: _Rule) -> bool:
-    if type(value) is not kind and (kind, type(value)) != (float, int):  # a bool is no int here
+    if type(value) is not kind and (kind, type(value)) != (float, int):  # A bool is not accepted as an int.
         return False
     if kind in (int, float):
         return (
@@ -182,7 +187,7 @@ def _expected(kind: _Kind, rule: _Rule) -> str:
 
 
 def _parser(kind: _Kind) -> Callable[[str], Any]:
-    """A function that argparse calls with a flag's text; it raises ArgumentTypeError for a text of another type."""
+    """Make the function that argparse calls with a flag's text. It raises ArgumentTypeError for a wrong text."""
 
     def parse(text: str) -> Any:
         try:

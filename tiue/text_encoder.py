@@ -9,10 +9,11 @@ from tiue.components import Components
 
 
 def tokenize(components: Components, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts => input_ids int64 (B, L), attention mask int64 (B, L), or None where the model uses no mask.
+    """Turn prompts into tokens. They are padded and cut to L = tokenizer.model_max_length.
 
-    Prompts are padded and cut to L = tokenizer.model_max_length. Whether the mask is used is diffusers'
-    convention: `use_attention_mask` in the text encoder's configuration.
+    Returns:
+        input_ids int64 (B, L), and the attention mask int64 (B, L), or None if the model uses no mask. As in diffusers,
+        `use_attention_mask` in the text encoder's configuration decides this.
     """
     tokens = components.tokenizer(
         list(prompts),
@@ -25,7 +26,7 @@ def tokenize(components: Components, prompts: Sequence[str]) -> tuple[torch.Tens
 
 
 def encode_text(components: Components, prompts: Sequence[str]) -> torch.Tensor:
-    """Prompts => text embeddings (B, L, D), on the text encoder's device."""
+    """Turn prompts into text embeddings (B, L, D), on the text encoder's device."""
     input_ids, mask = tokenize(components, prompts)
     device = components.text_encoder.device
     return components.text_encoder(
@@ -34,5 +35,5 @@ def encode_text(components: Components, prompts: Sequence[str]) -> torch.Tensor:
 
 
 def uses_attention_mask(text_encoder: PreTrainedModel) -> bool:
-    """Whether the text encoder takes the attention mask (CLIP's does not)."""
+    """Say whether the text encoder takes the attention mask. CLIP's does not."""
     return bool(getattr(text_encoder.config, "use_attention_mask", False))

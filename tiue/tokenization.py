@@ -1,4 +1,4 @@
-"""Reading a pipeline's tokenizer, so that it gives the tokens of the class that the pipeline names."""
+"""Reading a pipeline's tokenizer. It gives the same tokens as the class that the pipeline names."""
 
 from pathlib import Path
 
@@ -7,23 +7,26 @@ from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
 _CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
 _IGNORED = r"[\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}'.:·’]"  # noqa: RUF001 (a word goes on across these)
-# The small letter of a sigma that ends a word is another one.
+# At the end of a word, the small letter of a sigma has another form.
 _FINAL_SIGMA = rf"(?<={_CASED}|{_CASED}{_IGNORED}|{_CASED}{_IGNORED}{_IGNORED})Σ(?!{_IGNORED}*{_CASED})"
 
 
 def load_tokenizer(cls: type[PreTrainedTokenizerFast], directory: Path, *, like_slow: bool) -> PreTrainedTokenizerFast:
-    """Read a tokenizer from a directory, in the files of its slow class or of its fast one.
+    """Read a tokenizer from a directory, from the files of its slow or its fast class.
 
-    transformers' fast CLIPTokenizer treats invisible characters, Chinese characters and final sigmas otherwise than
-    the slow one, with which Stable Diffusion was trained.
+    Stable Diffusion was trained with transformers' slow CLIPTokenizer. The fast one treats invisible characters,
+    Chinese characters and final sigmas differently.
 
     Args:
         cls: the fast class.
         directory: holds vocab.json and merges.txt, vocab.txt, or tokenizer.json.
-        like_slow: the pipeline names the slow class, so that the fast one must give its tokens.
+        like_slow: the pipeline names the slow class, so the fast one must give the slow one's tokens.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        Exception: whatever the tokenizers library raises for files that it cannot read.
+        Exception: the tokenizers library cannot read the files.
     """
     tokenizer = cls.from_pretrained(directory, local_files_only=True)
     if like_slow and isinstance(tokenizer, CLIPTokenizerFast):
@@ -32,14 +35,14 @@ def load_tokenizer(cls: type[PreTrainedTokenizerFast], directory: Path, *, like_
 
 
 def _slow_clip_normalizer() -> normalizers.Normalizer:
-    """Return what the slow CLIPTokenizer does before it looks for words, in an environment without ftfy."""
+    """Return the normalization of the slow CLIPTokenizer in an environment without ftfy."""
     return normalizers.Sequence(
         [
-            # Control characters and U+FFFD go, white space becomes a space, and Chinese characters stand alone.
+            # It removes control characters and U+FFFD, turns white space into spaces, and separates Chinese characters.
             normalizers.BertNormalizer(
                 clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False
             ),
-            normalizers.Replace(Regex(r"[\p{Cn}\p{Cf}]"), ""),  # those that are newer than BertNormalizer's tables
+            normalizers.Replace(Regex(r"[\p{Cn}\p{Cf}]"), ""),  # characters newer than BertNormalizer's tables
             normalizers.NFC(),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Replace(Regex(_FINAL_SIGMA), "ς"),

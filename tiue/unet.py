@@ -9,7 +9,7 @@ from torch import nn
 
 from tiue.schedule import Schedule
 
-# Options of UNet2DConditionModel that add inputs, and the value of each that leaves it off.
+# Options of UNet2DConditionModel that add inputs, and the values that turn them off.
 _UNSUPPORTED_UNLESS = {
     "addition_embed_type": None,  # SDXL, Kandinsky
     "class_embed_type": None,
@@ -23,21 +23,21 @@ _UNSUPPORTED_UNLESS = {
 
 
 class Features(NamedTuple):
-    """The encoder's outputs, which the decoder takes."""
+    """The outputs of the encoder and inputs of the decoder."""
 
-    mid: torch.Tensor  # output of the mid block, or of the last up block that the encoder has
-    skips: tuple[torch.Tensor, ...]  # outputs of conv_in and the down blocks, in order, that are not used yet
+    mid: torch.Tensor  # output of the mid block, or of the encoder's last up block
+    skips: tuple[torch.Tensor, ...]  # outputs of conv_in and the down blocks, in order, without those already used
 
 
 class TiUE(nn.Module):
-    """A time-independent unified encoder with a parallel decoder, around (not instead of) a diffusers UNet.
+    """A time-independent unified encoder with a parallel decoder. It wraps a diffusers UNet.
 
     Args:
-        unet: the network; its weights are shared, not copied, and stay under the name `unet`.
-        schedule: where the decoder runs and how its predictions are summed.
-        encoder_timestep: the one timestep that the encoder is given, t_1 of the schedule that it was trained for.
-        shared_up_blocks: the number of up blocks, from the coarsest on, that belong to the encoder and also run once.
-            0 in the paper.
+        unet: the network. It is not copied, and stays available as `unet`.
+        schedule: the decoder's timesteps, and the weights of the sum of its predictions.
+        encoder_timestep: the only timestep of the encoder, t_1 of the schedule of its training.
+        shared_up_blocks: the number of up blocks, coarsest first, that belong to the encoder and run once. 0 in the
+            paper.
 
     Raises:
         ValueError: the UNet has inputs other than latents, a timestep and text, or too few up blocks.
@@ -57,22 +57,22 @@ class TiUE(nn.Module):
         self.shared_up_blocks = shared_up_blocks
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None) -> torch.Tensor:
-        """Noise z_T (B, C, h, w) and text (B, L, D) => latents z_0 (B, C, h, w), by `schedule` or its own."""
+        """Turn noise z_T (B, C, h, w) and text (B, L, D) into latents z_0 (B, C, h, w). schedule: None is its own."""
         return self.predict(latents, text, schedule)[0]
 
     def predict(
         self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, with the predictions: (z_0 (B, C, h, w), eps (N, B, C, h, w))."""
+        """Do the same as `forward`, but return z_0 (B, C, h, w) and the predictions eps (N, B, C, h, w)."""
         schedule = schedule or self.schedule
         timesteps = torch.tensor(schedule.timesteps, device=latents.device)
         features = self.encode(latents, text)
         return self.sum(latents, self.decode(features, timesteps, text), schedule)
 
     def sum(self, latents: torch.Tensor, eps: torch.Tensor, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise z_T (B, C, h, w), predictions (N*B, C, h, w), step-major => z_0 (B, C, h, w), eps (N, B, C, h, w)."""
+        """Sum noise z_T (B, C, h, w) and predictions (N*B, C, h, w) => z_0 (B, C, h, w), eps (N, B, C, h, w)."""
         eps = eps.unflatten(0, (len(schedule.timesteps), -1))
-        eps = eps.to(latents.dtype)  # under autocast the UNet answers in half precision; the sum must not be
+        eps = eps.to(latents.dtype)  # Autocast makes them half precision. The sum needs more.
         weights = torch.tensor(schedule.step_weights, device=latents.device, dtype=latents.dtype)
         # z_0 = w_0 z_T + sum_i w_i eps_i
         return schedule.noise_weight * latents + (weights.view(-1, 1, 1, 1, 1) * eps).sum(0), eps
@@ -96,18 +96,18 @@ class TiUE(nn.Module):
             text: text embeddings, (B, L, D).
 
         Returns:
-            eps, or v where the UNet predicts v, (k*B, C, h, w), step-major: row = i*B + b.
+            eps (or v, if the UNet predicts v), (k*B, C, h, w), step-major: row = i*B + b.
         """
         temb = self.embed(timesteps.repeat_interleave(text.shape[0]), features.mid.dtype)
         return self.decode_embedded(features, temb, text)
 
     def embed(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Timesteps int64 (n) => the embeddings (n, E) that the blocks take."""
+        """Turn timesteps int64 (n,) into the embeddings (n, E) that the blocks take."""
         temb = self.unet.time_embedding(self.unet.time_proj(timesteps).to(dtype))
         return temb if self.unet.time_embed_act is None else self.unet.time_embed_act(temb)
 
     def encode_embedded(self, latents: torch.Tensor, temb: torch.Tensor | None, text: torch.Tensor) -> Features:
-        """`encode` with the time embedding (B, E) given, or None for a UNet whose biases hold it."""
+        """Do the same as `encode`, with a given time embedding (B, E). None: the UNet's biases hold it."""
         hidden = self.unet.conv_in(latents)
         skips = (hidden,)
         for block in self.unet.down_blocks:
@@ -118,7 +118,7 @@ class TiUE(nn.Module):
         return self._up(Features(hidden, skips), slice(0, self.shared_up_blocks), temb, text)
 
     def decode_embedded(self, features: Features, temb: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """`decode` with the time embeddings (k*B, E), step-major, given."""
+        """Do the same as `decode`, with given time embeddings (k*B, E), step-major."""
         steps = temb.shape[0] // text.shape[0]
         features = features._replace(mid=repeat_rows(features.mid, steps))
         hidden, _ = self._up(features, slice(self.shared_up_blocks, None), temb, repeat_rows(text, steps), steps)
@@ -134,9 +134,9 @@ class TiUE(nn.Module):
         text: torch.Tensor,
         steps: int | None = None,
     ) -> Features:
-        """Run some of the up blocks, each of which uses up skips. Skips are repeated for `steps` timesteps."""
+        """Run some of the up blocks. Each removes its skips from `skips`, and repeats them for `steps` timesteps."""
         hidden, skips = features
-        # Upsamplers double sizes. Where downsampling rounded an odd size up, they must be given the right size.
+        # Upsamplers double sizes. If downsampling rounded up an odd size, they need the exact size.
         rounded = any(size % 2**self.unet.num_upsamplers for size in skips[0].shape[2:])
         for block in self.unet.up_blocks[blocks]:
             count = len(block.resnets)
@@ -152,16 +152,16 @@ class TiUE(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The student in training; accelerate wraps this module."""
+    """The student during training. accelerate wraps this module."""
 
     def __init__(self, tiue: TiUE, share_encoder: bool):
         super().__init__()
         self.tiue, self._share_encoder = tiue, share_encoder
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-        """Noise z_T (B, C, h, w), text (B, L, D) => predictions (N*B, C, h, w), step-major.
+        """Turn noise z_T (B, C, h, w) and text (B, L, D) into predictions (N*B, C, h, w), step-major.
 
-        The caller sums them, since FSDP may round the inputs of this module to half precision.
+        The caller sums them, because FSDP may round the inputs of this module to half precision.
         """
         timesteps = torch.tensor(schedule.timesteps, device=latents.device)
         if self._share_encoder:
@@ -171,7 +171,7 @@ class Predictor(nn.Module):
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the option, for a UNet that needs more than latents, a timestep and text."""
+    """Raise ValueError for a UNet that needs more inputs than latents, a timestep and text."""
     for option, expected in _UNSUPPORTED_UNLESS.items():
         value = config.get(option, expected)
         if value != expected:
@@ -185,7 +185,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
 
 
 def check_shared_up_blocks(unet: UNet2DConditionModel, count: int) -> None:
-    """Raise ValueError unless a decoder is left when `count` up blocks are shared."""
+    """Raise ValueError unless a decoder remains after `count` up blocks are shared."""
     blocks = len(unet.up_blocks)
     if not 0 <= count < blocks:
         raise ValueError(f"shared_up_blocks: expected 0 to {blocks - 1} for a UNet of {blocks} up blocks, got {count}")
@@ -196,5 +196,5 @@ def _text_argument(block: nn.Module, text: torch.Tensor) -> dict[str, torch.Tens
 
 
 def repeat_rows(tensor: torch.Tensor, steps: int) -> torch.Tensor:
-    """(B, ...) => (steps*B, ...), step-major."""
+    """Repeat a tensor (B, ...) => (steps*B, ...), step-major."""
     return tensor.repeat(steps, *[1] * (tensor.ndim - 1))

@@ -1,4 +1,4 @@
-"""Weights in safetensors files: which of a folder's to read, and filling a module with exactly those it calls for."""
+"""Weights in safetensors files: choosing the files of a folder, and filling a module with exactly its weights."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +14,7 @@ from tiue.recognize import kind_of_weights, not_safetensors
 
 
 class WeightsError(OneLineError):
-    """Weights are missing, damaged or not those of the module; the message says which, but not of which file."""
+    """Weights are missing, damaged or not those of the module. The message names the tensor, but not the file."""
 
 
 class Stored(NamedTuple):
@@ -22,16 +22,17 @@ class Stored(NamedTuple):
 
     path: Path
     name: str  # in the file
-    dtype: str  # as safetensors writes it, such as "F16"
+    dtype: str  # safetensors' name, for example "F16"
     shape: list[int]
 
 
-# Tensors that no picture depends on, by part, and why. Any other tensor that a module does not call for is refused.
+# Tensors that no picture depends on, by part, with the reason. All other tensors without a place in a module are
+# refused.
 _HARMLESS = {
     "unet": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),  # counters of an average
     "vae": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),
     "text_encoder": re.compile(
-        r"(.*\.)?position_ids$"  # the numbers 0 to L - 1, which the model makes itself
+        r"(.*\.)?position_ids$"  # the numbers 0 to L - 1, which the model computes itself
         r"|(.*\.)?(num_updates|decay|optimization_step)$"
         r"|text_projection(\.weight)?$|logit_scale$|visual_projection\.weight$|vision_model\."  # the rest of CLIP
         r"|(pooler|cls|lm_head)\."  # heads for other tasks
@@ -39,7 +40,7 @@ _HARMLESS = {
     ),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# What stands beside quantized weights: scales, zero points and tables, by the names that libraries give them.
+# Tensors that accompany quantized weights: scales, zero points and tables, under the names of several libraries.
 _QUANTIZED = re.compile(
     r"(.*[.:])?("
     r"weight_scale\w*|scale_weight|input_scale\w*|scale_input|output_scale|[kv]_scale|scaled_fp8|comfy_quant|"
@@ -48,25 +49,24 @@ _QUANTIZED = re.compile(
     r"[wW]_q|_packed_params\b.*|_data|_scale|_shift|int_data|qdata|weight_qdata|tensor_impl\b.*|\w*_quantizer\b.*"
     r")"
 )
-# Segments that torch.compile, FSDP and activation checkpointing write into names.
+# Segments that torch.compile, FSDP and activation checkpointing insert into names.
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 
 
 def choose_weights(part: str, names: Iterable[str]) -> tuple[str | None, list[str]]:
-    """Choose the files to read a part's weights from.
+    """Choose the files of a part's weights.
 
-    Weights stored in full are preferred to the variant "fp16", which is taken where it is all there is, and one file
-    to several.
+    Full weights are preferred to the variant "fp16", and one file to several.
 
     Args:
         part: the folder's name, for example "unet".
         names: the files in it.
 
     Returns:
-        (variant, names): the variant, None or "fp16", as `from_pretrained` takes it, and the files.
+        (variant, names): the variant for `from_pretrained`, None or "fp16", and the files.
 
     Raises:
-        WeightsError: there is none in safetensors.
+        WeightsError: there are no weights in safetensors.
     """
     names = sorted(names)
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
@@ -91,7 +91,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
     """Return the tensors in a safetensors file by name, without their values.
 
     Raises:
-        WeightsError: it is another kind of file, or damaged. The message begins with "is".
+        WeightsError: the file is of another kind, or damaged. The message begins with a verb.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -102,7 +102,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
 
 
 def check_stored(found: Mapping[str, Stored], part: str) -> None:
-    """Raise WeightsError for weights that are quantized, whose numbers mean nothing without their scales."""
+    """Raise WeightsError for quantized weights, because their numbers mean nothing without scales."""
     remedy = "expected float32, float16 or bfloat16: take the weights that it was quantized from"
     own = [name for name in found if not is_harmless(part, name)]
     if scales := sorted(name for name in own if _QUANTIZED.fullmatch(name)):
@@ -113,30 +113,30 @@ def check_stored(found: Mapping[str, Stored], part: str) -> None:
 
 
 def is_harmless(part: str, name: str) -> bool:
-    """Whether a tensor that a part's module does not call for may be left out."""
+    """Say whether a tensor without a place in a part's module may be ignored."""
     pattern = _HARMLESS.get(part)
     return pattern is not None and pattern.match(name) is not None
 
 
 def has_wrappers(found: Collection[str]) -> bool:
-    """Whether names hold what compilers and wrappers of modules write into them, or all have the same first segment."""
+    """Say whether names hold segments of compilers or wrappers, or all have the same first segment."""
     return any(_INSIDE.search(name) for name in found) or len(_firsts(found)) == 1
 
 
 def without_wrappers(found: Mapping[str, Stored], expected: Collection[str]) -> tuple[dict[str, Stored], str]:
-    """Take the prefixes of compiled and wrapped modules off names.
+    """Remove the prefixes of compiled and wrapped modules from names.
 
-    First segments that all names have, and no expected name, are taken off where expected names are left.
+    A first segment that all names share, but no expected name has, is removed if the rest are expected names.
 
     Args:
         found: tensors by their names in files.
-        expected: the names that the module calls for.
+        expected: the names of the module's tensors.
 
     Returns:
-        (found, taken): tensors by their clean names, and the prefixes in words; "" where there were none.
+        (found, taken): tensors by their clean names, and the removed prefixes as text, "" if there were none.
 
     Raises:
-        WeightsError: two tensors have the same name then.
+        WeightsError: two tensors have the same name without their prefixes.
     """
     taken = dict.fromkeys(m for name in found for m in _INSIDE.findall(name))
     names = {name: _INSIDE.sub("", name) for name in found}
@@ -146,7 +146,7 @@ def without_wrappers(found: Mapping[str, Stored], expected: Collection[str]) -> 
         firsts[f"{first}."] = None
         bare = {name: _INSIDE.sub("", own.removeprefix(f"{first}.")) for name, own in bare.items()}
     if not {*expected} & {*bare.values()}:
-        bare, firsts = names, {}  # weights of another kind, which are recognized by their names
+        bare, firsts = names, {}  # These are weights of another kind. Their names identify them.
     taken |= firsts
     clean: dict[str, Stored] = {}
     for name, own in bare.items():
@@ -161,19 +161,19 @@ def _firsts(names: Iterable[str]) -> set[str]:
 
 
 def fill(module: nn.Module, found: Mapping[str, Stored], prefix: str = "", part: str = "") -> None:
-    """Give a module without weights (see `accelerate.init_empty_weights`) those in files; set it to evaluation mode.
+    """Fill a module without weights (see `accelerate.init_empty_weights`) from files. Set it to evaluation mode.
 
-    Memory holds the weights once: those of the module's own dtype stay mapped to the file, until they are written to.
+    Memory holds the weights once. Weights of the module's own dtype stay mapped to the file until they are written to.
     Others are converted one by one.
 
     Args:
-        module: has its parameters on the meta device.
-        found: the tensors for it, by the names that it calls them.
-        prefix: comes before these names in messages.
-        part: "unet", "text_encoder" or "vae", for which some tensors are known to be harmless.
+        module: a module whose parameters are on the meta device.
+        found: its tensors in files, by their names in the module.
+        prefix: of these names in messages.
+        part: "unet", "text_encoder" or "vae", for which some superfluous tensors are ignored.
 
     Raises:
-        WeightsError: the tensors are not exactly those that the module calls for.
+        WeightsError: the tensors are not exactly those of the module.
     """
     expected = module.state_dict()
     found = {name: stored for name, stored in found.items() if name in expected or not is_harmless(part, name)}
@@ -196,7 +196,7 @@ def fill(module: nn.Module, found: Mapping[str, Stored], prefix: str = "", part:
     values: dict[str, torch.Tensor] = {}
     for path in {stored.path for stored in found.values()}:
         try:
-            # The file is unmapped at the end, so what was converted does not stay in memory beside its original.
+            # The file is unmapped at the end, so that originals of converted weights do not stay in memory.
             with safe_open(path, "pt") as file:
                 for name, stored in found.items():
                     if stored.path == path:
@@ -208,6 +208,6 @@ def fill(module: nn.Module, found: Mapping[str, Stored], prefix: str = "", part:
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    if tensor.is_floating_point() != dtype.is_floating_point:  # quantized weights mean nothing without their scales
+    if tensor.is_floating_point() != dtype.is_floating_point:  # Quantized weights mean nothing without scales.
         raise WeightsError(f"stores {name} as {tensor.dtype}, which cannot be read as {dtype}")
     return tensor.to(dtype)

@@ -1,4 +1,4 @@
-"""The average of a network over the updates (EMA), which is what a run saves."""
+"""The average of a network over the updates (EMA). A run saves it as its result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tiue.distill.sharding import gather, shard_like
 
 
 class Average:
-    """A moving average of the parameters of `model`, a state for checkpoints.
+    """A moving average of the parameters of a network. Checkpoints hold its state.
 
     Args:
-        model: the network to follow, after accelerate prepared it.
-        config: with `ema_decay` 0 the average is the network itself.
+        accelerator: of the run.
+        model: the network, after accelerate prepared it.
+        config: the settings. With `ema_decay` 0, the average is the network itself.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, config: RunConfig):
@@ -32,22 +33,22 @@ class Average:
                 decay=config.ema_decay**config.ema_every,
                 use_ema_warmup=True,
                 power=0.75,
-                foreach=not accelerator.is_fsdp2,  # torch lacks some operations on lists of shards
+                foreach=not accelerator.is_fsdp2,  # Torch lacks some operations on lists of shards.
             )
             self._ema.to("cpu" if self._on_cpu else self._device)
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The averaged parameters, in shards where the network is sharded."""
+        """The averaged parameters, in shards if the network is sharded."""
         return list(self._parameters.values() if self._ema is None else self._ema.shadow_params)
 
     @property
     def updates(self) -> int:
-        """How often the average has followed."""
+        """The number of calls of `follow`."""
         return 0 if self._ema is None else self._ema.optimization_step
 
     def follow(self) -> None:
-        """Move towards the parameters as they are now."""
+        """Move towards the current parameters."""
         if self._ema is None:
             return
         if self._on_cpu:
@@ -58,7 +59,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the network its averaged parameters inside a `with` block, and its own again after it."""
+        """Give the network its averaged parameters inside a `with` block. Restore its own afterwards."""
         if self._ema is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Captions to text embeddings: which captions the samples of a batch have, and what the networks see of them."""
+"""Captions to text embeddings: the captions of a batch's samples, and their embeddings for the networks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 
 class Captions(Sequence[str]):
-    """The captions of a run, each once, kept in a file of the run and read in a seeded order.
+    """The captions of a run, each once. They are stored in a file of the run and read in a seeded order.
 
     Args:
         run: the run.
-        components: the model whose text encoder and tokenizer are used.
-        prompts: captions; repetitions are dropped.
+        components: the model with the text encoder and the tokenizer.
+        prompts: captions. Repetitions are dropped.
     """
 
     def __init__(self, run: Run, components: Components, prompts: Iterable[str]):
@@ -51,14 +51,14 @@ class Captions(Sequence[str]):
         return self._prompts.digest
 
     def cache(self) -> None:
-        """Compute the embeddings of all captions once, into files of the run; the text encoder leaves the device."""
+        """Compute the embeddings of all captions once and store them. Then move the text encoder off the device."""
         components, run = self._components, self._run
         self._texts = cache_texts(components, self._prompts, self.digest, run.out / "text", run.accelerator)
         components.text_encoder.cpu()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode other prompts where the run computes, float32 (B, L, D)."""
+        """Encode other prompts on the device of the run, float32 (B, L, D)."""
         self._components.text_encoder.to(self._run.accelerator.device).requires_grad_(False)
         return encode_text(self._components, prompts).float()
 

@@ -24,17 +24,17 @@ files of a run:
   config.json             the settings, and fingerprints of the teacher, the prompts and the initial student
   losses.csv, tensorboard losses, gradient norms, mean and variance of the predicted noise, speed; every update
   samples/                grids of the sample prompts, by the averaged student
-  checkpoints/            what the run resumes from
+  checkpoints/            states from which the run resumes
   prompts/, text/         the captions, each once, and their text embeddings
   student.safetensors     at the end: the averaged student, for python -m export.onnx --ckpt
   report.md               at the end: settings, losses, plots
 
 stopping and resuming:
-  The same command resumes from the newest undamaged checkpoint, and ends with the same weights as an uninterrupted run.
-  SIGTERM and Ctrl-C write a checkpoint first; a second Ctrl-C does not wait. Changed settings are refused and named.
+  The same command resumes from the newest undamaged checkpoint. The weights are then those of an uninterrupted run.
+  SIGTERM and Ctrl-C write a checkpoint first. A second Ctrl-C does not wait. Changed settings are refused and named.
 
 several GPUs, several machines, FSDP:
-  accelerate config                     asks once what you have
+  accelerate config                     asks once for your hardware
   accelerate launch -m tiue ...         takes the same flags; --batch-size is per process
 
 examples:
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; on failure, print one line that says why.
+    """Run the command. On failure, print the reason as one line on stderr.
 
     Returns:
         0; 1 if the training diverged; 2 if it cannot run; 128 plus the number of the signal that stopped it.
@@ -140,7 +140,7 @@ def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> int:
 
 
 def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
-    # Imported late: torch and diffusers take seconds, which --help must not.
+    # Imported late: importing torch and diffusers takes seconds, for which --help should not wait.
     from tiue.checkpoint import load_student
     from tiue.components import load_components
     from tiue.distill.clip import load_clip

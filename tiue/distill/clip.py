@@ -1,4 +1,4 @@
-"""The optional CLIP loss: pictures, decoded by a tiny autoencoder, should show what their captions say."""
+"""The optional CLIP loss: pictures, decoded by a tiny autoencoder, should match their captions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipScore:
-    """CLIP and the decoder that makes pictures for it, both frozen.
+    """CLIP and the image decoder that makes pictures for it, both frozen.
 
     Args:
-        model: compares its projected embeddings of picture and text.
+        model: embeds pictures and texts in the same space.
         tokenizer: of the model.
-        vae: decodes latents to RGB in [-1, 1]; gradients go through it.
+        vae: decodes latents to RGB in [-1, 1]. Gradients pass through it.
     """
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizerFast, vae: AutoencoderTiny):
@@ -57,10 +57,17 @@ class ClipScore:
 
 
 def load_clip(directory: Path, tiny_vae: Path) -> ClipScore:
-    """Read CLIP from a directory as transformers saves it, safetensors only, and an AutoencoderTiny from another.
+    """Load CLIP and an AutoencoderTiny, from safetensors only.
+
+    Args:
+        directory: a CLIP model saved by transformers.
+        tiny_vae: an AutoencoderTiny saved by diffusers.
+
+    Returns:
+        The CLIP loss.
 
     Raises:
-        ValueError: a directory is missing, or holds something else; the message names it.
+        ValueError: a directory is missing, or holds something else. The message names it.
     """
     if not directory.is_dir():
         raise ValueError(f"no such directory: {directory}")

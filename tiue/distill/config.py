@@ -1,4 +1,4 @@
-"""Every setting of a distillation run, in one place, and the presets that name some of them."""
+"""Every setting of a distillation run, in one place, and the presets, which set some of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PRESETS = Path(__file__).with_name("presets")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of the training loop, whatever the method. Defaults are the paper's, on 8 processes.
+    """Settings of the training loop, for any method. Defaults are the paper's, on 8 processes.
 
     Raises:
         ValueError: a setting is of another type or out of range.
@@ -32,14 +32,14 @@ class RunConfig:
     )
     grad_clip: float = setting(1.0, "largest gradient norm of each network", above=0)
     ema_decay: float = setting(
-        0.999, "decay per update of the student's average, which is what is saved; 0: no average", at_least=0, at_most=1
+        0.999, "decay per update of the student's average, which is saved; 0: no average", at_least=0, at_most=1
     )
     ema_every: int = setting(1, "updates between two averagings", at_least=1)
     seed: int = setting(0, "the same seed, settings and machine give the same weights", at_least=0)
 
     mixed_precision: str = setting(
         "no",
-        "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs that have it",
+        "autocast: bf16 is 2-3x faster than no on GPUs and on CPUs with bf16 instructions",
         group="speed and memory",
         choices=["no", "fp16", "bf16"],
     )
@@ -68,16 +68,16 @@ class DistillConfig(RunConfig):
 
     steps: tuple[int, ...] = setting(
         (4,),
-        "decoders N of the student, each at one DDIM timestep of the teacher; with several counts, as in 4,2,1, each "
-        "update draws one, and one student serves all",
+        "decoders N of the student, each at one DDIM timestep of the teacher; with several counts, for example 4,2,1, "
+        "each update draws one, and one student serves all",
         group="the student",
         at_least=1,
     )
     shared_up_blocks: int = setting(
-        0, "up blocks, coarsest first, that run once, with the encoder: faster, less like the teacher", at_least=0
+        0, "up blocks, coarsest first, that run once with the encoder: faster, less like the teacher", at_least=0
     )
     share_encoder: bool = setting(
-        True, "the method; off: N full UNets on the same noise, a control that cannot be exported"
+        True, "run the encoder once (the method); off: N full UNets, a control that cannot be exported"
     )
 
     guidance: float = setting(
@@ -97,7 +97,7 @@ class DistillConfig(RunConfig):
 
     fake_score: str = setting(
         "lora",
-        "lora: the teacher with adapters; full: a trainable copy of the teacher (more memory, follows faster)",
+        "lora: the teacher with adapters; full: a trainable copy of the teacher (more memory, learns faster)",
         group="the fake score",
         choices=["lora", "full"],
     )
@@ -125,7 +125,7 @@ class DistillConfig(RunConfig):
     def __post_init__(self):
         if type(self.steps) is int:
             object.__setattr__(self, "steps", (self.steps,))
-        if isinstance(self.steps, list):  # JSON has no tuples
+        if isinstance(self.steps, list):  # JSON has no tuples.
             object.__setattr__(self, "steps", tuple(self.steps))
         super().__post_init__()
         if not self.steps:
@@ -137,14 +137,14 @@ class DistillConfig(RunConfig):
             raise ValueError("`shared_up_blocks` needs a shared encoder: turn `share_encoder` on, or leave it out")
 
     def changeable(self) -> set[str]:
-        """Name the settings that a resumed run may change; the weight of the CLIP loss depends on `iterations`."""
+        """Name the settings that a resumed run may change. The weight of the CLIP loss depends on `iterations`."""
         names = super().changeable() | {"gradient_checkpointing"}
         return names - {"iterations"} if self.clip_weight else names
 
 
 def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
-    """Return the type that autocast computes in, or None for the setting "no"."""
-    import torch  # not for the command line's --help
+    """Return the type of autocast's arithmetic, or None for the setting "no"."""
+    import torch  # Imported late: --help does not need it.
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
@@ -155,13 +155,16 @@ def preset_names() -> list[str]:
 
 
 def read_preset(preset: str | Path) -> dict[str, Any]:
-    """Read the settings that a preset names.
+    """Read a preset.
 
     Args:
         preset: a name of `preset_names`, or the path of a JSON file with fields of DistillConfig.
 
+    Returns:
+        Settings by name.
+
     Raises:
-        ValueError: the file is missing, is not JSON, or names something else than settings.
+        ValueError: the file is missing, is not JSON, or holds something other than settings.
     """
     path = _PRESETS / f"{preset}.json" if str(preset) in preset_names() else Path(preset)
     try:

@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed, the step and the sample, and on nothing else."""
+"""Random numbers that depend only on the seed, the step and the sample."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Stand in the place of a sample: for numbers that a whole update shares, and for numbers of a whole part.
+# Keys in place of a sample's number: for the numbers that an update shares, and for the numbers of a part.
 _UPDATE, _PART = 2**32 - 1, 2**32 - 2
 
 
 class Draws:
-    """The random numbers of some samples of one update, in the order in which they are asked for.
+    """The random numbers of some samples of one update. They depend on the order of the calls.
 
     Every sample has its own generator, so its numbers do not depend on the process and micro-batch that compute it.
     The generators are on the CPU, so the numbers do not depend on the device.
@@ -24,7 +24,7 @@ class Draws:
         step: the number of the update.
         first: the first sample's place in the global batch of the update.
         count: number of samples.
-        device: where the numbers go.
+        device: of the returned tensors.
     """
 
     def __init__(self, seed: int, step: int, first: int, count: int, device: torch.device):
@@ -41,7 +41,7 @@ class Draws:
 
 
 class SharedDraws:
-    """The random numbers that all samples of an update share, in the order in which they are asked for."""
+    """The random numbers that all samples of an update share. They depend on the order of the calls."""
 
     def __init__(self, seed: int, step: int):
         self._generator = _generator(seed, step, _UPDATE)
@@ -64,7 +64,7 @@ class Part:
         first: the first sample's place in the global batch of the update.
         size: number of samples.
         total: number of samples in the global batch.
-        device: where random numbers go.
+        device: of the random numbers.
     """
 
     def __init__(self, seed: int, step: int, first: int, size: int, total: int, device: torch.device):
@@ -75,7 +75,7 @@ class Part:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """A generator of the part as a whole, on the CPU; its numbers depend on how a batch is cut into parts."""
+        """A generator for the whole part, on the CPU. Its numbers depend on the division of the batch into parts."""
         return _generator(*self._key)
 
 
@@ -86,9 +86,10 @@ class Batch:
         seed: of the run.
         step: the number of the update.
         size: samples of a part.
-        parts: parts of this process.
-        process, processes: which of how many processes this is. Every process has a run of samples in every part.
-        device: where random numbers go.
+        parts: number of parts of this process.
+        process: the number of this process, from 0.
+        processes: how many there are. The parts of all processes alternate in the global batch.
+        device: of the random numbers.
     """
 
     def __init__(self, seed: int, step: int, size: int, parts: int, process: int, processes: int, device: torch.device):
@@ -99,6 +100,6 @@ class Batch:
 
 
 def _generator(*key: int) -> torch.Generator:
-    # The numbers of the key are hashed, so that no two keys give similar numbers.
+    # The key is hashed, so that similar keys do not give similar numbers.
     words = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
     return torch.Generator().manual_seed(words[0] << 31 | words[1] >> 1)

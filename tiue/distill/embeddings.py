@@ -1,4 +1,4 @@
-"""Text embeddings of a run's captions, either computed once and kept on the disk, or computed for every batch."""
+"""Text embeddings of a run's captions: computed once and kept on the disk, or computed for every batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tiue.components import Components
 from tiue.distill.config import autocast_dtype
 from tiue.text_encoder import encode_text
 
-_BATCH = 64  # captions that are encoded at once
-NOTE_EVERY = 100  # batches between two notes of the progress
+_BATCH = 64  # captions encoded at once
+NOTE_EVERY = 100  # batches between two progress messages
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ class TextEmbeddings(Protocol):
 
 
 class EncodedTexts:
-    """Text embeddings that are computed whenever they are read, on the text encoder's device."""
+    """Text embeddings that are computed at every access, on the text encoder's device."""
 
     def __init__(self, components: Components, prompts: Sequence[str]):
         self._components, self._prompts = components, prompts
@@ -44,7 +44,7 @@ class EncodedTexts:
 
 
 class CachedTexts:
-    """Text embeddings in a file that is mapped into memory, made by `cache_texts`."""
+    """Text embeddings in a memory-mapped file, which `cache_texts` makes."""
 
     def __init__(self, values: Tensor, device: torch.device):
         self._values, self._device = values, device
@@ -57,17 +57,20 @@ class CachedTexts:
 def cache_texts(
     components: Components, prompts: Sequence[str], digest: str, directory: Path, accelerator: Accelerator
 ) -> CachedTexts:
-    """Encode all captions into a file. Every process does its part; a cache that was stopped is continued.
+    """Encode all captions into a file. Every process does its part. An interrupted encoding resumes.
 
-    With mixed precision the file holds that precision. The UNet would round the embeddings to it anyway, so results
-    do not change.
+    With mixed precision, the file stores embeddings in that precision. The UNet would round them anyway, so results do
+    not change.
 
     Args:
-        components: the model; its text encoder is on the device where it is to run.
+        components: the model. Its text encoder must be on the device of the run.
         prompts: the captions.
-        digest: identifies the captions.
-        directory: of the cache, the same for all processes.
+        digest: the fingerprint of the captions.
+        directory: of the file, the same for all processes.
         accelerator: of the run.
+
+    Returns:
+        The embeddings.
 
     Raises:
         ValueError: the disk has too little space.
@@ -94,7 +97,7 @@ def cache_texts(
 
 
 def _make_file(path: Path, note: Path, known: dict[str, object], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Make the file, unless it exists for these captions, complete or not."""
+    """Make the file, unless it exists for these captions. It need not be complete."""
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) == known:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,7 @@ def _fill(values: Tensor, encoded: EncodedTexts, path: Path, accelerator: Accele
 
 
 def cut_prompts(components: Components, prompts: Sequence[str]) -> int:
-    """Count the captions that are longer than the text encoder's limit, where they are cut."""
+    """Count the captions that are longer than the text encoder's limit. They are cut there."""
     tokenizer, cut = components.tokenizer, 0
     for first in range(0, len(prompts), 1024):
         tokens = tokenizer(list(prompts[first : first + 1024]), truncation=False, verbose=False).input_ids

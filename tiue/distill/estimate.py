@@ -16,20 +16,20 @@ from tiue.distill.scores import Scores
 from tiue.schedule import NoiseSchedule, Schedule
 from tiue.unet import Predictor, TiUE
 
-_TEXT_LENGTH = 77  # tokens, as CLIP has; longer texts take more
+_TEXT_LENGTH = 77  # tokens, as in CLIP; longer texts take more memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one process. Bytes stay through the run; activations are those that a backward pass keeps."""
+    """Memory of one process during the run. Activations are those that a backward pass keeps."""
 
     student_parameters: int
     trained_fake_parameters: int
     weights_bytes: int  # teacher, student and fake score
     gradients_bytes: int
     optimizer_bytes: int
-    ema_bytes: int  # 0 where the average is on the CPU
-    activations_bytes: int  # of the student's update, which keeps the most
+    ema_bytes: int  # 0 if the average is on the CPU
+    activations_bytes: int  # of the student's update, the largest
 
     @property
     def total_bytes(self) -> int:
@@ -41,13 +41,16 @@ class Estimate:
 def estimate(
     unet_config: Mapping[str, Any], scheduler_config: Mapping[str, Any], config: DistillConfig, device: str = "cuda"
 ) -> Estimate:
-    """Take the networks of a run through an update without weights or computing, for one process without sharding.
+    """Estimate the memory of one process without sharding, by an update on meta tensors: nothing is computed.
 
     Args:
         unet_config: configuration of the teacher's UNet.
         scheduler_config: configuration of the teacher's scheduler.
         config: the settings.
-        device: "cuda" or "cpu"; torch's autocast differs between them.
+        device: "cuda" or "cpu". torch's autocast differs between them.
+
+    Returns:
+        The estimate.
     """
     process = NoiseSchedule.from_config(scheduler_config)
     schedule = process.closed_form(max(config.steps))
@@ -88,7 +91,7 @@ def _activations(unet: UNet2DConditionModel, schedule: Schedule, config: Distill
 
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if device == "cuda":  # on GPUs autocast normalizes in float32
+    if device == "cuda":  # On GPUs, autocast normalizes in float32.
         for module in unet.modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))

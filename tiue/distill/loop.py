@@ -29,11 +29,11 @@ _log = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-    """A loss or a gradient is no longer finite; the message says when, in which batch, and which checkpoint is left."""
+    """A loss or a gradient is not finite. The message names the step, the batch and the last checkpoint."""
 
 
 class StoppedError(RuntimeError):
-    """A signal stopped the run, which is saved; the message says where it resumes.
+    """A signal stopped the run. It is saved, and the message says where it resumes.
 
     Args:
         message: the message.
@@ -46,25 +46,25 @@ class StoppedError(RuntimeError):
 
 
 def train(run: Run, method: Method, progress: bool = True) -> Path:
-    """Train a method to the end, or on from where the run stopped.
+    """Train a method to the end. A stopped run resumes.
 
     Args:
-        run: the run; `method` was made for it.
-        method: what is trained, and how.
+        run: the run for which `method` was made.
+        method: the networks, and their update.
         progress: whether to show a progress bar.
 
     Returns:
-        The path of what the method leaves.
+        The path of the result.
 
     Raises:
-        DivergedError: a value is not finite; nothing of that update is saved.
-        StoppedError: SIGTERM or SIGINT arrived; a checkpoint is written first.
+        DivergedError: a value is not finite. Nothing of that update is saved.
+        StoppedError: SIGTERM or SIGINT arrived. A checkpoint is written first.
         ValueError: the directory holds another run, or the processes do not see the same checkpoints.
     """
     config, out, accelerator, main = run.config, run.out, run.accelerator, run.accelerator.is_main_process
     average, followed = Average(accelerator, method.model, config), next(iter(method.networks.values()))
 
-    # Resume, and claim the directory last, so that a run that cannot start leaves it unclaimed.
+    # Resume. Write config.json last, so that a run that cannot start leaves the directory free.
     run.identify()
     state = _state(run, method, average)
     first = saved = _restore(run, state)
@@ -130,7 +130,7 @@ def _state(run: Run, method: Method, average: Average) -> dict[str, runs.Statefu
 
 
 def _restore(run: Run, state: Mapping[str, runs.Stateful]) -> int:
-    """Load the newest checkpoint; raise ValueError if other processes found another."""
+    """Load the newest checkpoint and return its step. Raise ValueError if other processes found another one."""
     first = runs.restore(run.out, state)
     found = run.accelerator.gather(torch.tensor([first], device=run.accelerator.device)).tolist()
     if len(set(found)) > 1:
@@ -139,7 +139,7 @@ def _restore(run: Run, state: Mapping[str, runs.Stateful]) -> int:
 
 
 def _save(run: Run, state: Mapping[str, runs.Stateful], step: int) -> int:
-    """Write a checkpoint and return its step; without space for it, warn and return 0: the run goes on."""
+    """Write a checkpoint and return its step. If that fails (a full disk), warn and return 0: the run continues."""
     gathered = {name: part.state_dict() for name, part in state.items()}
     if run.accelerator.is_main_process:
         try:
@@ -157,7 +157,7 @@ def _set_learning_rates(method: Method, config: RunConfig, step: int) -> None:
 
 
 def _agree(accelerator: Accelerator, values: Mapping[str, Tensor], stopped: int) -> tuple[dict[str, float], int]:
-    """Average the values over all processes, and take the greatest number of a signal that one of them received."""
+    """Average the values over all processes. Return them, and the largest signal number that a process received."""
     mean = torch.stack([value.detach().float() for value in values.values()])
     signals = torch.tensor([float(stopped)], device=mean.device)
     mean = accelerator.reduce(mean, "mean")
@@ -167,7 +167,7 @@ def _agree(accelerator: Accelerator, values: Mapping[str, Tensor], stopped: int)
 def _check_finite(run: Run, method: Method, step: int, values: Mapping[str, float]) -> None:
     """Raise DivergedError for values that are not finite."""
     wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if run.accelerator.scaler is not None:  # scaled gradients may overflow; such an update is left out
+    if run.accelerator.scaler is not None:  # Scaled gradients may overflow. Such an update is skipped.
         wrong = {name: value for name, value in wrong.items() if not name.endswith("_grad")}
     if wrong:
         last = runs.checkpoints(run.out)[-1:]
@@ -178,7 +178,7 @@ def _check_finite(run: Run, method: Method, step: int, values: Mapping[str, floa
 
 
 def _sample(run: Run, method: Method, average: Average, step: int) -> None:
-    """Write a grid of pictures by the averaged network, if the method makes any."""
+    """Write a grid of pictures by the averaged network, if the method makes pictures."""
     with average.applied():
         images = method.sample()
     if images is not None:

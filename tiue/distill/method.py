@@ -1,7 +1,7 @@
-"""What the training loop asks of a method, and what it gives to one.
+"""The interface between the training loop and a method.
 
-A method is a class that derives from `Method`: it makes its networks with their optimizers, each as a `Trained`, and
-says what one update is. The loop does the rest: resume, signals, log, checkpoints, averaging, sample grids.
+A method is a class that derives from `Method`. It makes its networks with their optimizers, each as a `Trained`, and
+defines one update. The loop does the rest: resume, signals, log, checkpoints, averaging, sample grids.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _Part = TypeVar("_Part")
 
 
 class Method(Protocol):
-    """What is trained, and how. All processes of a run make the same method and make the same calls.
+    """The networks that are trained, and their update. All processes of a run make the same method and the same calls.
 
     Attributes:
-        name: one word, shown by the progress bar and in the report.
-        result: name of the file that the run leaves.
-        model: the network that is averaged and left at the end. All its parameters are trained.
-        networks: all trained networks; their names are those of checkpoints and columns. The first holds `model`.
+        name: one word, for the progress bar and the report.
+        result: file name of the run's result.
+        model: the network that is averaged and saved at the end. All its parameters are trained.
+        networks: all trained networks. Their names also occur in checkpoints and columns. The first one holds `model`.
         columns: the names of the values that `update` may return, in the log's order.
     """
 
@@ -63,28 +63,27 @@ class Method(Protocol):
         ...
 
     def state(self) -> Mapping[str, runs.Stateful]:
-        """Name what a checkpoint must hold besides networks, optimizers and the average."""
+        """Return further states for checkpoints, besides networks, optimizers and the average."""
         return {}
 
     def sample(self) -> Tensor | None:
-        """Make sample pictures, uint8 (n, 3, H, W), on the main process; None elsewhere, and if there are none."""
+        """Make sample pictures, uint8 (n, 3, H, W), on the main process. None elsewhere, or without pictures."""
         return None
 
     def describe(self, batch: Batch) -> str:
-        """Say what is in a batch, for the message of a run that diverged."""
+        """Describe a batch, for the message of a run that diverged."""
         return ""
 
 
 class Run:
-    """A directory, the settings, and the processes that share the work: what a method needs before it is made.
+    """A run: its directory, its settings, and the processes that share the work.
 
     Args:
         out: directory of the run, the same for all its processes. Nothing is written into it yet.
         config: the settings.
 
     Raises:
-        ValueError: accelerate is configured for something that a run cannot do (DeepSpeed, FSDP 1, accumulation of its
-            own).
+        ValueError: accelerate is configured for something unsupported: DeepSpeed, FSDP 1, or its own accumulation.
     """
 
     def __init__(self, out: Path, config: RunConfig):
@@ -94,7 +93,7 @@ class Run:
         self.identity: dict[str, str | int | None] = {"processes": self.accelerator.num_processes}
 
     def identify(self, **identity: str | None) -> None:
-        """Note what must be the same when the run is resumed, for example the fingerprint of a network.
+        """Record values that must be the same when the run resumes, for example the fingerprint of a network.
 
         Raises:
             ValueError: the directory holds a run with other settings or another identity.
@@ -113,8 +112,8 @@ class Trained:
     """A network with its optimizer, on the devices and processes of a run.
 
     Args:
-        accelerator: of the run; it wraps the network for DDP or FSDP.
-        network: on the device of the run. Gradients pass between processes only if it is called as `trained(...)`.
+        accelerator: of the run. It wraps the network for DDP or FSDP.
+        network: on the device of the run. Processes exchange gradients only if it is called as `trained(...)`.
         optimizer: over the parameters of `network` that are to be trained.
         grad_clip: the largest norm of their gradient.
     """
@@ -124,7 +123,7 @@ class Trained:
     ):
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.parameters: list[nn.Parameter] = [p for p in self.network.parameters() if p.requires_grad]
-        self.grad_norm = torch.zeros(())  # before clipping, at the last update
+        self.grad_norm = torch.zeros(())  # of the last update, before clipping
         self._accelerator, self._grad_clip = accelerator, grad_clip
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -140,7 +139,7 @@ class Trained:
         return answer
 
     def accumulating(self, parts: Sequence[_Part]) -> Iterator[_Part]:
-        """Go through the parts of an update; processes exchange gradients only at the last one."""
+        """Go through the parts of an update. Processes exchange gradients only in the last one."""
         for i, part in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else self._accelerator.no_sync(self.network):
                 yield part
@@ -158,7 +157,7 @@ class Trained:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last update was left out because gradients overflowed in fp16."""
+        """Whether the last update was skipped because gradients overflowed in fp16."""
         return self.optimizer.step_was_skipped
 
     @property
@@ -167,7 +166,7 @@ class Trained:
         return self.optimizer.param_groups[0]["lr"]
 
     def scale_learning_rate(self, factor: float) -> None:
-        """Set the learning rate of every group to `factor` times the one that it began with."""
+        """Set the learning rate of every group to `factor` times its initial one."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 

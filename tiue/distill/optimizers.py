@@ -1,4 +1,4 @@
-"""The optimizers that a distillation can choose from."""
+"""The optimizers of a distillation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def check_optimizer(name: str, accelerator: Accelerator) -> None:
-    """Raise ValueError for an optimizer that is not installed, or that does not work as accelerate is configured."""
+    """Raise ValueError for an optimizer that is not installed or does not work with accelerate's configuration."""
     if name != "adam8bit":
         return
-    if accelerator.distributed_type == DistributedType.FSDP:  # bitsandbytes would read past the end of a shard
+    if accelerator.distributed_type == DistributedType.FSDP:  # It would read past the end of a shard.
         raise ValueError("`optimizer` adam8bit does not work with FSDP: bitsandbytes takes no shards")
     _adam8bit()
 
@@ -23,18 +23,21 @@ def make_optimizer(
     """Make an optimizer.
 
     Args:
-        name: "adam", torch's Adam; or "adam8bit", bitsandbytes' Adam, which keeps its averages in 8 bits.
-        parameters: what it updates.
-        learning_rate: its learning rate.
-        fused: whether torch's Adam is fused; bitsandbytes' always is.
+        name: "adam" for torch's Adam; "adam8bit" for bitsandbytes' Adam, which keeps its averages in 8 bits.
+        parameters: the parameters to update.
+        learning_rate: the learning rate.
+        fused: whether torch's Adam is fused. bitsandbytes' always is.
+
+    Returns:
+        The optimizer.
 
     Raises:
-        ValueError: bitsandbytes is needed and not installed.
+        ValueError: bitsandbytes is needed but not installed.
     """
     if name == "adam":
         return torch.optim.Adam(parameters, learning_rate, fused=fused)
     optimizer = _adam8bit()(parameters, learning_rate)
-    # Its step leaves every weight contiguous, which would undo channels_last.
+    # Its step makes every weight contiguous, which would undo channels_last.
     last = [p for p in parameters if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)]
     optimizer.register_step_post_hook(lambda *_: _to_channels_last(last))
     return optimizer

@@ -1,4 +1,4 @@
-"""Captions kept on the disk, each once, and the seeded order in which a run reads them."""
+"""Captions on the disk, each once, and the seeded order in which a run reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIGEST_BYTES = 16
 
 
 class Prompts(Sequence[str]):
-    """Unique captions in a file, made by `store_prompts`; each is read only when it is asked for."""
+    """Unique captions in a file that `store_prompts` made. Each one is read from the file at every access."""
 
     def __init__(self, directory: Path):
         self._ends = np.load(directory / "ends.npy", mmap_mode="r")
@@ -45,7 +45,7 @@ def store_prompts(captions: Iterable[str], directory: Path) -> int:
         The number of repetitions.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "digest").unlink(missing_ok=True)  # without a digest, a half-written store cannot be opened
+    (directory / "digest").unlink(missing_ok=True)  # A store without a digest cannot be opened.
     ends, seen, total = array("q"), set[bytes](), 0
     whole = hashlib.sha256()
     with (directory / "text.bin").open("wb") as file:

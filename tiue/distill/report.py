@@ -18,7 +18,7 @@ from tiue.distill.runs import read_log
 from tiue.files import write_text
 
 _WINDOW = 50  # the most rows that a smoothed curve averages
-_SPEED = ("step", "seconds", "samples_per_second")  # columns that are no result
+_SPEED = ("step", "seconds", "samples_per_second")  # columns that are not results
 
 
 def write_report(out: Path, name: str) -> Path:
@@ -64,7 +64,7 @@ def _lines(name: str, columns: Mapping[str, Any], settings: Mapping[str, Any], s
 
 
 def _results(columns: Mapping[str, Any]) -> list[str]:
-    """The columns that are worth a line, without speed and learning rates."""
+    """List the columns for the table, without speed and learning rates."""
     return [n for n in columns if n not in _SPEED and not n.endswith("_lr")]
 
 
@@ -74,7 +74,7 @@ def _mean(values: Any) -> str:
 
 @contextmanager
 def _fonts_in_a_temporary_directory() -> Iterator[None]:
-    """Keep matplotlib, which lists fonts at its first import, from writing into the user's cache."""
+    """Keep matplotlib from writing its list of fonts into the user's cache when it is first imported."""
     if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
         yield
         return
@@ -87,7 +87,7 @@ def _fonts_in_a_temporary_directory() -> Iterator[None]:
 
 
 def _panel(column: str) -> str:
-    """The title of the plot that shows a column."""
+    """Return the title of the plot that shows a column."""
     if column.endswith("_grad"):
         return "gradient norms"
     if column.startswith(("mu_", "v_")):

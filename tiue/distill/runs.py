@@ -38,15 +38,15 @@ def check_same_run(out: Path, config: RunConfig, identity: Identity) -> None:
 
     Args:
         out: directory of the run.
-        config: the settings; those that `config.changeable()` names may differ.
-        identity: what else must be the same when a run is resumed, by name, for example a fingerprint.
+        config: the settings. Those in `config.changeable()` may differ.
+        identity: further values that must be the same when a run resumes, by name, for example a fingerprint.
 
     Raises:
         ValueError: the message lists the differences.
     """
     if not (path := out / "config.json").exists():
         return
-    # Settings that an older config.json lacks had their defaults; identity entries that it lacks cannot be compared.
+    # Settings that an older config.json lacks had their defaults. Identity entries that it lacks cannot be compared.
     wanted = _recorded(config, identity)
     found = json.loads(path.read_text(encoding="utf-8"))
     found = wanted | _recorded(type(config)(), {}) | {name: found[name] for name in found.keys() & wanted.keys()}
@@ -57,13 +57,13 @@ def check_same_run(out: Path, config: RunConfig, identity: Identity) -> None:
 
 
 def record_run(out: Path, config: RunConfig, identity: Identity) -> None:
-    """Make `out` the directory of a run, by its config.json."""
+    """Write config.json, which makes `out` the directory of a run."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(_recorded(config, identity), indent=2) + "\n")
 
 
 def _recorded(config: RunConfig, identity: Identity) -> dict[str, Any]:
-    """The content of config.json, as reading it gives it back."""
+    """Return the content of config.json, in the form in which it is read back."""
     return json.loads(json.dumps(dataclasses.asdict(config) | dict(identity)))
 
 
@@ -76,18 +76,21 @@ def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
         step: the number of finished updates.
         keep: how many checkpoints stay.
 
+    Returns:
+        The path of the checkpoint.
+
     Raises:
-        OSError: it could not be written; the older checkpoints are as they were.
+        OSError: it could not be written. The older checkpoints are unchanged.
     """
     directory = out / "checkpoints"
     directory.mkdir(exist_ok=True)
-    for unfinished in directory.glob(".*.tmp"):  # left by a killed process
+    for unfinished in directory.glob(".*.tmp"):  # files of killed processes
         unfinished.unlink()
     path = directory / f"step-{step:08}.pt"
     try:
         with written_whole(path) as temporary, temporary.open("wb") as file:
             torch.save({"format": _FORMAT, "step": step, "state": dict(state)}, file)
-    except RuntimeError as error:  # torch.save raises it while it handles the full disk's OSError
+    except RuntimeError as error:  # torch.save raises it from the OSError of a full disk.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -123,7 +126,7 @@ def restore(out: Path, state: Mapping[str, Stateful]) -> int:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch does not check the checksums that it writes
+    with zipfile.ZipFile(path) as archive:  # torch does not verify its own checksums.
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -136,7 +139,7 @@ class Log:
         kept: list[list[str]] = []
         if path.exists():
             with path.open(newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]  # a killed process may have left half a row
+                whole = [line for line in file if line.endswith("\n")]  # Drop half a row of a killed process.
             kept = [row for row in csv.reader(whole) if row and (row[0] == "step" or int(row[0]) <= first)]
             with written_whole(path) as temporary, temporary.open("w", newline="") as file:
                 csv.writer(file).writerows(kept)
@@ -157,7 +160,7 @@ class Log:
 
 
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Read the columns of a `Log`, with NaN where a row is empty."""
+    """Read the columns of a `Log`. Empty cells become NaN."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         columns, rows = reader.fieldnames or (), list(reader)

@@ -1,4 +1,4 @@
-"""The grid of sample pictures that a run makes every now and then."""
+"""The grid of sample pictures that a run makes at regular intervals."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tiue.files import written_whole
 
 
 def sample_noise(count: int, shape: Sequence[int]) -> Tensor:
-    """Draw the noise of the sample pictures, float32 (count, *shape); it is always the same."""
+    """Draw the noise of the sample pictures, float32 (count, *shape). It is always the same."""
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def pictures(vae: Any, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) => pictures uint8 (B, 3, H, W) on the CPU, decoded one by one to save memory.
+    """Decode latents (B, C, h, w) => pictures uint8 (B, 3, H, W) on the CPU, one by one to save memory.
 
-    The VAE is on the latents' device for as long as it takes.
+    The VAE is on the latents' device only during this call.
     """
     vae.to(latents.device)
     pixels = torch.cat([decode_latents(vae, z[None]) for z in latents.float()])

@@ -16,12 +16,12 @@ from tiue.schedule import NoiseSchedule
 class Scores:
     """Teacher and fake score around one frozen UNet.
 
-    With `fake_score="lora"` the fake score is the teacher with adapters on to_q and to_v, so both use the same weights;
-    with "full" it is a trainable copy.
+    With `fake_score="lora"`, the fake score is the teacher with adapters on to_q and to_v, so both share weights. With
+    "full", it is a trainable copy.
 
     Args:
-        unet: the teacher; changed in place (frozen, and given adapters).
-        process: the teacher's noise process, which says whether it predicts epsilon or v.
+        unet: the teacher. It is frozen, and may get adapters, in place.
+        process: the teacher's noise process, with its prediction type (epsilon or v).
         config: the settings.
     """
 
@@ -38,7 +38,7 @@ class Scores:
         self._v = process.prediction_type == "v_prediction"
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what the fake score learns."""
+        """Return the trainable parameters of the fake score."""
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def teacher(self, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
@@ -56,7 +56,7 @@ class Scores:
         return self._guided(self.network, z, t, text, null, guidance)
 
     def fake_eps(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Return the fake score's eps (B, C, h, w) for text alone, which its own loss trains."""
+        """Return the fake score's eps (B, C, h, w) without guidance. Its own loss trains this output."""
         return self._eps(self.network, z, t, text)
 
     def _guided(self, network, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:

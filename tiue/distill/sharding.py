@@ -1,4 +1,4 @@
-"""Whole tensors of those that several processes hold in shards (FSDP), and shards of whole tensors."""
+"""Conversion between whole tensors and tensors that several processes hold in shards (FSDP)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils._pytree import tree_map
 
 
 def gather(state: Any) -> Any:
-    """Put the sharded tensors of a state together. All processes of a run must call it at the same time."""
+    """Replace the sharded tensors of a state by whole ones. All processes of a run must call it at the same time."""
     return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
 
 
 def shard_like(value: Any, reference: Tensor) -> Any:
-    """Cut a whole tensor of `reference`'s shape into this process's shard; anything else stays as it is."""
+    """Cut a whole tensor of `reference`'s shape to this process's shard. Return anything else unchanged."""
     if isinstance(reference, DTensor) and isinstance(value, Tensor) and value.shape == reference.shape:
         return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
     return value
 
 
 def reshard(network: nn.Module) -> None:
-    """Return to shards: after a pass without gradients, FSDP would keep the outermost parameters whole."""
+    """Free whole parameters: after a pass without gradients, FSDP would keep the outermost ones whole."""
     if isinstance(network, FSDPModule):
         network.reshard()
 

@@ -11,13 +11,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Notes a signal inside a `with` block instead of ending the process; a second signal raises KeyboardInterrupt.
+    """Records a signal inside a `with` block instead of ending the process. A second signal raises KeyboardInterrupt.
 
-    Outside the main thread, where Python handles no signals, nothing is noted.
+    Python handles signals on the main thread only. On other threads, nothing is recorded.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that arrived
+        self.number = 0  # of the signal that arrived; 0: none
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:

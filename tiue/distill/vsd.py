@@ -1,7 +1,7 @@
 """The method of the paper (arXiv 2505.21960): VSD and KL for the student, denoising for the fake score.
 
-Symbols are the paper's, as in docs/method.md: z_T is noise, z_0 a picture's latents, eps_i the noise that the decoder
-predicts at timestep t_i, abar the cumulative product of the alphas.
+Symbols are the paper's, as in docs/method.md: z_T is noise, z_0 are a picture's latents, eps_i is the noise that the
+decoder predicts at timestep t_i, and abar is the cumulative product of the alphas.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from tiue.unet import Predictor, TiUE, check_shared_up_blocks
 
 
 class Vsd(Method):
-    """A student that learns from two scores, and the fake score that learns from the student. See `prepare`.
+    """A student that learns from two scores, and a fake score that learns from the student. See `prepare`.
 
     Args:
         run: the run.
         config: the settings.
-        teacher: the model to distill; its UNet is changed in place (frozen, and given adapters).
-        student: what to train; its UNet is the one that changes.
+        teacher: the model to distill. Its UNet is frozen, and may get adapters, in place.
+        student: the student. Its UNet is trained in place.
         captions: the run's captions.
         sample_prompts: prompts of the sample grid.
-        clip: the CLIP loss, which `clip_weight` needs.
+        clip: the CLIP loss, required by `clip_weight`.
     """
 
     name = "distill"
@@ -66,7 +66,7 @@ class Vsd(Method):
         self._clip = None if clip is None else clip.to(device)
         self._null = captions.encode([""])
 
-        torch.manual_seed(config.seed)  # for the adapters' initial weights
+        torch.manual_seed(config.seed)  # The adapters' initial weights are random.
         unet = student.components.unet.requires_grad_(True)
         self.tiue = TiUE(unet, self._longest, student.encoder_timestep, config.shared_up_blocks).to(device)
         self.scores = Scores(teacher.unet.to(device), self.process, config)
@@ -85,7 +85,7 @@ class Vsd(Method):
         config, means, made = self.config, Means(), []
         schedule = self.schedules[batch.shared.choice(config.steps)]
 
-        # The student: VSD + kl_weight * KL, and CLIP where it is used.
+        # The student: VSD + kl_weight * KL, and the optional CLIP loss.
         for part in self.student.accumulating(batch.parts):
             text, z_T = self.captions.embeddings(part), part.draws.normal(self.latent_shape)
             z_0, predicted = self.predict(z_T, text, schedule)
@@ -101,7 +101,7 @@ class Vsd(Method):
             made.append((z_0.detach(), text, part.draws))
         self.student.step()
 
-        # The fake score learns to denoise the z_0 just made, now and then without their text.
+        # The fake score learns to denoise these z_0, with probability `null_probability` without their text.
         for _ in range(config.fake_steps):
             without_text = batch.shared.uniform() < config.null_probability
             for z_0, text, draws in self.fake.accumulating(made):
@@ -112,7 +112,7 @@ class Vsd(Method):
         return means.values
 
     def predict(self, z_T: Tensor, text: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """z_0 = w_0 z_T + sum_i w_i eps_i.
+        """Compute z_0 = w_0 z_T + sum_i w_i eps_i.
 
         Args:
             z_T: noise, (B, C, h, w).
@@ -120,7 +120,7 @@ class Vsd(Method):
             schedule: the timesteps t_i and the weights w_i.
 
         Returns:
-            z_0 (B, C, h, w) and what the decoder predicted, eps or v (N, B, C, h, w), in float32.
+            z_0 (B, C, h, w) and the predictions, eps or v (N, B, C, h, w), in float32.
         """
         return self.tiue.sum(z_T, self.student(z_T, text, schedule).float(), schedule)
 
@@ -143,7 +143,7 @@ class Vsd(Method):
         return losses.fake_score_loss(eps_fake, noise, self.abar[t].sqrt())
 
     def noise_maps(self, z_T: Tensor, predicted: Tensor, schedule: Schedule) -> Tensor:
-        """The predicted noise eps_i (N, B, C, h, w): as predicted, or from v along the DDIM path that begins at z_T."""
+        """Return the noise eps_i (N, B, C, h, w): as predicted, or from v along the DDIM path that begins at z_T."""
         if self.process.prediction_type == "epsilon":
             return predicted
         maps, z = [], z_T
@@ -155,16 +155,16 @@ class Vsd(Method):
         return torch.stack(maps)
 
     def noised(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, for timesteps t int64 (B,)."""
+        """Return z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, for timesteps t int64 (B,)."""
         abar = self.abar[t].view(-1, 1, 1, 1)
         return abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
 
     def clip_weight(self, step: int) -> float:
-        """The weight of the CLIP loss, which falls to 0 over the run."""
+        """Return the weight of the CLIP loss. It falls to 0 over the run."""
         return self.config.clip_weight * (1 - step / self.config.iterations)
 
     def sample(self) -> Tensor | None:
-        """Make the sample pictures, uint8 (n, 3, H, W), always from the same noise; None on other processes."""
+        """Make the sample pictures, uint8 (n, 3, H, W), always from the same noise. None on other processes."""
         noise, text = self._samples
         z_T, schedule = noise.to(text.device), self._longest
         with torch.no_grad(), self._accelerator.autocast():
@@ -172,7 +172,7 @@ class Vsd(Method):
             return pictures(self._vae, z_0) if self._accelerator.is_main_process else None
 
     def save(self, weights: Mapping[str, Tensor], path: Path) -> None:
-        """Write the student with averaged weights, and with the settings in its history."""
+        """Write the student with averaged weights, and with the settings in its provenance."""
         save_student(path, self.finished(weights))
 
     def finished(self, weights: Mapping[str, Tensor]) -> Student:
@@ -210,7 +210,7 @@ class Vsd(Method):
 
     def _trained(self, network: nn.Module, learning_rate: float) -> Trained:
         parameters = [p for p in network.parameters() if p.requires_grad]
-        # A fused optimizer skips an overflow in fp16 by itself, and accelerate does not learn of it.
+        # A fused optimizer skips an overflow in fp16 by itself, and accelerate does not notice.
         fused = self._accelerator.scaler is None
         optimizer = make_optimizer(self.config.optimizer, parameters, learning_rate, fused)
         return Trained(self._accelerator, network, optimizer, self.config.grad_clip)
@@ -226,21 +226,24 @@ def prepare(
     sample_prompts: Sequence[str] | None = None,
     clip: ClipScore | None = None,
 ) -> tuple[Run, Vsd]:
-    """Make a distillation ready for `loop.train`.
+    """Prepare a distillation for `loop.train`.
 
     Args:
-        teacher: the model to distill; its UNet is changed in place.
-        prompts: captions; no pictures are needed. Repetitions are dropped.
+        teacher: the model to distill. Its UNet is changed in place.
+        prompts: captions. No pictures are needed. Repetitions are dropped.
         out: directory of the run, the same for all its processes.
         config: the settings.
-        initial: a student to start from instead of the teacher's own weights; it must have the run's schedules.
-        sample_prompts: prompts of the sample grid; by default the first eight of `prompts`.
-        clip: the CLIP loss, which `clip_weight` needs.
+        initial: a student to start from, instead of the teacher's weights. It must have the run's schedules.
+        sample_prompts: prompts of the sample grid, by default the first eight of `prompts`.
+        clip: the CLIP loss, required by `clip_weight`.
+
+    Returns:
+        The run and the method.
 
     Raises:
         ValueError: `out` holds another run; `initial` has other schedules; teacher and text encoder do not fit; the
-            student could not be saved; the disk is too small for the text embeddings; something is not installed; or
-            accelerate is configured for something that a run cannot do.
+            student could not be saved; the disk is too small for the text embeddings; a package is not installed; or
+            accelerate is configured for something unsupported.
     """
     check_shared_up_blocks(teacher.unet, config.shared_up_blocks)
     if config.clip_weight and clip is None:
@@ -255,7 +258,7 @@ def prepare(
         init=None if initial is None else fingerprint(initial.components.unet),
     )
     check_savable(student)
-    # Nothing was written up to here.
+    # Up to here, nothing was written.
     captions = Captions(run, teacher, prompts)
     run.identify(prompts=captions.digest)
     method = Vsd(run, config, teacher, student, captions, sample_prompts or captions[:8], clip)
@@ -265,7 +268,7 @@ def prepare(
 
 
 def _student(teacher: Components, initial: Student | None, config: DistillConfig) -> Student:
-    """The student to train: a copy of the teacher, or `initial`, which may have shared fewer or more up blocks."""
+    """Return the student to train: a copy of the teacher, or `initial`. It may share another number of up blocks."""
     schedules = {steps: teacher.noise_schedule.timesteps(steps) for steps in config.steps}
     first = schedules[max(schedules)][0]
     sharing = {"shared_up_blocks": config.shared_up_blocks, "share_encoder": config.share_encoder}
@@ -279,7 +282,7 @@ def _student(teacher: Components, initial: Student | None, config: DistillConfig
 
 
 def _statistics(eps: Tensor, schedule: Schedule) -> dict[str, Tensor]:
-    """Mean mu and variance v of the predicted noise at every timestep, over the batch; noise has 0 and 1."""
+    """Return the mean mu and the variance v of the predicted noise at every timestep, over the batch."""
     mean, variance = losses.noise_statistics(eps.detach())
     found = {}
     for i, t in enumerate(schedule.timesteps):

@@ -21,7 +21,7 @@ _LIMIT = 64 * 2**20  # bytes of the file
 _MOST_TOKENS = 2_000_000
 _MOST_PARTS = 16  # in a sequence
 _LARGEST_ID = 2**31 - 1
-_VALUE = 1 << 31  # the bit of a unit of a trie that says that it is a leaf's
+_VALUE = 1 << 31  # the bit that marks a leaf's unit in a trie
 _CONTINUATIONS = {bytes([byte]) for byte in range(0x80, 0xC0)}  # bytes of UTF-8 that begin no character
 _CHARSMAP_LIMIT = 4 * 2**20  # characters in base64; T5's has 316,720
 
@@ -254,11 +254,11 @@ def _charsmap(value: Any) -> bool:
 
 
 def _is_trie(data: bytes, texts: bytes) -> bool:
-    """Whether no search in a trie (a double array of Darts) leads behind its end, or to no beginning of a text.
+    """Say whether every search in a trie (a double array of Darts) stays inside it and ends where a text begins.
 
-    The tokenizers library does not look: it panics, and prints a report. A unit of 32 bits holds an offset, a flag for
-    a leaf and the byte that leads to it; a leaf's unit holds a place in `texts`. Blocks of 256 units are whole, so that
-    the next byte never leads out of one.
+    The tokenizers library does not check this: it panics and prints a report. A unit has 32 bits: an offset, the flag
+    of a leaf, and the byte that leads to the unit. A leaf's unit holds a place in `texts`. Blocks of 256 units are
+    whole, so that the next byte never leads out of one.
     """
     units = struct.unpack(f"<{len(data) // 4}I", data)
     for i, unit in enumerate(units):
