@@ -1,4 +1,4 @@
-"""Full-size pipelines with random weights, and how fast they run: for measuring, not for pictures."""
+"""Full-size pipelines with random weights, and measurements of their speed and memory. Their pictures are noise."""
 
 import os
 

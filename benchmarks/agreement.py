@@ -1,44 +1,48 @@
-"""Whether contenders compute the same: one network's predictions, and pictures that differ by rounding alone."""
+"""The check that contenders compute the same: one network's predictions, and pictures that differ only by rounding."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Relative root-mean-square difference of first noise predictions. Another network's differ by about 1.4, float16's from
-# float32's by less than 0.01.
+# Relative root-mean-square difference of first noise predictions. Different networks differ by about 1.4. float16 and
+# float32 differ by less than 0.01.
 SAME_NETWORK = 0.05
 # dB. Other weights or another sampler give about 15, float16 above 50, float32 above 90.
 SAME_PICTURE = 30.0
-# JSON has no infinity for arrays that are equal.
+# The value for equal arrays, because JSON has no infinity.
 _EQUAL = 200.0
 
 Float32 = NDArray[np.float32]
 
 
 class BenchmarkError(Exception):
-    """A contender does not compute what the others do, or what was asked for cannot be measured."""
+    """A contender computes something else than the others, or a measurement is impossible."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How far an output is from another contender's."""
+    """The difference between an output and another contender's."""
 
-    reference: str  # that contender
+    reference: str  # the other contender
     value: float  # relative root-mean-square difference of "eps"; dB of "latents" and "picture"
 
 
 class Agreement:
-    """The first output of each kind and group, with which the others of the group are compared."""
+    """The first output of each kind and group. The others of the group are compared with it."""
 
     def __init__(self) -> None:
         self._references: dict[tuple[str, ...], tuple[str, Float32]] = {}
         self._timesteps: tuple[str, list[int]] | None = None
 
     def check(self, name: str, what: str, group: tuple[str, ...], array: Float32) -> Compared | None:
-        """Compare a contender's "eps", "latents" or "picture"; None for the first of its group.
+        """Compare a contender's "eps", "latents" or "picture" with the first of its group.
 
-        Raises BenchmarkError if it is too far from the group's first.
+        Returns:
+            The difference, or None for the first.
+
+        Raises:
+            BenchmarkError: the difference is too large.
         """
         reference, expected = self._references.setdefault((what, *group), (name, array))
         if reference == name:
@@ -62,7 +66,7 @@ class Agreement:
         return Compared(reference, decibels)
 
     def check_timesteps(self, name: str, timesteps: list[int]) -> None:
-        """Raise BenchmarkError if they are not the first contender's. None at all are those that cannot be known."""
+        """Raise BenchmarkError if timesteps are not the first contender's. An empty list is unknown, and accepted."""
         if timesteps:
             reference, expected = self._timesteps = self._timesteps or (name, timesteps)
             if timesteps != expected:
@@ -70,7 +74,7 @@ class Agreement:
 
 
 def psnr(array: Float32, expected: Float32) -> float:
-    """Peak signal-to-noise ratio in dB, the peak being the range of `expected`; at most 200, also for equal arrays."""
+    """Return the peak signal-to-noise ratio in dB. The peak is the range of `expected`. At most 200, as for equals."""
     error = float(np.mean((array.astype(np.float64) - expected) ** 2))
     peak = float(expected.max() - expected.min())
     if not (error and peak):

@@ -1,4 +1,4 @@
-"""Running contenders side by side, each in a process of its own, taking turns."""
+"""Running contenders in turns, each in its own process."""
 
 import json
 import signal
@@ -24,12 +24,12 @@ SEED = 0  # of the first picture; the next has SEED + 1
 
 
 class CannotRun(Exception):
-    """Why a contender is left out, in one line."""
+    """A contender is left out. The message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every contender is given."""
+    """The conditions of all contenders."""
 
     threads: int
     shape: tuple[int, int, int]  # of one image's latents
@@ -46,45 +46,45 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender: what `contender.make` is given, besides the conditions, and whom it is compared with."""
+    """A contender: its arguments of `contender.make`, and the groups in which it is compared."""
 
     kind: str
     directory: Path
     options: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     python: str = sys.executable
-    algorithm: str = "tiue"  # latents of the same algorithm must agree, and predictions of all
-    vae: str = "kl"  # so must its pictures by the same kind of image decoder
+    algorithm: str = "tiue"  # Contenders of the same algorithm must agree in latents; all must agree in predictions.
+    vae: str = "kl"  # Contenders of the same algorithm and kind of image decoder must agree in pictures.
     installed: Installed = field(default_factory=Installed)
 
 
 @dataclass
 class Measured:
-    """What one contender took, in seconds and bytes."""
+    """The cost of one contender, in seconds and bytes."""
 
     device: str
     installed: Installed
     weights_bytes: int  # files of the directory that it loads
-    loaded_peak_bytes: int = 0  # resident, as the next
+    loaded_peak_bytes: int = 0  # resident memory, as peak_bytes
     peak_bytes: int = 0
-    anonymous_peak_bytes: int = 0  # without pages of files; looked at 20 times a second, on Linux
-    gpu_bytes: int = 0  # growth of the GPU's used memory while this contender, and no other, was at work
+    anonymous_peak_bytes: int = 0  # without pages of files; read 20 times a second, on Linux
+    gpu_bytes: int = 0  # growth of the GPU's used memory while only this contender was working
     load_seconds: list[float] = field(default_factory=list)  # from starting Python to loaded, files cached
     cold_seconds: list[float] = field(default_factory=list)  # from starting Python to the first picture as PNG
-    first_seconds: dict[int, list[float]] = field(default_factory=dict)  # by batch, as the next two
+    first_seconds: dict[int, list[float]] = field(default_factory=dict)  # by batch, like `seconds` and `stages`
     seconds: dict[int, list[float]] = field(default_factory=dict)
     stages: dict[int, list[dict[str, float]]] = field(default_factory=dict)
     compared: dict[str, Compared] = field(default_factory=dict)  # by "eps", "latents", "picture"
-    timesteps: list[int] = field(default_factory=list)  # empty where they cannot be looked at
+    timesteps: list[int] = field(default_factory=list)  # empty if they are unknown
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What became of every entry."""
+    """The results of all entries."""
 
     measured: dict[str, Measured]
-    skipped: dict[str, str]  # why it could not run
-    wrong: dict[str, str]  # how its output is not what it must be
+    skipped: dict[str, str]  # contender => the reason why it could not run
+    wrong: dict[str, str]  # contender => the fault in its output
 
 
 def compare(
@@ -97,9 +97,17 @@ def compare(
 ) -> Comparison:
     """Check and time every entry.
 
-    apart: run one process at a time, started anew for each timed run, instead of all of them together.
-    after_round: is given what there is so far, after each round.
-    What does not compute the same as the first of its group is not timed.
+    A contender that disagrees with the first of its group is not timed.
+
+    Args:
+        entries: by name.
+        conditions: of all.
+        apart: run one process at a time, and start it again for each timed run, instead of all processes together.
+        progress: called with messages.
+        after_round: called after each round with the results so far.
+
+    Returns:
+        The results.
     """
     agreement, skipped, wrong = Agreement(), dict[str, str](), dict[str, str]()
     measured = {
@@ -154,7 +162,7 @@ def compare(
 
 
 class _Process:
-    """A running contender, which writes what it takes into its Measured."""
+    """A running contender. It writes its cost into its Measured."""
 
     def __init__(self, name: str, entry: Entry, conditions: Conditions, measured: Measured, scratch: Path):
         self._name, self._entry, self._conditions, self._measured = name, entry, conditions, measured
@@ -164,7 +172,7 @@ class _Process:
         given = {"kind": entry.kind, "directory": str(entry.directory), "options": dict(entry.options)}
         given |= {"device": entry.device, "threads": conditions.threads}
         self._command = [entry.python, "-m", "benchmarks.contender", json.dumps(given)]
-        for file in _files(entry.directory):  # from the disk now, so that no contender pays for being the first
+        for file in _files(entry.directory):  # Read files now, so that the first contender does not pay for the disk.
             with file.open("rb") as stream:
                 while stream.read(2**24):
                     pass
@@ -192,7 +200,7 @@ class _Process:
         self._log.close()
 
     def first_pictures(self) -> None:
-        """The first picture of each batch size, which is slower; the very first is written as PNG, and kept."""
+        """Request the first picture of each batch size, which is slower. Keep the very first one, also as PNG."""
         for i, batch in enumerate(self._conditions.batches):
             more = {} if i else {"png": str(self._scratch / "picture.png"), "save": str(self._scratch / "picture.npy")}
             reply = self._ask("picture", batch, **more)
@@ -216,7 +224,7 @@ class _Process:
         self._compare(agreement, "picture", self._scratch / "picture.npy", algorithm, self._entry.vae)
 
     def timed_pictures(self) -> None:
-        """One request for each batch size."""
+        """Make one request for each batch size."""
         for batch in self._conditions.batches:
             reply = self._ask("picture", batch)
             self._measured.seconds.setdefault(batch, []).append(reply["seconds"])
@@ -231,7 +239,7 @@ class _Process:
         request = {"do": what, "noise": str(_noise(self._scratch, batch)), "steps": self._conditions.steps}
         assert self._process.stdin is not None
         with self._watching_gpu():
-            with suppress(BrokenPipeError):  # it ended: the missing reply says so
+            with suppress(BrokenPipeError):  # It has ended, and the missing reply shows that.
                 print(json.dumps(request | more), file=self._process.stdin, flush=True)
             reply = self._reply()
         if not reply["finite"]:

@@ -1,8 +1,8 @@
-"""One contender in a process of its own, so that its peak memory is its own: JSON lines in, JSON lines out.
+"""One contender in its own process, so that its peak memory can be measured: JSON lines in, JSON lines out.
 
 Requests: {"do": "picture" | "latents" | "eps", "noise": a .npy path, "steps"[, "save": a .npy path][, "png": a path]}.
-Replies carry seconds, peak_bytes and what was asked for; the first, before any request, says that the model is loaded.
-Any interpreter will do that has numpy, Pillow and what the contender itself imports.
+Replies hold seconds, peak_bytes and the result. The first reply comes before any request, when the model is loaded.
+The interpreter needs numpy, Pillow and the imports of the contender.
 """
 
 import json
@@ -28,15 +28,15 @@ class Contender(Protocol):
     """Something that makes pictures from our noise."""
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """z_T (B,C,h,w) => images (B,H,W,3) in [0,1], seconds by stage: text..., unet..., vae..."""
+        """Turn z_T (B, C, h, w) into images (B, H, W, 3) in [0, 1], and seconds by stage: text..., unet..., vae..."""
         ...
 
     def latents(self, latents: Float32, steps: int) -> Float32 | None:
-        """z_T (B,C,h,w) => z_0 (B,C,h,w); None where it cannot be looked at."""
+        """Turn z_T (B, C, h, w) into z_0 (B, C, h, w), or None if z_0 is not accessible."""
         ...
 
     def first_eps(self, latents: Float32, steps: int) -> tuple[Float32 | None, list[int]]:
-        """What the UNet predicts at the first timestep (B,C,h,w), and all the timesteps; None, [] likewise."""
+        """Return the UNet's prediction at the first timestep (B, C, h, w), and all timesteps; None, [] if unknown."""
         ...
 
 
@@ -46,7 +46,10 @@ class Tiue:
     def __init__(
         self, directory: Path, device: str, threads: int, *, memory: Any = "parallel", vae: Any = "kl", **options: Any
     ):
-        """memory: of each request; vae: by default the kind that the peers have; options: others of `Pipeline.load`."""
+        """Load a bundle.
+
+        memory: of each request. vae: by default the peers' kind. options: further ones of `Pipeline.load`.
+        """
         from tiue_runtime import Pipeline
 
         self._pipe = Pipeline.load(directory, device=device, vae=vae, memory=memory, threads=threads, **options)
@@ -55,9 +58,10 @@ class Tiue:
         self._recorded: set[tuple[int, ...]] = set()
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """See Contender. The first of a shape, with cuda_graphs, also records it.
+        """See Contender. With cuda_graphs, the first picture of a shape also records it.
 
-        Raises MemoryError where memory sufficed only for a slower mode.
+        Raises:
+            MemoryError: memory sufficed only for a slower mode.
         """
         if self._to_record and latents.shape not in self._recorded:
             count, _, height, width = latents.shape
@@ -84,7 +88,7 @@ class Tiue:
         from tiue_runtime import Cancelled
 
         previews: list[Float32] = []
-        with suppress(Cancelled):  # after the first step
+        with suppress(Cancelled):  # The callback cancels after the first step.
             self._pipe(
                 PROMPT,
                 num_images=len(latents),
@@ -101,7 +105,7 @@ class Tiue:
 
 
 def make(kind: str, directory: Path, device: str, threads: int, options: dict[str, Any]) -> Contender:
-    """Load a contender; kind is one of `kinds.KINDS`."""
+    """Load a contender. kind: one of `kinds.KINDS`."""
     if kind == "tiue":
         return Tiue(directory, device, threads, **options)
     if kind == "torch":
@@ -112,7 +116,7 @@ def make(kind: str, directory: Path, device: str, threads: int, options: dict[st
 
 
 def answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks for."""
+    """Answer a request."""
     noise, steps = np.load(request["noise"]), request["steps"]
     reply: dict[str, Any] = {}
     start = time.perf_counter()
@@ -138,9 +142,9 @@ def _about(array: Float32) -> dict[str, Any]:
 
 
 def main(argument: str, requests: TextIO, replies: TextIO) -> int:
-    """Serve requests until there are no more. argument: JSON with kind, directory, device, threads, options."""
+    """Answer all requests. argument: JSON with kind, directory, device, threads, options."""
     given = json.loads(argument)
-    # Some libraries start threads of their own; cores are the limit that all keep to.
+    # Some libraries start threads of their own. The process's set of cores limits all of them.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given["threads"]])
     given["directory"] = Path(given["directory"])
@@ -156,7 +160,7 @@ def main(argument: str, requests: TextIO, replies: TextIO) -> int:
 
 
 if __name__ == "__main__":
-    # What libraries print to stdout must not get between the replies.
+    # Prints of libraries to stdout must not mix with the replies.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.exit(main(sys.argv[1], sys.stdin, out))

@@ -1,4 +1,4 @@
-"""The official algorithm as PyTorch runs it: `tiue.unet.TiUE` around the pipeline's UNet, without any export."""
+"""The algorithm in PyTorch, without export: `tiue.unet.TiUE` around the pipeline's UNet."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ Float32 = NDArray[np.float32]
 
 
 class Student:
-    """Text encoder and VAE of a diffusers pipeline, and its UNet as a TiUE. float16 on CUDA, where it has not run."""
+    """The text encoder and VAE of a diffusers pipeline, and its UNet as a TiUE. float16 on CUDA (not yet run there)."""
 
     def __init__(self, directory: Path, device: str, threads: int, *, compile: bool = False):
-        """compile: put the TiUE through torch.compile. Raises RuntimeError without the C++ compiler that it needs."""
+        """Load a pipeline. compile: use torch.compile. Raises RuntimeError if its C++ compiler is missing."""
         compiler = os.environ.get("CXX", "g++")
         if compile and not shutil.which(compiler):
             raise RuntimeError(f"torch.compile needs a C++ compiler: expected {compiler} (or CXX) on PATH, found none")
-        # Every start compiles: what an earlier one left behind would make the cold start a warm one.
+        # Every start compiles again, because results of an earlier one would turn the cold start into a warm one.
         self._cache = tempfile.TemporaryDirectory()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
 
@@ -53,7 +53,8 @@ class Student:
             image = vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
             self._synchronize()
             seconds["vae_decoder"] = time.perf_counter() - start
-            image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B,3,H,W) in [-1,1] => (B,H,W,3) in [0,1]
+            # (B, 3, H, W) in [-1, 1] => (B, H, W, 3) in [0, 1]
+            image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
             return image.float().cpu().numpy(), seconds
 
     def latents(self, latents: Float32, steps: int) -> Float32:
@@ -72,7 +73,7 @@ class Student:
             return eps[0].float().cpu().numpy(), self._predictor(steps)[1]
 
     def _predict(self, latents: Float32, steps: int, seconds: dict[str, float]) -> Any:
-        """(z_0, eps), and into `seconds` what each part took."""
+        """Return (z_0, eps). Add the time of each part to `seconds`."""
         import torch
 
         from tiue.text_encoder import encode_text

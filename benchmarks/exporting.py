@@ -1,8 +1,8 @@
-"""What an export takes, stage by stage: `python -m benchmarks.exporting --ckpt DIR --out BUNDLE [export's flags]`.
+"""Cost of an export by stage: `python -m benchmarks.exporting --ckpt DIR --out BUNDLE [export's flags]`.
 
-Runs `python -m export.onnx` with the same arguments and prints its own words, then for every stage the seconds, the
-most memory resident, and of that the anonymous part: the rest are pages of files, which the system can drop. Memory
-is read 20 times a second from outside, on Linux.
+Runs `python -m export.onnx` with the same arguments and shows its output. Then prints for every stage the seconds, the
+peak of resident memory, and the peak of its anonymous part. The rest are pages of files, which the system can drop.
+Memory is read 20 times a second from outside, on Linux.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-m", "export.onnx", *arguments]
     stages = [_Stage("starting")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None  # a pipe was asked for
+    assert process.stderr is not None  # It is a pipe.
     with ExitStack() as watched:
         watched.enter_context(watching(process.pid, stages[0].memory))
         for line in process.stderr:

@@ -1,4 +1,4 @@
-"""How much an installation takes: the files of distributions and of all that they require, in any environment."""
+"""The size of an installation: the files of distributions and of all their requirements, in any environment."""
 
 import json
 import subprocess
@@ -14,19 +14,27 @@ from packaging.utils import canonicalize_name
 
 @dataclass(frozen=True)
 class Installed:
-    """What a contender needs, as it is installed."""
+    """The installed requirements of a contender."""
 
     bytes: int = 0
     python: str = ""
-    versions: dict[str, str] = field(default_factory=dict)  # of every distribution that was counted
-    absent: list[str] = field(default_factory=list)  # required and not there: the size is too small by these
+    versions: dict[str, str] = field(default_factory=dict)  # of every counted distribution
+    absent: list[str] = field(default_factory=list)  # requirements that are not installed, so not in the size
 
 
 def measure(python: str, roots: Iterable[str]) -> Installed:
-    """Count `roots`, requirements such as "onnxruntime-gpu[cuda]", and what they require, in an interpreter's path.
+    """Count distributions and all their requirements in the path of an interpreter.
 
-    Roots that are not installed are left out: of the wheels of ONNX Runtime there is one. Markers are evaluated for
-    the interpreter that runs this. Raises OSError, subprocess.CalledProcessError if `python` does not run.
+    Args:
+        python: the interpreter.
+        roots: requirements, for example "onnxruntime-gpu[cuda]". Those that are not installed are left out, because
+            only one of ONNX Runtime's wheels is. Markers are evaluated for the interpreter that runs this function.
+
+    Returns:
+        Bytes and versions.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: `python` does not run.
     """
     code = "import json, platform, sys; print(json.dumps([platform.python_version(), sys.path[1:]]))"
     run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
@@ -36,7 +44,7 @@ def measure(python: str, roots: Iterable[str]) -> Installed:
         known.setdefault(canonicalize_name(distribution.name), distribution)
     found: dict[str, Distribution] = {}
     absent: set[str] = set()
-    done: set[tuple[str, str]] = set()  # with each extra, or with none as ""
+    done: set[tuple[str, str]] = set()  # (name, extra), "" for no extra
     todo = [requirement for root in roots if canonicalize_name((requirement := Requirement(root)).name) in known]
     while todo:
         requirement = todo.pop()
@@ -54,7 +62,7 @@ def measure(python: str, roots: Iterable[str]) -> Installed:
 
 
 def _size(distribution: Distribution) -> int:
-    """Bytes of a distribution's files; of an editable one, of the packages it points to."""
+    """Return the bytes of a distribution's files. An editable one counts the packages to which it points."""
     paths = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):

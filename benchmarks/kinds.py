@@ -1,4 +1,4 @@
-"""The kinds of contenders: what each is given, and making that, once."""
+"""The kinds of contenders. The files that each needs are made once."""
 
 import json
 import os
@@ -17,23 +17,23 @@ from benchmarks.machine import GPUS, gpu_query
 from benchmarks.peers import ddim_steps, noise_levels
 
 _TORCH = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
-# Of these, one is installed; CUDA's libraries come by extras.
+# Only one of these is installed. CUDA's libraries come with extras.
 _ORT = ("onnxruntime", "onnxruntime-gpu[cuda,cudnn]", "onnxruntime-openvino")
 _EXPORTS = {
     "fp32": ["--target", "portable,cpu"],
     "fp16": ["--target", "portable,cuda", "--precision", "fp16"],
     "int8": ["--target", "portable,cpu", "--precision", "int8"],
 }
-_STEPS = 4  # what a bundle is exported for where nothing else is asked
+_STEPS = 4  # the default step count of bundles
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What contenders of a kind have in common."""
+    """The common properties of the contenders of a kind."""
 
-    algorithm: str  # those of one must draw the same pictures
+    algorithm: str  # Contenders of the same algorithm must make the same pictures.
     loads: str  # "pipeline", "optimum" or "bundle"
-    needs: tuple[str, ...]  # distributions, and with them all that they require
+    needs: tuple[str, ...]  # distributions, whose requirements count as well
     devices: tuple[str, ...]
 
 
@@ -49,7 +49,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """A contender as it is asked for: KIND or KIND:option=value,option=value. Options device and bundle are ours."""
+    """A contender as text: KIND or KIND:option=value,option=value. This module reads the options device and bundle."""
 
     name: str
     kind: str
@@ -68,13 +68,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where things are, and are made if they are not there."""
+    """The directories of pipelines and bundles. Those that do not exist are made."""
 
     model: str  # one of pipelines.PIPELINES
     work: Path
-    bundles: Mapping[str, Path]  # by the name that option bundle= has; others are work/MODEL-bundle-NAME
+    bundles: Mapping[str, Path]  # by the value of the option bundle=; others are work/MODEL-bundle-NAME
     pythons: Mapping[str, str]  # interpreters, by contender or by kind
-    device: str  # of contenders that do not say
+    device: str  # the default of contenders
     progress: Callable[[str], None]
 
     @property
@@ -83,9 +83,16 @@ class Workplace:
         return self.work / self.model
 
     def geometry(self, size: int | None) -> tuple[tuple[int, int, int], int]:
-        """Make the pipeline. Returns the shape of latents for size x size, or its own size, and pixels per latent.
+        """Make the pipeline, and read its geometry.
 
-        Raises BenchmarkError.
+        Args:
+            size: pixels, height and width, or None for the model's own.
+
+        Returns:
+            The shape of one image's latents (C, h, w), and pixels per latent.
+
+        Raises:
+            BenchmarkError: the pipeline cannot be made, or the size does not fit.
         """
         self._make(self.pipeline, "benchmarks.pipelines", self.model, self.pipeline)
         unet, vae = (json.loads((self.pipeline / part / "config.json").read_text()) for part in ("unet", "vae"))
@@ -98,9 +105,19 @@ class Workplace:
         return (unet["in_channels"], side, side), pixels
 
     def entry(self, spec: Spec, conditions: Conditions, *, tiny: bool, steps: Sequence[int] = ()) -> Entry:
-        """Make what a contender loads. tiny: bundles are to have a tiny VAE; steps: and further step counts.
+        """Make the files that a contender loads.
 
-        Raises CannotRun with the reason.
+        Args:
+            spec: the contender.
+            conditions: of all contenders.
+            tiny: whether bundles must have a tiny VAE.
+            steps: further step counts of bundles.
+
+        Returns:
+            The contender, ready to start.
+
+        Raises:
+            CannotRun: the message is the reason.
         """
         kind, options = KINDS[spec.kind], dict(spec.options)
         device = options.pop("device", self.device)
@@ -148,12 +165,12 @@ class Workplace:
             raise CannotRun(str(error)) from error
 
     def _make(self, directory: Path, *command: object) -> None:
-        """In a process of its own, so that its memory is free again. Raises BenchmarkError."""
+        """Run a command in its own process, so that its memory is freed. Raises BenchmarkError."""
         if directory.exists():
             return
         self.progress(f"making {directory}")
         words = [sys.executable, "-m", *map(str, command)]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # optimum asks the hub about local directories, too
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # optimum looks up even local directories on the Hub.
         done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True)
         if done.returncode:
             raise BenchmarkError(f"{' '.join(words[1:])}: {' '.join(done.stderr.splitlines()[-1:])}")
@@ -172,6 +189,6 @@ def _check_device(device: str, kind: Kind) -> None:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)  # true, 4
+        return json.loads(text)  # for example true, 4
     except ValueError:
         return text

@@ -1,27 +1,27 @@
-"""`python -m benchmarks.latency --model sd21-base --size 512`: TiUE beside what else runs the same UNet.
+"""`python -m benchmarks.latency --model sd21-base --size 512`: TiUE and other programs that run the same UNet.
 
 Same UNet (random weights), same noise, same timesteps, no guidance, same threads. Contenders, each KIND or
 KIND:option=value,option=value, with device= of any of them (default: --device):
 
-- tiue: a bundle through tiue_runtime. bundle=fp32|fp16|int8 or a --bundle's name; vae=kl|tiny;
+- tiue: a bundle in tiue_runtime. bundle=fp32|fp16|int8 or the name of a --bundle; vae=kl|tiny;
   memory=parallel|sequential|low; variant=, precision=, cuda_graphs=true as in `Pipeline.load`.
-- torch: the same algorithm in PyTorch, `tiue.unet.TiUE`, eager; compile=true: through torch.compile, minutes at the
-  first picture.
-- diffusers: StableDiffusionPipeline, the full UNet at every timestep, as the ones below.
-- optimum: ORTStableDiffusionPipeline, ONNX Runtime. Its threads do not spin when idle, as tiue_runtime's do not;
-  spinning=true: they do, ONNX Runtime's default.
-- openvino: OpenVINO by itself on optimum's graphs; precision=fp32|bf16.
+- torch: the same algorithm in PyTorch, `tiue.unet.TiUE`, eager. compile=true: torch.compile, which takes minutes for
+  the first picture.
+- diffusers: StableDiffusionPipeline. It runs the full UNet at every timestep, like all of the following.
+- optimum: ORTStableDiffusionPipeline, ONNX Runtime. Idle threads do not spin, as in tiue_runtime. spinning=true: they
+  spin, which is ONNX Runtime's default.
+- openvino: OpenVINO without ONNX Runtime, on optimum's graphs; precision=fp32|bf16.
 - sdcpp: stable-diffusion.cpp; precision=fp32|fp16.
 
-Every contender runs in a process of its own, by its own interpreter if --python says so. They take turns run by run;
-with --apart, process by process, for when memory does not hold all. Before anything is timed, their first noise
-predictions are compared, which must be one network's, and the latents and pictures of those that share an algorithm.
-What cannot run is left out with its reason. Whose output is wrong is not timed, and the command fails.
+Every contender runs in its own process, with its own interpreter if --python names one. Contenders take turns after
+every run. With --apart, only one process exists at a time, for machines whose memory does not hold all. Before the
+timing, outputs are compared: first noise predictions must be one network's, and latents and pictures of the same
+algorithm must agree. A contender that cannot run is left out, with the reason. A contender with wrong output is not
+timed, and the command fails.
 
-Everything needed is made once in --work, and used as it is from then on: MODEL (the pipeline), MODEL-optimum,
-MODEL-bundle-fp32 (-tiny with a tiny VAE). Random weights make noise, but cost what trained ones cost; emoji is the
-default model, with its trained ones. Not run so far: anything on a GPU, which must have nothing else to do, or "GPU,
-GiB" is wrong.
+All files are made once in --work and then used again: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32 (-tiny
+with a tiny VAE). Random weights make noise, but cost as much as trained ones. emoji is the default model with its
+trained weights. Nothing has been run on a GPU so far. The GPU must have no other work, or "GPU, GiB" is wrong.
 """
 
 import argparse
@@ -49,13 +49,13 @@ _ON_CUDA = (
     "tiue:variant=portable tiue:variant=portable,cuda_graphs=true tiue:variant=cuda tiue:variant=cuda,cuda_graphs=true "
     "torch diffusers"
 )
-# Distributions in what is printed; the JSON has all of each contender.
+# The distributions in the printed table. The JSON lists all of each contender.
 _NAMED = ("python", "tiue-runtime", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino")
 _NAMED += ("optimum-onnx", "torch", "diffusers", "transformers", "stable-diffusion-cpp-python")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. Returns 0; 1 if outputs disagree; 2 if nothing could be measured. Says why in one line."""
+    """Run the benchmark. Returns 0; 1 if outputs disagree; 2 if nothing could be measured. Prints the reason."""
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def prepare(place: Workplace, specs: Sequence[Spec], conditions: Conditions) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Make what contenders load. Returns those that can be started, and why others cannot."""
+    """Make the files that contenders load. Returns contenders that can start, and the reasons why others cannot."""
     tiny = any(spec.options.get("vae") == "tiny" for spec in specs)
     entries, skipped = dict[str, Entry](), dict[str, str]()
     for spec in specs:
@@ -130,7 +130,7 @@ def surroundings(conditions: Conditions, measured: Mapping[str, Measured]) -> di
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency",
-        description="Time and memory of a TiUE bundle beside what else makes pictures with the same UNet.",
+        description="Time and memory of a TiUE bundle, and of other programs with the same UNet.",
     )
     parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
     parser.add_argument("--size", type=int, help="pixels, height and width (default: the model's)")
@@ -143,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     add_places(parser)
     parser.add_argument("--steps", type=int, default=4, help="timesteps (default: 4)")
     parser.add_argument("--batches", type=int, nargs="+", help="pictures per request (default: 1; on cuda 1 and 4)")
-    parser.add_argument("--runs", type=int, default=3, help="rounds of timed requests, after the first (default: 3)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of contenders that name none")
+    parser.add_argument(
+        "--runs", type=int, default=3, help="rounds of timed requests, after the first pictures (default: 3)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default of contenders")
     parser.add_argument("--apart", action="store_true", help="never two contenders in memory at once")
     parser.add_argument(
         "--out", type=Path, metavar="PREFIX", help="also write PREFIX.json, .md and .png, after each round"
@@ -153,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where things are and how many threads there are."""
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where things are made, once")
+    """Add the flags for directories, interpreters and threads."""
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="directory of all files made")
     parser.add_argument(
         "--bundle",
         action="append",
@@ -169,26 +171,26 @@ def add_places(parser: argparse.ArgumentParser) -> None:
         type=_named,
         default=[],
         metavar="NAME=PATH",
-        help="the interpreter of a contender, or of all of its kind (default: this one)",
+        help="the interpreter of a contender or a kind (default: this one)",
     )
     parser.add_argument("--threads", type=int, default=thread_count(), help="CPU threads (default: all)")
 
 
 def _named(text: str) -> tuple[str, str]:
-    name, equals, path = text.rpartition("=")  # a contender's name may have some, too
+    name, equals, path = text.rpartition("=")  # A contender's name may also contain "=".
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
     return name, path
 
 
 def workplace(arguments: argparse.Namespace, device: str = "cpu") -> Workplace:
-    """From the flags of `add_places`."""
+    """Make the Workplace from the flags of `add_places`."""
     bundles = {name: Path(path).absolute() for name, path in arguments.bundle}
     return Workplace(arguments.model, arguments.work.absolute(), bundles, dict(arguments.python), device, progress)
 
 
 def progress(message: str) -> None:
-    """Say what is going on, on stderr."""
+    """Print a message on stderr."""
     print(f"{message} ...", file=sys.stderr, flush=True)
 
 

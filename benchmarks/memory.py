@@ -1,9 +1,9 @@
-"""`python -m benchmarks.memory`: the peak memory of a distillation by option, beside the estimate of `--dry-run`.
+"""`python -m benchmarks.memory`: the peak memory of a distillation by option, and the estimate of `--dry-run`.
 
-Every option runs two updates in its own process; by the second update the run holds everything that it will hold. On a
-CPU the peak counts the process's own pages, without those that it had before the networks were made. (The text encoder
-is mapped from its file and has none.) On a GPU the peak is that of torch's allocator. Weights are random. By default
-the UNet has half the widths of Stable Diffusion 2.1, and the latents have a quarter of its area.
+Every option runs two updates in its own process. In the second update, the run holds all its memory. On a CPU, the peak
+counts the anonymous pages that the process got after the networks were made. (The text encoder is mapped from its file
+and has none.) On a GPU, the peak is that of torch's allocator. Weights are random. By default, the UNet has half the
+widths of Stable Diffusion 2.1, and the latents have a quarter of its area.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--fake-score full": {"fake_score": "full"},
     "--no-share-encoder": {"share_encoder": False},
     "--optimizer adam8bit": {"optimizer": "adam8bit"},
-    "--mixed-precision bf16": {"mixed_precision": "bf16"},  # takes minutes on a CPU without it
+    "--mixed-precision bf16": {"mixed_precision": "bf16"},  # takes minutes on a CPU without bf16 instructions
 }
 _ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}}
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """What one option took."""
+    """The cost of one option."""
 
     peak: int  # bytes
     estimated: int  # bytes
@@ -69,7 +69,10 @@ def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mappin
     Args:
         model, work, changes: see `pipelines.random_teacher`.
         settings: of DistillConfig.
-        threads: that torch uses.
+        threads: of torch.
+
+    Returns:
+        Peak, estimate and time.
     """
     import torch
 
@@ -102,13 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.memory", description="The peak memory of a distillation by option."
     )
     parser.add_argument("--model", default="sd21-base", help="model of benchmarks.pipelines (default: sd21-base)")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where the pipeline is made, once")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="directory of the pipeline")
     parser.add_argument(
         "--widths", type=_numbers, default=(160, 320, 640, 640), help="of the blocks (default: 160,320,640,640)"
     )
     parser.add_argument("--latents", type=int, default=32, help="height and width of latents (default: 32)")
     parser.add_argument("--batch", type=int, default=4, help="samples of an update (default: 4)")
-    parser.add_argument("--gpu", action="store_true", help="measure options that only matter on a GPU, too")
+    parser.add_argument("--gpu", action="store_true", help="also measure options that matter only on a GPU")
     parser.add_argument("--threads", type=int, default=thread_count(), help="default: all")
     return parser
 

@@ -1,4 +1,4 @@
-"""Peers without PyTorch that run the full UNet at every step: OpenVINO by itself, and stable-diffusion.cpp."""
+"""Peers without PyTorch that run the full UNet at every step: OpenVINO and stable-diffusion.cpp."""
 
 import ctypes
 import json
@@ -20,7 +20,7 @@ _CPP = {"fp32": "f32", "fp16": "f16"}
 
 
 class OpenVino:
-    """optimum's ONNX graphs in OpenVINO on the CPU, compiled for fixed shapes, and a plain DDIM loop around them."""
+    """optimum's ONNX graphs in OpenVINO on the CPU, compiled for fixed shapes, with a plain DDIM loop."""
 
     def __init__(
         self,
@@ -32,15 +32,18 @@ class OpenVino:
         ddim: Sequence[tuple[int, float, float]],
         precision: str = "fp32",
     ):
-        """Load and compile for a batch of 1; another batch is compiled when it is first asked for.
+        """Load and compile for a batch of 1. Other batches are compiled when they are first requested.
 
         Args:
-            directory: what `peers.export_optimum` wrote.
+            directory: written by `peers.export_optimum`.
             threads: of the CPU.
-            pipeline: the directory it was exported from, whose tokenizer and configurations are read.
-            shape: of one image's latents.
-            ddim: the steps, as `peers.ddim_steps` gives them.
-            precision: that OpenVINO computes in, "fp32" or "bf16". Raises RuntimeError where the CPU does not.
+            pipeline: the exported pipeline, whose tokenizer and configurations are read.
+            shape: of one image's latents, (C, h, w).
+            ddim: the steps, from `peers.ddim_steps`.
+            precision: of OpenVINO's arithmetic, "fp32" or "bf16".
+
+        Raises:
+            RuntimeError: OpenVINO does not grant the precision on this CPU.
         """
         import openvino
 
@@ -78,7 +81,7 @@ class OpenVino:
         z = self._sample(latents, seconds)
         with _adding(seconds, "vae_decoder"):
             image = _run(self._at(latents.shape)[1], {"latent_sample": z / self._scale + self._shift})
-        # (B,3,H,W) in [-1,1] => (B,H,W,3) in [0,1]
+        # (B, 3, H, W) in [-1, 1] => (B, H, W, 3) in [0, 1]
         return np.clip(image / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1), seconds
 
     def latents(self, latents: Float32, steps: int) -> Float32:
@@ -106,7 +109,7 @@ class OpenVino:
         return _run(self._at(latents.shape)[0], feed)
 
     def _at(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """UNet and VAE decoder for latents (B,C,h,w)."""
+        """Return the UNet and the VAE decoder, compiled for latents of a shape (B, C, h, w)."""
         if shape not in self._compiled:
             text = (shape[0], self._ids.shape[1], self._text_width)
             unet = self._compile("unet", {"sample": shape, "timestep": (), "encoder_hidden_states": text})
@@ -115,19 +118,22 @@ class OpenVino:
 
 
 class StableDiffusionCpp:
-    """stable-diffusion.cpp through stable-diffusion-cpp-python, which reads diffusers directories itself, on the CPU.
+    """stable-diffusion.cpp on the CPU, by stable-diffusion-cpp-python, which reads diffusers directories.
 
-    Euler's method in its units is DDIM; it is given the noise levels of our timesteps and draws our noise's numbers
-    from the seed. It starts from pure noise, though, where DDIM takes the noise as it is for z_t, and ends at noise 0,
-    so its pictures are others. What it predicts cannot be looked at.
+    Its Euler sampler equals DDIM in other units. It gets the noise levels of our timesteps, and draws our noise from
+    the seed. Its pictures still differ: it starts from pure noise, but DDIM takes the noise as z_T, and it ends at
+    noise 0. Its predictions are not accessible.
     """
 
     def __init__(self, directory: Path, threads: int, *, sigmas: Sequence[float], seed: int, precision: str = "fp32"):
-        """sigmas: noise levels of the timesteps, sqrt(1/abar - 1); precision: of the weights, "fp32" or "fp16"."""
+        """Load a pipeline.
+
+        sigmas: noise levels of the timesteps, sqrt(1/abar - 1). precision: of the weights, "fp32" or "fp16".
+        """
         import stable_diffusion_cpp as library
 
         self._said: list[str] = []
-        # Kept: ctypes does not.
+        # Keep a reference, because ctypes does not.
         self._log = library.sd_log_callback(lambda level, text, _: self._said.append(text.decode(errors="replace")))
         self._model = library.StableDiffusion(
             model_path=str(directory),
@@ -140,7 +146,7 @@ class StableDiffusionCpp:
         self._sigmas, self._seed = sigmas, seed
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """See contender.Contender. Of `latents`, the shape is used; the stages are what its log says."""
+        """See contender.Contender. Only the shape of `latents` is used. The stages' times come from its log."""
         self._said.clear()
         images = self._model.generate_image(
             PROMPT,
@@ -160,10 +166,10 @@ class StableDiffusionCpp:
         return np.stack([np.asarray(image.convert("RGB"), np.float32) / 255 for image in images]), seconds
 
     def latents(self, latents: Float32, steps: int) -> None:
-        """Not to be seen."""
+        """Return None: they are not accessible."""
 
     def first_eps(self, latents: Float32, steps: int) -> tuple[None, list[int]]:
-        """Not to be seen."""
+        """Return None and []: they are not accessible."""
         return None, []
 
 
@@ -174,7 +180,7 @@ def _one_of(name: str, value: str, allowed: dict[str, str]) -> str:
 
 
 def _run(compiled: Any, feed: dict[str, Any]) -> Float32:
-    """The first output, copied: its buffer is the next run's."""
+    """Run a graph. Returns a copy of its first output, because the next run overwrites the buffer."""
     return compiled(feed)[0].copy()
 
 

@@ -1,4 +1,4 @@
-"""The peers: optimum's ONNX Runtime pipeline and diffusers' own, sampling with the same full UNet at every step.
+"""The peers: optimum's ONNX Runtime pipeline and diffusers' own. Both run the same full UNet at every step.
 
 `python -m benchmarks.peers PIPELINE OUT` exports optimum's directory.
 """
@@ -26,10 +26,12 @@ logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
 
 
 def export_optimum(pipeline: Path, out: Path) -> dict[str, float]:
-    """Export a pipeline directory as optimum does, offline, to `out`, which appears when complete.
+    """Export a pipeline directory with optimum, offline. `out` appears when it is complete.
 
-    The VAE's encoder, which text to image does not use, is left out: the peer is to load no more than it needs.
-    Returns {"seconds", "peak_bytes"} of the export, also kept in out/export.json.
+    The VAE's encoder is left out. Text to image does not use it, and the peer should load no more than it needs.
+
+    Returns:
+        {"seconds", "peak_bytes"} of the export, also written to out/export.json.
     """
     from optimum.exporters.onnx import main_export
 
@@ -44,7 +46,7 @@ def export_optimum(pipeline: Path, out: Path) -> dict[str, float]:
                 output=building,
                 task="text-to-image",
                 library_name="diffusers",
-                do_validation=False,  # the benchmark compares its first noise prediction with ours
+                do_validation=False,  # The benchmark compares its first noise prediction with ours.
                 no_post_process=True,
                 local_files_only=True,
             )
@@ -61,7 +63,7 @@ class Peer:
     """A diffusers-style pipeline with DDIM steps and no guidance, timed by part."""
 
     def __init__(self, pipe: Any, parts: dict[str, Any], synchronize: Callable[[], None]):
-        """parts: by stage, objects whose `forward` is to be timed; the UNet's is "unet"."""
+        """Wrap a pipeline. parts: stage => object whose `forward` is timed. The UNet's stage is "unet"."""
         self._pipe = pipe
         self._pipe.set_progress_bar_config(disable=True)
         self._seconds: dict[str, float] = {}
@@ -72,7 +74,7 @@ class Peer:
             part.forward = self._timed(name, part.forward)
 
     def picture(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """z_T (B,C,h,w) => images (B,H,W,3) in [0,1], seconds by stage."""
+        """Turn z_T (B, C, h, w) into images (B, H, W, 3) in [0, 1], and seconds by stage."""
         self._seconds.clear()
         return self._run(latents, steps, "np"), dict(self._seconds)
 
@@ -81,7 +83,7 @@ class Peer:
         return self._run(latents, steps, "latent").float().cpu().numpy()
 
     def first_eps(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], list[int]]:
-        """What the UNet predicts at the first timestep (B,C,h,w), and all the timesteps."""
+        """Return the UNet's prediction at the first timestep (B, C, h, w), and all timesteps."""
         self._only_eps = True
         try:
             self._run(latents, steps, "latent")
@@ -100,7 +102,7 @@ class Peer:
             height=latents.shape[2] * self._pipe.vae_scale_factor,
             width=latents.shape[3] * self._pipe.vae_scale_factor,
             num_inference_steps=steps,
-            guidance_scale=1.0,  # none
+            guidance_scale=1.0,  # no guidance
             output_type=output_type,
         ).images
 
@@ -112,17 +114,20 @@ class Peer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             if name == "unet" and self._only_eps:
                 self._eps = result[0].float().cpu().numpy()
-                self._pipe._interrupt = True  # diffusers' switch to skip the steps that are left
+                self._pipe._interrupt = True  # diffusers' switch to skip the remaining steps
             return result
 
         return timed
 
 
 def optimum(directory: Path, threads: int, *, spinning: bool = False) -> Peer:
-    """optimum's ORTStableDiffusionPipeline on the CPU, from what `export_optimum` wrote.
+    """Load optimum's ORTStableDiffusionPipeline on the CPU.
 
-    spinning: whether idle threads spin, which is ONNX Runtime's default. Not in tiue_runtime, so not here either
-    unless asked for: where other processes want the cores, it costs a factor of 2.
+    Args:
+        directory: written by `export_optimum`.
+        threads: of the CPU.
+        spinning: whether idle threads spin. This is ONNX Runtime's default, but tiue_runtime turns it off: when other
+            processes need the cores, spinning costs a factor of 2.
     """
     import torch
     from onnxruntime import SessionOptions
@@ -140,7 +145,7 @@ def optimum(directory: Path, threads: int, *, spinning: bool = False) -> Peer:
 
 
 def diffusers(directory: Path, threads: int, device: str) -> Peer:
-    """diffusers' StableDiffusionPipeline: float16 on CUDA, float32 on the CPU. Not yet run on CUDA."""
+    """Load diffusers' StableDiffusionPipeline: float16 on CUDA, float32 on the CPU. Not yet run on CUDA."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -158,7 +163,7 @@ def diffusers(directory: Path, threads: int, device: str) -> Peer:
 
 
 def ddim_steps(directory: Path, steps: int) -> list[tuple[int, float, float]]:
-    """(t, a, b) of every step z <- a z + b eps, read off diffusers' DDIMScheduler, whose steps are linear."""
+    """Return (t, a, b) of every step z <- a z + b eps, measured on diffusers' DDIMScheduler, whose steps are linear."""
     import torch
 
     scheduler = _ddim(directory)
@@ -172,7 +177,7 @@ def ddim_steps(directory: Path, steps: int) -> list[tuple[int, float, float]]:
 
 
 def noise_levels(directory: Path, timesteps: Sequence[int]) -> list[float]:
-    """sqrt(1/abar_t - 1) of each timestep."""
+    """Return sqrt(1/abar_t - 1) of each timestep."""
     abar = _ddim(directory).alphas_cumprod.double()
     return [float((1 / abar[t] - 1).sqrt()) for t in timesteps]
 
@@ -180,7 +185,7 @@ def noise_levels(directory: Path, timesteps: Sequence[int]) -> list[float]:
 def _ddim(directory: Path) -> Any:
     from diffusers import DDIMScheduler
 
-    # DDIM clips unless told otherwise, and the other schedulers' configurations need not say.
+    # DDIM clips by default, and the configurations of other schedulers need not have the option.
     return DDIMScheduler.from_pretrained(directory, subfolder="scheduler", clip_sample=False)
 
 
@@ -188,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export. Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Export optimum's directory.")
     parser.add_argument("pipeline", type=Path, help="a diffusers pipeline directory")
-    parser.add_argument("out", type=Path, help="where to write; must not exist")
+    parser.add_argument("out", type=Path, help="directory to write; must not exist")
     arguments = parser.parse_args(argv)
     cost = export_optimum(arguments.pipeline, arguments.out)
     print(f"wrote {arguments.out} in {cost['seconds']:.0f} s, {cost['peak_bytes'] / 2**30:.1f} GiB at most")

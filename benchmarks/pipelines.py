@@ -1,11 +1,11 @@
 """`python -m benchmarks.pipelines sd15 DIR`: Stable Diffusion pipelines of the true sizes, with random weights.
 
-Configurations, parameter names, shapes and file layout are those of the published models, so that memory, speed and
-loading can be measured and tested without the weights. Pictures from them are noise.
+Configurations, parameter names, shapes and file layout are those of the published models. Memory, speed and loading can
+thus be measured and tested without the published weights. The pictures are noise.
 
 The tokenizer has CLIP's size (49408), length (77), special tokens, padding and order (bytes, bytes that end a word,
-48894 merges), but the merges are made up, of letters: CLIP's own vocabulary is a download. Words take about twice as
-many tokens as in CLIP; as every prompt is padded to 77, no timing changes.
+48894 merges). The merges are invented, because CLIP's own vocabulary is a download. Words take about twice as many
+tokens as in CLIP. Timings do not change, because every prompt is padded to 77.
 
 `emoji` is the default model with its trained weights, as a diffusers pipeline.
 """
@@ -46,12 +46,12 @@ _SD_VAE = {
 _SD_CLIP = {
     "vocab_size": _VOCABULARY_SIZE,
     "max_position_embeddings": _TEXT_LENGTH,
-    # Not the tokenizer's ids, but what the published configurations say.
+    # The values of the published configurations, which are not the tokenizer's ids.
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
-# The union of what the three schedulers read; each ignores what is another's.
+# All options of the three schedulers. Each scheduler ignores the options of the others.
 _SD_SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -69,13 +69,13 @@ _SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMSc
 
 @dataclass(frozen=True)
 class Layout:
-    """One family member: what it differs in from the others."""
+    """The differences of one model from the others of the family."""
 
     unet: dict[str, Any]
     text_encoder: dict[str, Any]
     vae: dict[str, Any]
-    pad_token: str  # the tokenizer's
-    scheduler: str  # a key of _SCHEDULERS: the published pipeline's
+    pad_token: str  # of the tokenizer
+    scheduler: str  # of the published pipeline, a key of _SCHEDULERS
     prediction_type: str = "epsilon"
 
 
@@ -176,19 +176,25 @@ def write_pipeline(
     scheduler: str | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a diffusers pipeline directory; for "taesd", the directory of an AutoencoderTiny alone.
+    """Write a diffusers pipeline directory. For "taesd", write the directory of an AutoencoderTiny alone.
 
-    "emoji" takes no options: it is what the shipped student holds.
+    Parts are made and written one at a time. The largest takes 3.5 GB of memory. "emoji" is the content of the shipped
+    student and takes no options.
 
     Args:
         model: one of MODELS.
         directory: must not exist. It appears when complete.
         dtype: of the stored weights, "fp32" or "fp16".
-        max_shard_size: such as "1GB": larger parts are split into files of at most this size. None: one file each.
+        max_shard_size: for example "1GB". Larger parts are split into files of at most this size. None: one file each.
         scheduler: "pndm", "ddim" or "ddpm". None: the published pipeline's.
         seed: of every part's weights.
 
-    Parts are made and written one at a time: 3.5 GB of memory for the largest. Raises ValueError, FileExistsError.
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: an option is wrong.
+        FileExistsError: the directory exists.
     """
     _one_of("model", model, MODELS)
     _one_of("dtype", dtype, ("fp32", "fp16"))
@@ -213,11 +219,15 @@ def write_pipeline(
 
 
 def random_teacher(model: str, work: Path, changes: Mapping[str, Any]) -> Any:
-    """`tiue.components.Components` of a model of MODELS, with a UNet of changed configuration; the same each time.
+    """Load a model of MODELS, with a UNet of changed configuration. Its weights are the same each time.
 
     Args:
-        work: where the pipeline is written, once.
+        model: one of MODELS.
+        work: the directory in which the pipeline is written once.
         changes: to the UNet's configuration.
+
+    Returns:
+        `tiue.components.Components`.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -247,7 +257,7 @@ def _write_parts(
         (part.half() if dtype == "fp16" else part).save_pretrained(path, safe_serialization=True, **saving)
 
     if model == "taesd":
-        write(AutoencoderTiny, directory)  # TAESD is the class's defaults
+        write(AutoencoderTiny, directory)  # The defaults of the class are TAESD.
         return
     layout = LAYOUTS[model]
     write(lambda: UNet2DConditionModel(**(_SD_UNET | layout.unet)), directory / "unet")
@@ -299,7 +309,7 @@ def _write_emoji(directory: Path) -> None:
 
 
 def _write_tokenizer(directory: Path, pad_token: str) -> None:
-    """vocab.json, merges.txt, tokenizer.json and their configurations."""
+    """Write vocab.json, merges.txt, tokenizer.json and their configurations."""
     from transformers import CLIPTokenizerFast
     from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
@@ -324,7 +334,7 @@ def _write_tokenizer(directory: Path, pad_token: str) -> None:
 
 
 def _merges() -> Iterator[tuple[str, str]]:
-    """Words of two letters, then three, then four, each from its beginning and a letter; whole words first."""
+    """Yield merges that make words of two letters, then three, then four, from a beginning and a letter."""
     letters = string.ascii_lowercase
     for length in (1, 2, 3):
         for end in ("</w>", ""):
@@ -352,9 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=MODELS,
         help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: of two levels; emoji: the default model",
     )
-    parser.add_argument("directory", help="where to write; must not exist")
+    parser.add_argument("directory", help="directory to write; must not exist")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored weights")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="split larger parts into files, e.g. 1GB")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="split larger parts into files, for example 1GB")
     parser.add_argument("--scheduler", choices=_SCHEDULERS, help="default: the published pipeline's")
     parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args(argv))

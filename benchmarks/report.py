@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as pictures."""
+"""Measurements as a table, as JSON and as pictures."""
 
 import io
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 from benchmarks.comparing import Measured
 
-SCHEMA = "tiue-latency/1"  # what to read the JSON as; its fields are those of comparing.Measured
-# Colours that stay apart in grey and for the colour-blind, in the order of work.
+SCHEMA = "tiue-latency/1"  # the name of the JSON's format, whose fields are those of comparing.Measured
+# Colours in the order of the stages. They differ in grey and for the colour-blind.
 STAGES = {"text": "#bbbbbb", "unet": "#4477aa", "vae": "#ee9944", "other": "#333333"}
 _LEGEND = {"text": "text encoder", "unet": "UNet", "vae": "VAE", "other": "the rest"}
 
 
 def stages(measured: Measured, batch: int) -> dict[str, float]:
-    """Median seconds of the text encoder, the UNet and the VAE, and the rest of the median picture."""
+    """Return the median seconds of the text encoder, the UNet and the VAE, and the rest of the median picture."""
     runs = measured.stages[batch]
     sums = [{s: sum(t for name, t in run.items() if name.partition("_")[0] == s) for s in STAGES} for run in runs]
     medians = {stage: statistics.median(run[stage] for run in sums) for stage in STAGES}
@@ -26,9 +26,9 @@ def stages(measured: Measured, batch: int) -> dict[str, float]:
 
 
 def table(measured: Mapping[str, Measured], skipped: Mapping[str, str]) -> str:
-    """A Markdown table, fastest first, and below it those left out.
+    """Make a Markdown table, fastest first, followed by the contenders that were left out.
 
-    The last column: relative difference of the first noise prediction; PSNR of latents or picture, the lower one.
+    The last column has the relative difference of first noise predictions, and the lower PSNR of latents and picture.
     """
     gpu = any(m.gpu_bytes for m in measured.values())
     heads = ["contender", "batch", "picture, s (least .. most)", "text", "UNet", "VAE", "load, s", "cold start, s"]
@@ -59,7 +59,7 @@ def table(measured: Mapping[str, Measured], skipped: Mapping[str, str]) -> str:
 
 
 def ranked(measured: Mapping[str, Measured]) -> list[tuple[str, int]]:
-    """Contender and batch, by batch and median seconds."""
+    """Return contender and batch, sorted by batch, then by median seconds."""
     pairs = [(name, batch) for name, m in measured.items() for batch in m.seconds]
     return sorted(pairs, key=lambda pair: (pair[1], statistics.median(measured[pair[0]].seconds[pair[1]])))
 
@@ -75,7 +75,7 @@ def save(out: Path, about: Mapping[str, Any], measured: Mapping[str, Measured], 
 
 
 def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
-    """A PNG: one bar per contender at the smallest batch, fastest on top, of its stages' medians."""
+    """Make a PNG: one bar per contender at the smallest batch, with its stages' medians. The fastest is on top."""
     from matplotlib.figure import Figure
 
     batch = min(batch for m in measured.values() for batch in m.seconds)
@@ -87,7 +87,7 @@ def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
     for stage, colour in STAGES.items():
         widths = [stages(measured[name], batch)[stage] for name in names]
         if max(widths) < longest / 200:
-            continue  # it could not be seen
+            continue  # It is unknown.
         axes.barh(names, widths, left=left, color=colour, height=0.7, label=_LEGEND[stage])
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width > longest / 14:
@@ -110,14 +110,14 @@ def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
 
 
 def png(figure: Any) -> bytes:
-    """A matplotlib figure as a file's content."""
+    """Return a matplotlib figure as the content of a PNG."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
 
 
 def write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
@@ -125,7 +125,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _agrees(measured: Measured) -> str:
-    """The least of all comparisons, as the latents and the picture have it, in dB, else that of predictions."""
+    """Return the differences as text: of the prediction, and the lower PSNR of latents and picture."""
     compared = measured.compared
     decibels = [compared[what].value for what in ("latents", "picture") if what in compared]
     found = [f"{compared['eps'].value:.0e}"] if "eps" in compared else []

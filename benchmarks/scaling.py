@@ -1,8 +1,8 @@
-"""`python -m benchmarks.scaling --model sd21-base --out docs/scaling`: what more pictures, timesteps and pixels cost.
+"""`python -m benchmarks.scaling --model sd21-base --out docs/scaling`: cost by pictures, timesteps and pixels.
 
-Three series through one point (batch 1, 4 timesteps, --size), each point in a process of its own, so that its peak
-memory is its own: batch, N and resolution. The time is the UNet's; beside it the time that its floating point
-operations predict from that point, counted by PyTorch before anything is hoisted (see `flops`).
+Three series vary the batch, N and the resolution. They meet in one point: batch 1, 4 timesteps, --size. Each point runs
+in its own process, so that its peak memory can be measured. The table has the UNet's time and a prediction of it: the
+time at the common point, scaled by floating-point operations. `flops` counts these before anything is hoisted.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SCHEMA = "tiue-scaling/1"
 
 @dataclass(frozen=True)
 class Point:
-    """What is asked for at once."""
+    """The size of a request."""
 
     batch: int
     steps: int
@@ -41,7 +41,7 @@ _LABELS = {"batch": "pictures per request", "steps": "timesteps N", "size": "pix
 
 @dataclass(frozen=True)
 class Cost:
-    """What a point took."""
+    """The cost of a point."""
 
     measured: Measured
     encoder_flops: int
@@ -72,7 +72,9 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     points = dict.fromkeys(Point(**asdict(base) | {field: x}) for field, values in series.items() for x in values)
     costs, skipped, about = dict[Point, Cost](), dict[str, str](), dict[str, str]()
-    for point in sorted(points, key=lambda p: p != base):  # the one that the others are compared with comes first
+    for point in sorted(
+        points, key=lambda p: p != base
+    ):  # The common point comes first, because the others are compared with it.
         shape, _ = place.geometry(point.size)
         conditions = Conditions(arguments.threads, shape, pixels, point.steps, (point.batch,), arguments.runs)
         entry = place.entry(spec, conditions, tiny=spec.options.get("vae") == "tiny", steps=series["steps"])
@@ -96,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predicted(costs: Mapping[Point, Cost], base: Point, point: Point) -> float:
-    """The UNet's seconds if they were in proportion to its operations."""
+    """Return the UNet's seconds, predicted from the common point in proportion to its operations."""
     flops = {p: costs[p].encoder_flops + costs[p].decoder_flops for p in (base, point)}
     return costs[base].unet_seconds(base) * flops[point] / flops[base]
 
@@ -150,11 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
     parser.add_argument("--contender", default="tiue", help="as in benchmarks.latency (default: tiue)")
     add_places(parser)
-    parser.add_argument("--size", type=int, help="pixels where another thing varies (default: the model's)")
+    parser.add_argument("--size", type=int, help="pixels in the series of batch and timesteps (default: the model's)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 640, 768], help="default: 256 ... 768")
-    parser.add_argument("--runs", type=int, default=2, help="timed requests at each point, after one (default: 2)")
+    parser.add_argument(
+        "--runs", type=int, default=2, help="timed requests at each point, after a first one (default: 2)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="write PREFIX.json and PREFIX.png")
     return parser
 

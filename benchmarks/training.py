@@ -1,9 +1,9 @@
-"""`python -m benchmarks.training`: the updates of a distillation beside those of a plain loop, as in the paper's code.
+"""`python -m benchmarks.training`: the updates of a distillation, and those of a plain loop like the paper's code.
 
-The plain loop encodes the text of every batch, the null text included. It takes four separate passes for the scores
-that VSD compares, and uses the optimizer of torch and the average of diffusers with their defaults. Networks, random
-numbers and losses are the same, and are compared. Both loops take turns, one in memory at a time. The UNet has the
-widths of Stable Diffusion 2.1, --layers per block instead of 2, and random weights.
+The plain loop encodes the text of every batch, including the null text. It makes four separate passes for the scores of
+VSD, and uses torch's optimizer and diffusers' average with their defaults. Networks, random numbers and losses are the
+same, and losses are compared. The loops take turns, and only one is in memory at a time. The UNet has the widths of
+Stable Diffusion 2.1, --layers per block instead of 2, and random weights.
 """
 
 import argparse
@@ -40,18 +40,18 @@ from tiue.text_encoder import encode_text
 from tiue.unet import TiUE
 
 _CAPTIONS = [f"a photograph of {number} lighthouses, oil on canvas" for number in range(32)]
-_AGREE = 1e-3  # relative; the sums are taken in another order
+_AGREE = 1e-3  # relative difference of losses, whose sums have another order
 _Update = Callable[[int], dict[str, float]]  # of a step => losses
 
 
 class Plain:
-    """The method without any optimization, one computation after the other."""
+    """The method without optimizations: one computation after the other."""
 
     def __init__(self, teacher: Components, config: DistillConfig, captions: Sequence[str]):
         self._components, self._config, self._captions = teacher, config, captions
         self._order = PromptOrder(len(captions), config.seed)
         self._tiue = TiUE(copy.deepcopy(teacher.unet), closed_form(teacher.scheduler_config, 4), 751)
-        torch.manual_seed(config.seed)  # for the adapters' initial weights, as in Vsd
+        torch.manual_seed(config.seed)  # The adapters' initial weights are random, and the same as in Vsd.
         self._scores = teacher.unet.requires_grad_(False)
         adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=["to_q", "to_v"])
         self._scores.add_adapter(adapters)
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found[name], taken = _timed(make(Path(directory)), arguments.updates)
             seconds[name] += taken
             print(json.dumps({"round": number + 1, "loop": name, "seconds": taken, "losses": found[name]}), flush=True)
-            gc.collect()  # memory does not hold both
+            gc.collect()  # Memory may not hold both loops.
     worst = max(
         abs(ours[name] - value) / max(abs(value), 1e-6)
         for ours, plain in zip(found["tiue"], found["plain"], strict=True)
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.training", description="The updates of a distillation beside those of a plain loop."
     )
     parser.add_argument("--model", default="sd21-base", help="model of benchmarks.pipelines (default: sd21-base)")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where the pipeline is made, once")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="directory of the pipeline")
     parser.add_argument("--layers", type=int, default=1, help="layers per block (default: 1)")
     parser.add_argument("--latents", type=int, default=16, help="height and width of latents (default: 16)")
     parser.add_argument("--batch", type=int, default=2, help="samples of an update (default: 2)")

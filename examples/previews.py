@@ -1,4 +1,4 @@
-"""Watch a picture form, step by step, and stop it when it takes too long."""
+"""Watch a picture form, step by step, and stop if it takes too long."""
 
 import time
 
@@ -9,7 +9,7 @@ deadline = time.monotonic() + 10
 
 
 def show(step, steps, preview):
-    """Called after each decoder: preview is the latents (B,C,h,w) as they would become."""
+    """Print progress after each timestep. preview: an estimate of the final latents (B, C, h, w)."""
     print(f"step {step} of {steps}, latents' spread {preview.std():.2f}")
 
 

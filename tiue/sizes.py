@@ -12,7 +12,7 @@ _LARGEST = 2**20  # of integers that need not be a dimension of a tensor, such a
 
 
 def check_sizes(configs: Mapping[str, Any], shapes: Collection[list[int]]) -> None:
-    """Refuse a model that is far larger than its weights: to build it would take hours, or all memory.
+    """Refuse a configuration that is far larger than the weights. Building its model would take hours, or all memory.
 
     Args:
         configs: part => its configuration.
@@ -33,7 +33,7 @@ def check_sizes(configs: Mapping[str, Any], shapes: Collection[list[int]]) -> No
 
 
 def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
-    """Yield every integer in JSON, and the number of items of every list, with the names of its places."""
+    """Yield (path, value) of every integer in JSON, and (path, length) of every list."""
     if isinstance(value, int):
         yield name, value
     elif isinstance(value, Mapping):

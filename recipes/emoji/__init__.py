@@ -1,1 +1,1 @@
-"""How the default model was made: drawings -> autoencoder -> teacher -> student -> report."""
+"""The recipe of the default model: drawings -> autoencoder -> teacher -> student -> report."""

@@ -1,4 +1,4 @@
-"""An AutoencoderKL from pictures to latents of an eighth of their side, trained with an L1 and a gradient loss."""
+"""An AutoencoderKL, trained with an L1 and a gradient loss. Latents have an eighth of a picture's height and width."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from recipes.emoji.presets import Preset
 from recipes.emoji.stage import device, minimize
 from tiue.components import decode_latents, latent_scaling
 
-KL_WEIGHT = 1e-5  # per latent element: enough to keep the latents near zero, too little to blur
+KL_WEIGHT = 1e-5  # per latent element; it keeps latents near zero and is too small to blur
 
 
 def to_pixels(images) -> Tensor:
-    """uint8 (n, H, W, 3) => float32 (n, 3, H, W) in [-1, 1]."""
+    """Turn uint8 (n, H, W, 3) into float32 (n, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autoencoder(preset: Preset, drawings: Drawings, directory: Path) -> AutoencoderKL:
-    """Train (once) and load the autoencoder; its `scaling_factor` gives the training latents unit variance."""
+    """Train (once) and load the autoencoder. Its `scaling_factor` gives the training latents unit variance."""
     if not (directory / "config.json").exists():
         _train(preset, drawings, directory)
     return AutoencoderKL.from_pretrained(directory).to(device()).eval()
@@ -66,20 +66,20 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
 
 
 def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
-    """Mean absolute difference of the horizontal and vertical finite differences, which keeps outlines sharp."""
+    """Return the mean absolute difference of horizontal and vertical finite differences. It keeps outlines sharp."""
     return sum((y.diff(dim=dim) - x.diff(dim=dim)).abs().mean() for dim in (-1, -2))
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor, scale: bool = True) -> Tensor:
-    """Pixels (n, 3, H, W) in [-1, 1] => latents (n, C, h, w) on the CPU, of unit variance when `scale`."""
+    """Turn pixels (n, 3, H, W) in [-1, 1] into latents (n, C, h, w) on the CPU, of unit variance if `scale`."""
     means = [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in pixels.split(64)]
     return torch.cat(means) * (latent_scaling(vae)[0] if scale else 1.0)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (n, C, h, w) => uint8 (n, H, W, 3) on the CPU."""
+    """Turn scaled latents (n, C, h, w) into pictures uint8 (n, H, W, 3) on the CPU."""
     parts = [decode_latents(vae, part.to(vae.device)) for part in latents.split(64)]
     pixels = (torch.cat(parts).float().cpu() / 2 + 0.5).clamp(0, 1)
     return (pixels * 255).round().byte().permute(0, 2, 3, 1)

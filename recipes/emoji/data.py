@@ -1,4 +1,4 @@
-"""Drawings and captions: fetch the pinned npm packages, draw every SVG, write captions, hold out a tenth."""
+"""Drawings and captions: fetch the pinned npm packages, render every SVG, write captions, hold out a tenth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-# style word in captions -> (npm package, licence). The order is the style index.
+# Style word in captions => (npm package, license). The order is the style index.
 STYLES = {
     "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
     "noto classic": ("@iconify-json/noto-v1@1.2.5", "Apache-2.0"),
@@ -31,22 +31,22 @@ CONCEPTS = Path(__file__).with_name("concepts.txt")
 
 @dataclass(frozen=True)
 class Drawings:
-    """The data set. Row i of every array is one drawing of one concept in one style."""
+    """The data set. Row i of every array is a drawing of a concept in a style."""
 
     images: np.ndarray  # uint8 (n, H, W, 3), on white
     concept: np.ndarray  # int64 (n,), index into `captions`
     style: np.ndarray  # int64 (n,), index into STYLES
-    held_out: np.ndarray  # bool (n,), never trained on by any stage
+    held_out: np.ndarray  # bool (n,), never used for training by any stage
     captions: list[list[str]]  # per concept, without a style word; the first is the label
 
     def caption(self, row: int, variant: int, with_style: bool) -> str:
-        """Caption number `variant` of drawing `row`; with its style word when `with_style`."""
+        """Return caption number `variant` of drawing `row`, with its style word if `with_style`."""
         text = self.captions[self.concept[row]][variant]
         return f"{text}, {list(STYLES)[self.style[row]]} style" if with_style else text
 
 
 def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
-    """Fetch, draw and caption into `directory` (once), then return the data set."""
+    """Make the data set in `directory` (once), and load it."""
     archive, captions = directory / "drawings.npz", directory / "captions.json"
     if not captions.exists():
         directory.mkdir(parents=True, exist_ok=True)
@@ -56,12 +56,12 @@ def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
 
 
 def is_held_out(hexcode: str, style: str) -> bool:
-    """A fixed tenth of the (concept, style) pairs, chosen by hash so that it never moves as the set grows."""
+    """Select a tenth of the (concept, style) pairs. A hash decides, so that the choice stays when the set grows."""
     return hashlib.sha256(f"{hexcode}/{style}".encode()).digest()[0] * 10 < 256
 
 
 def fetch(package: str, directory: Path) -> Path:
-    """Download and unpack an npm package by exact version; returns its directory. npm checks its integrity."""
+    """Download and unpack an npm package of an exact version. Returns its directory. npm checks its integrity."""
     target = directory / re.sub(r"[^\w.]+", "-", package).strip("-")
     if not (target / "package").is_dir():
         done = subprocess.run(
@@ -101,7 +101,7 @@ def _render_all(directory: Path, archive: Path, captions_file: Path, resolution:
 
 
 def render(svg: str, resolution: int) -> np.ndarray:
-    """SVG text => uint8 (resolution, resolution, 3) on white, drawn at twice the size and averaged down."""
+    """Render an SVG => uint8 (resolution, resolution, 3) on white. It is rendered at twice the size and averaged."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * resolution, height=2 * resolution)
     picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -111,7 +111,7 @@ def render(svg: str, resolution: int) -> np.ndarray:
 
 
 class _IconSet:
-    """One iconify package: finds an emoji's icon by code point, else by label, and wraps it as an SVG."""
+    """An iconify package. It finds an emoji's icon by code point, else by label, and wraps it as an SVG."""
 
     def __init__(self, package: Path) -> None:
         self._set = json.loads((package / "icons.json").read_text())
@@ -136,13 +136,13 @@ class _IconSet:
 
 
 def concept_list() -> list[str]:
-    """Return the things that the default model learns."""
+    """List the concepts that the default model learns."""
     lines = [line for line in CONCEPTS.read_text().splitlines() if not line.startswith("#")]
     return [label.strip() for line in lines for label in line.split(";")]
 
 
 def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int]) -> list[str]:
-    """The label, the label with an article, its short names, tags nobody else has, and the label with its tags."""
+    """List an emoji's captions: its label, with and without an article; short names; unique tags; label with tags."""
     label, tags = entry["label"], entry.get("tags", [])
     article = "an" if label[0].lower() in "aeiou" else "a"
     texts = [label, f"{article} {label}"]

@@ -1,8 +1,8 @@
 """The quality of pictures: a classifier trained on the drawings names their concept, and its features give a distance.
 
-Text-to-image models are usually compared by CLIP score and FID. Both networks are made for photographs of 200 pixels
-and more. Their small counterparts here are the accuracy (does the picture show the prompt?) and a Frechet distance
-between features of pictures and of drawings (are both sets alike in quality and variety?).
+Text-to-image models are usually compared by CLIP score and FID, whose networks are made for photographs of 200 pixels
+and more. The small counterparts here are the accuracy (does the picture show the prompt?) and a Frechet distance
+between features of pictures and drawings (are both sets alike in quality and variety?).
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, concepts)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels => the (n, 128) averages that the head sees."""
+        """Return the averages (n, 128), the input of the last layer."""
         for stage in self.stages:
             pixels = stage(pixels)
         return pixels.mean(dim=(2, 3))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels => logits."""
+        """Return the logits (n, K)."""
         return self.head(self.features(pixels))
 
 
 def classifier(preset: Preset, drawings: Drawings, path: Path) -> Classifier:
-    """Train (once) and load the judge. It never sees held-out drawings, so it can be checked on them."""
+    """Train (once) and load the classifier. It never sees held-out drawings, so it can be checked on them."""
     torch.manual_seed(preset.seed)
     model = Classifier(len(drawings.captions)).to(device())
     if not path.exists():
@@ -86,7 +86,7 @@ def classifier(preset: Preset, drawings: Drawings, path: Path) -> Classifier:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random mirror image, shift by up to 6 pixels, gain of each colour, and a little noise."""
+    """Augment pictures: mirror them, shift them by up to 6 pixels, scale each colour, and add a little noise."""
     n = len(pixels)
     angle = torch.zeros(n, 2, 3)
     mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
@@ -102,7 +102,16 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def judge(model: Classifier, images: np.ndarray, concept: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """uint8 images (n, H, W, 3) and the concepts asked for => ({"top1", "top5"} as fractions, features (n, 128))."""
+    """Classify pictures.
+
+    Args:
+        model: the classifier.
+        images: uint8 (n, H, W, 3).
+        concept: the concepts of the prompts, int64 (n,).
+
+    Returns:
+        {"top1", "top5"} as fractions, and features (n, 128).
+    """
     pixels = to_pixels(images)
     features = torch.cat([model.features(part.to(device())) for part in pixels.split(256)])
     order = model.head(features).argsort(dim=1, descending=True).cpu()

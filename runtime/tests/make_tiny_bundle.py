@@ -1,4 +1,4 @@
-"""Make data/tiny and data/heavy: bundles of a few KB with answers in closed form. Needs onnx; the tests do not.
+"""Make data/tiny and data/heavy: bundles of a few KB with pictures in closed form. Needs onnx, unlike the tests.
 
 python make_tiny_bundle.py
 
@@ -7,8 +7,8 @@ mid, skip.0  = 0.5 z_T, mean(text)
 eps_i        = tanh(mid * TAU[i] + skip.0)
 image        = 2 latents[:, :3] + 0.25, every pixel repeated twice in height and width
 
-heavy computes the same, but eps and image as the mean of COPIES copies, which takes memory. It has estimates of that,
-default pictures of 128 x 128 pixels, and a second image decoder, light and with half the contrast.
+heavy computes the same, but takes more memory: eps and image are the mean of COPIES copies. It has memory estimates,
+default pictures of 128 x 128 pixels, and a second image decoder, which takes little memory and halves the contrast.
 """
 
 import shutil
@@ -57,7 +57,7 @@ def save(path: Path, nodes: list, inputs: list, outputs: list, constants: dict[s
 
 
 def copied(name: str, last: list, heavy: bool) -> tuple[list, dict[str, np.ndarray]]:
-    """The nodes `last`, of which the last one computes `name`; when heavy, then the mean of COPIES copies of it."""
+    """Return the nodes `last`, which compute `name`. If heavy, `name` becomes the mean of COPIES copies."""
     if not heavy:
         return last, {}
     last[-1].output[0] = "once"
@@ -165,7 +165,7 @@ def make(directory: Path, heavy: bool) -> None:
     tokenizer.enable_truncation(LENGTH)
     tokenizer.save(str(directory / TOKENIZER))
     (directory / "README.md").write_text("A synthetic bundle for tests.\n", encoding="utf-8")
-    floats = 4 * (COPIES + 1)  # bytes of the copies of a number and itself
+    floats = 4 * (COPIES + 1)  # bytes of a number and its copies
     estimates = {
         "unet_decoder": MemoryUse(4 * floats, 0),  # 4 channels
         "vae_decoder": MemoryUse(3 * 4 * floats, 0),  # 3 channels of 2 x 2 pixels
@@ -191,7 +191,7 @@ def make(directory: Path, heavy: bool) -> None:
         default_steps=4,
         variants={PORTABLE: {**GRAPH_FILES, **({"vae_decoder_tiny": "vae_decoder_tiny.onnx"} if heavy else {})}},
         vaes=(KL, TINY) if heavy else (KL,),
-        preview=Preview((*IDENTITY, (0.0, 0.0, 0.0)), ((SHIFT + 1) / 2,) * 3),  # of pictures in [0, 1]
+        preview=Preview((*IDENTITY, (0.0, 0.0, 0.0)), ((SHIFT + 1) / 2,) * 3),  # for pictures in [0, 1]
         prompts=Prompts(examples=("a red heart", "a blue star"), vocabulary=tuple(WORDS[4:])),
         memory={PORTABLE: estimates} if heavy else {},
     )

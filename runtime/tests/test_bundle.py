@@ -11,7 +11,7 @@ from tiue_runtime.errors import BundleError
 
 
 def put(path, value):
-    """A change of bundle.json: put("a.b", 1) sets content["a"]["b"] = 1."""
+    """Make a change of bundle.json: put("a/b", 1) sets content["a"]["b"] = 1."""
 
     def change(content):
         *parents, last = path.split("/")
@@ -233,7 +233,7 @@ def test_verify_names_the_tampered_files(copy):
         content = bytearray((copy / name).read_bytes())
         content[-1] ^= 1
         (copy / name).write_bytes(content)
-    Bundle.load(copy)  # the sizes are right
+    Bundle.load(copy)  # Sizes are still right.
     with pytest.raises(BundleError, match=r"differs from bundle\.json: README\.md, vae_decoder\.onnx\."):
         bundle.verify()
 
@@ -276,7 +276,7 @@ def test_writing_needs_every_file(copy):
         write_bundle(copy, manifest)
 
 
-def test_manifest_checks_what_the_exporter_gives(tiny):
+def test_the_manifest_checks_the_exporters_values(tiny):
     content = {**vars(Bundle.load(tiny).manifest), "default_steps": 7}
     with pytest.raises(BundleError, match="default_steps: expected a step count of schedules"):
         Manifest(**content)
@@ -361,7 +361,7 @@ def in_its_place(path, kind):
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes and devices among files")
 @pytest.mark.parametrize("kind", ["directory", "pipe", "device", "loop", "dangling link"])
 @pytest.mark.parametrize("name", ["bundle.json", "vae_decoder.onnx"])
-def test_what_is_no_file_is_refused_without_waiting(copy, name, kind):
+def test_only_regular_files_are_read_and_nothing_is_waited_for(copy, name, kind):
     in_its_place(copy / name, kind)
     with pytest.raises(BundleError, match=re.escape(str(copy))) as caught:
         Bundle.load(copy)
@@ -376,7 +376,7 @@ def test_an_unreadable_manifest(copy):
 
 
 def test_links_are_followed(copy, tmp_path):
-    """As the cache of the Hugging Face Hub has them: whoever makes the directory decides on its links."""
+    """The cache of the Hugging Face Hub has links. The owner of the directory decides on them."""
     for name in ("bundle.json", "vae_decoder.onnx"):
         (copy / name).rename(tmp_path / name)
         (copy / name).symlink_to(tmp_path / name)

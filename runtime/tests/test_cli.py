@@ -122,7 +122,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, argv, message):
     assert {p.name for p in tmp_path.iterdir()} == {"file", "folder.png"}
 
 
-def test_an_unwritable_place_is_told_before_anything_is_loaded(run, tmp_path, monkeypatch):
+def test_an_unwritable_path_is_reported_before_anything_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr("tiue_runtime.pipeline.Pipeline.load", lambda *_, **__: pytest.fail("loaded"))
     assert run("generate", "a", "--out", tmp_path / "none" / "a.png")[0] == 2
 
@@ -200,7 +200,7 @@ def test_python_dash_m(tiny):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_a_terminal_that_cannot_show_a_name_stops_nothing(tiny, tmp_path, encoding):
+def test_a_terminal_that_cannot_show_a_name_does_not_stop_a_command(tiny, tmp_path, encoding):
     out = tmp_path / "\u753b\u50cf \u2764.png"
     command = [sys.executable, "-m", "tiue_runtime", "generate", "a \u2764", "--bundle", str(tiny), "--out", str(out)]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}

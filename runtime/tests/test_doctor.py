@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Driver:
-    """libcuda and libnvidia-ml of a machine with `gpus`; every function returns 0 for success, or an error."""
+    """Fakes libcuda and libnvidia-ml of a machine with `gpus`. Functions return 0 for success, or an error code."""
 
     def __init__(self, gpus=(), failed=0):
         self.gpus, self.failed = gpus, failed
@@ -135,7 +135,7 @@ def test_every_provider_is_tried(onnxruntime_with):
 
 def test_two_wheels_are_a_problem_and_no_crash(another_wheel, tiny):
     _, problems = doctor.examine(tiny, "cpu")
-    assert len(problems) == 1  # said once, though two parts of the examination meet it
+    assert len(problems) == 1  # reported once, although two parts of the examination find it
     assert "are installed together" in problems[0] and another_wheel in problems[0].partition("pip uninstall -y")[2]
 
 
@@ -171,7 +171,7 @@ def test_the_device_is_chosen_for_the_bundle(onnxruntime_with, edit):
 
     onnxruntime_with(get_available_providers=lambda: [Device("openvino").provider, Device("cpu").provider])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # OpenVINO's row says that it does not start here
+        warnings.simplefilter("ignore", UserWarning)  # OpenVINO does not start here.
         rows, problems = doctor.examine(edit(only_cpu))
     assert problems == [] and rows["device auto"] == Device("cpu")
     assert rows["placement of"] == "tiny, cpu graphs, on cpu"
@@ -196,7 +196,7 @@ def test_why_a_provider_does_not_start(monkeypatch, onnxruntime_with, tmp_path):
         tmp_path / "capi" / name for name in ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll")
     ]
     for library in libraries:
-        library.touch()  # too short to be a library
+        library.touch()  # An empty file is not a library.
     why = placement.probe(Device("cuda"))
     assert why.startswith("gave CPU (there is no NVIDIA driver; ") and "onnxruntime_providers_cuda" in why
     monkeypatch.setattr(gpu, "find_gpus", lambda: [Gpu("RTX", GIB, (8, 9))])

@@ -6,7 +6,7 @@ from tiue_runtime.ort.sessions import first_line
 HOSTILE = f"name \x1b[31m\u202e\0 {'x' * 10_000}\nsecond line"
 
 
-def test_a_message_is_one_line_that_a_terminal_can_show_whatever_it_quotes():
+def test_a_message_is_one_printable_line():
     message = str(BundleError(f"a  b.onnx: {HOSTILE}"))
     assert message.startswith(r"a  b.onnx: name \x1b[31m\u202e\x00 xxx") and message.isprintable()
     assert len(message) <= 1000

@@ -1,4 +1,4 @@
-"""The files that ONNX graphs name, found without the onnx package: every way to name one, and hostile files."""
+"""External data of ONNX graphs, found without the onnx package: all places of a name, and hostile files."""
 
 import os
 import random
@@ -167,7 +167,7 @@ def test_damaged_graphs_raise_nothing_else(tiny, tmp_path):
 
 
 def test_weights_are_not_read(tmp_path):
-    """A file of 1 GB is looked through in well under a second, since the bytes of tensors are skipped."""
+    """A file of 1 GB is searched in well under a second, because the bytes of tensors are skipped."""
     path = tmp_path / "large.onnx"
     size = 10**9
     head = message(5, tensor(b"first"))
@@ -183,7 +183,7 @@ def test_weights_are_not_read(tmp_path):
 
 
 def rewritten(directory, **graphs):
-    """The bundle in a directory, whose bundle.json is written again for changed files."""
+    """Write bundle.json again for a directory with changed files. Returns the bundle."""
     manifest = read_manifest((directory / "bundle.json").read_bytes())
     variants = {"portable": {**manifest.variants["portable"], **graphs}}
     return write_bundle(directory, replace(manifest, files={}, variants=variants))

@@ -8,7 +8,7 @@ from tiue_runtime.errors import BundleError
 
 @pytest.fixture
 def installed(tmp_path, tiny, monkeypatch):
-    """A site directory with a package that offers the tiny bundle as "small"; importing it fails."""
+    """A site directory with a package that offers the tiny bundle as "small". Importing the package fails."""
     site = tmp_path / "site"
     shutil.copytree(tiny, site / "tiny_bundle_package")
     (site / "tiny_bundle_package" / "__init__.py").write_text("raise RuntimeError('imported')\n")

@@ -1,4 +1,4 @@
-"""Runs on a GPU, without one: ONNX Runtime's CPU provider computes, a fake keeps the books of a CUDA device."""
+"""Runs on a CUDA device, tested without one: the CPU provider computes, and a fake records all copies and runs."""
 
 import gc
 import inspect
@@ -22,7 +22,7 @@ SHRINK, GRAPH_ID = "memory.enable_memory_arena_shrinkage", "gpu_graph_id"
 
 
 class Value:
-    """An OrtValue in the memory of `place`. The names are those of onnxruntime.OrtValue: see the test of them."""
+    """A fake OrtValue in the memory of `place`. A test compares its names with onnxruntime.OrtValue's."""
 
     def __init__(self, array, place):
         self.place = place
@@ -77,7 +77,7 @@ class Binding:
 
 
 class Session:
-    """Computes on the CPU. With recordings, it replays the addresses of the first run with a number, as CUDA does."""
+    """Computes on the CPU. Like CUDA, a recording replays the addresses of the first run with its number."""
 
     def __init__(self, path_or_bytes, sess_options=None, providers=None, enable_fallback=True):
         assert not enable_fallback
@@ -118,7 +118,7 @@ class Session:
         bound = iobinding
         if self.providers and self.providers[0][1].get("enable_cuda_graph") == "1":
             assert SHRINK not in entries
-            number = entries[GRAPH_ID]  # without one, ONNX Runtime would take 0
+            number = entries[GRAPH_ID]  # Without this entry, ONNX Runtime would use 0.
             if number != "-1":
                 assert int(number) > 0
                 for value in (*iobinding.inputs.values(), *iobinding.outputs.values()):
@@ -134,7 +134,7 @@ class Session:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A fake onnxruntime with CUDA and TensorRT; returns its books."""
+    """Install a fake onnxruntime with CUDA and TensorRT. Returns its records."""
     global books
     books = SimpleNamespace(sessions=[], copies=0, refused=(), no_arena=False, unrecordable=False)
     books.plugin = "NvTensorRTRTXExecutionProvider"
@@ -153,7 +153,7 @@ def gpu(monkeypatch):
 
 
 def by_name(books, names):
-    """The sessions of a pipeline, which come after that of the probe."""
+    """Return the sessions of a pipeline by name. They come after the probe's."""
     return dict(zip(names, books.sessions[-len(names) :], strict=True))
 
 
@@ -162,7 +162,7 @@ GRAPHS = ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder")
 
 @pytest.fixture
 def z_0(closed_form):
-    """z_0(prompt, seed, height, width): what the tiny bundle makes, by its closed form."""
+    """z_0(prompt, seed, height, width) is the tiny bundle's z_0, in closed form."""
     return lambda prompt, seed, h=4, w=6: closed_form(gaussian(seed, (4, h, w)), prompt)
 
 
@@ -188,7 +188,7 @@ def test_cuda_keeps_features_there_and_copies_inputs_once(gpu, tiny, close, z_0)
     gpu.copies = 0
     result = pipe(HEART, seed=7, memory="sequential", output_type="latent")
     close(result.images[0], z_0(HEART, 7))
-    # input_ids and attention_mask; text and latents for both UNet graphs; then index and weight of each of 4 steps
+    # The copies: input_ids and attention_mask; text and latents for both UNet graphs; index and weight of 4 steps.
     assert gpu.copies == 2 + 2 + 4 * 2
     assert sessions["unet_encoder"].from_host == set()
     assert sessions["unet_decoder"].from_host == {"step_index", "step_weight"}
@@ -233,7 +233,7 @@ def test_recordings_with_the_real_onnxruntime(tiny):
             result = made.numpy()
         expected = plain({**known, **{name: value.numpy() for name, value in features.items()}, **steps})
         np.testing.assert_array_equal(result, expected["contribution"])
-        assert all((before[name] == array).all() for name, array in known.items())  # the caller's own arrays
+        assert all((before[name] == array).all() for name, array in known.items())  # The caller's arrays are unchanged.
         return made.data_ptr()
 
     with graphs.recording():
@@ -250,7 +250,7 @@ def test_recorded_shapes_are_replayed_with_new_inputs(gpu, tiny, close, z_0, mem
     sessions = by_name(gpu, GRAPHS)
     pipe.warmup(memory=memory)
     pipe.warmup(memory=memory, num_images=2)
-    pipe.warmup(memory=memory)  # is there already
+    pipe.warmup(memory=memory)  # This shape is recorded already.
     gc.collect()
     for session in sessions.values():
         session.runs.clear()
@@ -263,7 +263,7 @@ def test_recorded_shapes_are_replayed_with_new_inputs(gpu, tiny, close, z_0, mem
     ids = {name: [run.get(GRAPH_ID) for run in session.runs] for name, session in sessions.items()}
     assert ids["unet_encoder"] == ["1"] * 6 + ["2"] and set(ids["unet_decoder"]) == {"1", "2"}
     assert ids["vae_decoder"] == ["1"] * 3
-    assert set(ids["text_encoder"]) == {None}  # not recorded, so its arena is shrunk
+    assert set(ids["text_encoder"]) == {None}  # It is not recorded, so its arena is shrunk.
     assert all(len(session.recordings) == 2 for name, session in sessions.items() if name != "text_encoder")
 
 
@@ -278,7 +278,7 @@ def test_a_shape_that_was_not_warmed_up_runs_without(gpu, tiny, close, z_0):
     close(pipe(STAR, seed=3, output_type="latent").images[0], z_0(STAR, 3))
     close(pipe(HEART, seed=3, memory="sequential", output_type="latent").images[0], z_0(HEART, 3))
     assert [run[GRAPH_ID] for run in sessions["unet_encoder"].runs] == ["-1", "1", "1"]
-    # The decoder's other mode is another shape, though its features come from a recording.
+    # The decoder's other mode has another shape, although its features come from a recording.
     assert [run[GRAPH_ID] for run in sessions["unet_decoder"].runs] == ["-1", "1", "-1", "-1", "-1", "-1"]
 
 
@@ -293,7 +293,7 @@ def test_threads_take_turns(gpu, tiny, close, z_0):
     with ThreadPoolExecutor(4) as threads:
         for made, expected in threads.map(make, range(40)):
             close(made, expected)
-    # One thread made the recordings and all replays: those of another would not be found.
+    # One thread made all recordings and replays. Recordings of another thread would not be found.
     assert {number for _, number in by_name(gpu, GRAPHS)["unet_decoder"].recordings} == {"1"}
     assert len(by_name(gpu, GRAPHS)["unet_decoder"].recordings) == 1
 
@@ -310,7 +310,7 @@ def test_a_request_within_a_callback_leaves_the_buffers_alone(gpu, tiny, close, 
     close(inner, [z_0(STAR, step) for step in (1, 2, 3, 4)])
 
 
-def test_a_request_cannot_let_go_of_recordings(gpu, tiny):
+def test_a_request_cannot_free_recordings(gpu, tiny):
     pipe = Pipeline.load(tiny, device="cuda", cuda_graphs=True)
     loaded = len(gpu.sessions)
     for call in (pipe.warmup, lambda **options: pipe(HEART, **options)):
@@ -350,7 +350,7 @@ def test_tensorrt_first_then_cuda(gpu, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_a_provider_that_was_not_granted(gpu, tiny, device):
+def test_a_provider_that_is_not_granted(gpu, tiny, device):
     gpu.refused = (Device(device).provider,)
     with pytest.raises(DeviceError, match=f"'{device}' could not be started: ONNX Runtime gave .*nvidia-smi"):
         Pipeline.load(tiny, device=device)

@@ -10,7 +10,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 
 
 def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after running `code`."""
+    """Return the top-level modules of a new interpreter after `code`."""
     report = "import sys, json; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))

@@ -1,4 +1,4 @@
-"""Memory: what is free, what fits, and what happens when it ran out, with real and with pretended shortage."""
+"""Memory: free memory, runs that fit, and runs that fail, with real and simulated shortage."""
 
 import ctypes
 import json
@@ -25,12 +25,12 @@ from tiue_runtime.ort.placement import Placement
 
 HEART, STAR = "a red heart", "a blue star"
 CPU = Device("cpu")
-ORDER_OF_SUMS = 1e-5  # between modes, which add the same float32 numbers in another order
+ORDER_OF_SUMS = 1e-5  # difference between modes, which add the same float32 numbers in another order
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 
 
 class Scarce:
-    """A graph that runs out of memory on more than `most` rows or `latents` latent pixels at once."""
+    """A graph that runs out of memory with more than `most` rows or `latents` latent pixels."""
 
     def __init__(self, graph, most=1e9, latents=1e9):
         self._graph, self._most, self._latents = graph, most, latents
@@ -50,7 +50,7 @@ class Scarce:
 
 @pytest.fixture
 def free(monkeypatch):
-    """free(bytes) pretends that so much memory is free; None is unknown."""
+    """free(bytes) simulates an amount of free memory. None: unknown."""
     return lambda value: monkeypatch.setattr(memory, "free_memory", lambda device: value)
 
 
@@ -61,7 +61,7 @@ def rows_of(graph):
 def test_modes_go_down_to_one_timestep():
     assert [timesteps_at_once(mode, 4) for mode in ("parallel", "partial", "sequential")] == [4, 2, 1]
     assert (lower_mode("parallel", 4), lower_mode("partial", 4)) == ("partial", "sequential")
-    assert lower_mode("parallel", 2) == "sequential"  # partial would be the same run again
+    assert lower_mode("parallel", 2) == "sequential"  # "partial" would repeat the same run.
     assert lower_mode("sequential", 4) is lower_mode("parallel", 1) is None
 
 
@@ -87,7 +87,7 @@ def test_partial_mode_runs_two_timesteps_at_once(pipe, monkeypatch, close, steps
         ("partial", 2, "sequential", [4, 2, 2, 2, 2]),
     ],
 )
-def test_running_out_of_memory_goes_one_mode_lower(pipe, monkeypatch, close, asked, most, used, rows):
+def test_running_out_of_memory_continues_in_the_next_lower_mode(pipe, monkeypatch, close, asked, most, used, rows):
     expected = pipe([HEART, STAR], seed=7, output_type="np").images
     graph = Scarce(pipe.graphs.unet_decoder, most)
     monkeypatch.setattr(pipe.graphs, "unet_decoder", graph)
@@ -120,14 +120,14 @@ def test_other_graphs_have_no_lower_mode(pipe, monkeypatch, graph):
 def test_auto_takes_the_fastest_mode_that_fits(heavy_pipe, free):
     step = 16 * 16 * heavy_pipe.bundle.manifest.memory["portable"]["unet_decoder"].per_latent / memory.USABLE
     size = {"height": 32, "width": 32, "output_type": "latent"}
-    # From the least, since what a run once had is not asked for again: of 2 steps' worth one is there already.
+    # Begin with the least memory: a graph keeps the memory of a run, so a run of 2 steps then needs only one more.
     for bytes_free, expected in [(0, "sequential"), (0.9, "sequential"), (1.1, "partial"), (1.9, "partial"),
                                  (2.1, "parallel"), (0, "parallel")]:  # fmt: skip
         free(int(step * bytes_free))
         assert heavy_pipe(HEART, seed=1, **size).memory == expected
     free(int(step * 1.9))
     assert heavy_pipe(HEART, seed=1, num_images=3, **size).memory == "sequential"
-    assert heavy_pipe(HEART, seed=1, memory="partial", **size).memory == "partial"  # chosen by the caller
+    assert heavy_pipe(HEART, seed=1, memory="partial", **size).memory == "partial"  # The caller chose it.
     assert heavy_pipe(HEART, seed=1, callback=lambda *_: None, **size).memory == "sequential"
     free(None)
     assert heavy_pipe(HEART, seed=1, num_images=3, **size).memory == "parallel"
@@ -150,7 +150,7 @@ def test_a_variant_without_estimates_takes_those_of_portable(heavy, free):
     assert not budget.fits("vae_decoder", 10, 4) and budget.fits("text_encoder", 10, 4)
 
 
-def test_what_a_graph_keeps_is_not_asked_for_again(heavy, free):
+def test_memory_that_a_graph_keeps_is_not_needed_again(heavy, free):
     manifest = Bundle.load(heavy).manifest
     free(0)
     budget = Budget(manifest, "portable", CPU)
@@ -227,7 +227,7 @@ def test_the_estimate_decides_how_pictures_are_decoded(heavy, close, free):
         tiled = pipe(HEART, **size)
     assert tiled.tile == (128, 128)
     graph.seen.clear()
-    free(int(picture))  # beside what the tile took, which is kept
+    free(int(picture))  # The graph also keeps the memory of the tile.
     result = pipe(HEART, **size)
     assert (result.tile, rows_of(graph)) == (None, [1, 1])
     close(tiled.images, result.images)
@@ -237,7 +237,7 @@ def test_the_estimate_decides_how_pictures_are_decoded(heavy, close, free):
     assert rows_of(graph) == [2]
 
 
-def test_of_requests_at_once_none_counts_on_what_is_kept(heavy, free):
+def test_concurrent_requests_do_not_rely_on_kept_memory(heavy, free):
     pipe = Pipeline.load(heavy, device="cpu")
     budget, run = pipe.graphs.budget, ("unet_decoder", 1, 256)
     free(None)
@@ -251,8 +251,8 @@ def test_of_requests_at_once_none_counts_on_what_is_kept(heavy, free):
     assert not budget.fits(*run)
 
 
-def test_what_the_decoder_keeps_does_not_drive_the_picture_into_tiles(heavy, free):
-    """It gives it back at its last step, where the image decoder would lack it."""
+def test_memory_that_the_decoder_keeps_does_not_cause_tiles(heavy, free):
+    """At its last step, the decoder gives back memory that the image decoder needs."""
     pipe = Pipeline.load(heavy, device="cpu")
     size = {"height": 160, "width": 128, "memory": "parallel", "output_type": "np"}
     uses = pipe.bundle.manifest.memory["portable"]
@@ -268,14 +268,14 @@ def test_what_the_decoder_keeps_does_not_drive_the_picture_into_tiles(heavy, fre
         return any(asked)
 
     assert not gives_back(1.01 * (decoder + image))
-    assert not gives_back(1.01 * image)  # what the first picture took is kept for this one
+    assert not gives_back(1.01 * image)  # The memory of the first picture is kept for this one.
     pipe.graphs.budget.freed("unet_decoder")
     pipe.graphs.budget.freed("vae_decoder")
     assert gives_back(1.01 * image)
 
 
 class Watched:
-    """A graph that notes whether it is to give its memory back."""
+    """A graph that records whether it must give back its memory."""
 
     def __init__(self, graph, asked):
         self._graph, self._asked = graph, asked
@@ -288,7 +288,7 @@ class Watched:
         return getattr(self._graph, name)
 
 
-def test_tiling_when_asked_for_and_when_refused(heavy_pipe, monkeypatch, free, close):
+def test_tiling_can_be_requested_and_refused(heavy_pipe, monkeypatch, free, close):
     size = {"seed": 1, "height": 160, "width": 128, "memory": "sequential", "output_type": "np"}
     free(None)
     tiled = heavy_pipe(HEART, vae_tiling=True, **size)
@@ -306,7 +306,7 @@ def test_the_image_decoder_is_chosen_at_load(heavy, heavy_pipe, close):
     size = {"seed": 1, "height": 8, "width": 8, "output_type": "np"}
     full, half = heavy_pipe(HEART, **size), tiny(HEART, **size)
     assert (full.vae, half.vae) == ("kl", "tiny")
-    inside = (full.images > 0) & (full.images < 1)  # clipped elsewhere; in [-1,1] the tiny one has half the contrast
+    inside = (full.images > 0) & (full.images < 1)  # Other pixels are clipped.
     close((half.images - 0.5)[inside], ((full.images - 0.5) / 2)[inside])
     assert inside.any()
 
@@ -321,11 +321,11 @@ from tiue_runtime.budget import Budget
 from tiue_runtime.ort.graph import Graph
 
 directory, stage, mib, memory = sys.argv[1:]
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # each thread would reserve address space at its own time
-Budget.fits = lambda *_, **__: True  # so that it runs out of memory, whatever the estimate
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # Several threads would reserve address space at random times.
+Budget.fits = lambda *_, **__: True  # Ignore the estimate, so that memory runs out.
 
 class Options(onnxruntime.SessionOptions):
-    """Without the arena, which grows by what happens to be left and so would make the limits below a matter of luck."""
+    """Without the arena, whose growth depends on the memory that is left: the limits below would depend on luck."""
 
     def __init__(self):
         super().__init__()
@@ -356,7 +356,7 @@ print(json.dumps([result.memory, result.tile, whole.tile, difference, [str(w.mes
 
 
 def short_of_memory(directory, stage, mib, mode):
-    """Make a picture of 512x512 in a process that may take only so much more memory from `stage` on."""
+    """Make a picture of 512x512 in a process that may take only `mib` MiB more memory from `stage` on."""
     command = [sys.executable, "-c", SHORT, str(directory), stage, str(mib), mode]
     alone = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
@@ -379,7 +379,7 @@ def test_a_real_shortage_in_the_decoder(heavy, mib, expected):
 
 @linux
 def test_a_real_shortage_in_the_image_decoder(heavy):
-    # The whole picture needs 192 MiB, a tile of 128 pixels a 16th of it.
+    # The whole picture needs 192 MiB. A tile of 128 pixels needs a 16th of it.
     mode, tile, whole, difference, said = short_of_memory(heavy, "vae_decoder", 120, "parallel")
     assert (mode, tile, whole) == ("parallel", [128, 128], None)
     assert difference < ORDER_OF_SUMS
@@ -389,7 +389,7 @@ def test_a_real_shortage_in_the_image_decoder(heavy):
 
 
 def test_no_layout_of_memory_is_kept_from_a_larger_run(heavy_pipe):
-    # With it, 4 timesteps in parallel make one alone take the memory of 4 (ONNX Runtime 1.32).
+    # With a kept layout, a single timestep after 4 parallel ones takes the memory of 4 (ONNX Runtime 1.32).
     for graph in (heavy_pipe.graphs.unet_decoder, heavy_pipe.graphs.vae_decoder):
         assert not graph.session().get_session_options().enable_mem_pattern
 
@@ -467,7 +467,7 @@ def test_limits_of_control_groups(tmp_path, groups, files, expected):
 
 
 class Driver:
-    """The CUDA driver's functions, as far as they are used; `broken` names one that returns an error."""
+    """The used functions of the CUDA driver. `broken` names one that returns an error."""
 
     def __init__(self, broken=""):
         self.calls = []
@@ -477,7 +477,7 @@ class Driver:
         def call(*arguments):
             self.calls.append(name)
             if name == "cuDeviceGet":
-                assert arguments[1] == 1  # the index asked for
+                assert arguments[1] == 1  # the requested index
             if name == "cuMemGetInfo_v2":
                 for reference, value in zip(arguments, (3 * 2**30, 8 * 2**30), strict=True):
                     ctypes.cast(reference, ctypes.POINTER(ctypes.c_size_t)).contents.value = value
@@ -527,7 +527,7 @@ def test_low_memory_holds_one_graph_at_a_time(low_pipe, pipe, monkeypatch):
     )  # fmt: skip
     assert loaded(low_pipe) == []
     result = low_pipe(HEART, seed=1, num_images=2, output_type="np")
-    assert held == [[]] * 4  # each was loaded when no other was there
+    assert held == [[]] * 4  # No other graph was loaded with any of them.
     assert loaded(low_pipe) == []
     assert result.memory == "sequential"
     expected = pipe(HEART, seed=1, num_images=2, output_type="np", memory="sequential").images
@@ -536,7 +536,7 @@ def test_low_memory_holds_one_graph_at_a_time(low_pipe, pipe, monkeypatch):
 
 @pytest.mark.parametrize("request_of", [{"prompt": HEART}, {"prompt_embeds": np.zeros((1, 8, 3), np.float32)}])
 def test_low_memory_for_one_request(tiny, monkeypatch, request_of):
-    """What is loaded already goes before its turn, too."""
+    """Graphs that are already loaded are also freed before their turn."""
     pipe = Pipeline.load(tiny, device="cpu")
     held, graphs = [], tuple(pipe.graphs)
     run = Graph.__call__
@@ -561,7 +561,7 @@ def test_free_memory_is_looked_up_with_all_graphs_loaded(heavy, monkeypatch):
 
 
 def test_low_memory_with_embeddings_of_the_wrong_width(low_pipe):
-    """The width is known only from a graph, which is loaded to look."""
+    """Only a graph knows the width, so one is loaded to read it."""
     with pytest.raises(RequestError, match="prompt_embeds"):
         low_pipe(prompt_embeds=np.zeros((1, 8, 4), np.float32))
     assert loaded(low_pipe) == []
@@ -597,7 +597,7 @@ def test_running_out_of_memory_while_loading(heavy, monkeypatch, error):
         pipe(HEART, height=8, width=8)
     missing[:] = ["vae_decoder"]
     with pytest.raises(OutOfMemoryError, match=message.format("vae_decoder", "make")):
-        pipe(HEART, height=256, width=320)  # and no warning of tiles, which would not help
+        pipe(HEART, height=256, width=320)  # no warning of tiles, which would not help
     assert loaded(pipe) == []
 
 

@@ -3,7 +3,7 @@ import pytest
 from tiue_runtime.errors import RequestError
 from tiue_runtime.noise import gaussian
 
-# torch.randn on CUDA with seed 0; published, not computed here.
+# The values of torch.randn on CUDA with seed 0. They are published, not computed here.
 SEED_0 = [-0.92466259, -0.42534415, -2.6438457, 0.14518388, -0.12086647, -0.57972564]
 
 
@@ -28,7 +28,7 @@ def test_is_standard_normal():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "1", True, None])
-def test_refuses_what_is_no_seed(seed):
+def test_refuses_values_that_are_not_seeds(seed):
     with pytest.raises(RequestError, match=r"seed: expected an integer in \[0, 2\*\*64\), got"):
         gaussian(seed, (1,))
 

@@ -1,4 +1,4 @@
-"""OpenVINO as a device: what is asked of it, and, with its wheel, what it computes."""
+"""OpenVINO as a device: its options, and, if its wheel is installed, its results."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from tiue_runtime.tools import doctor
 
 OPENVINO = Device("openvino")
 HEART = "a red heart"
-EQUAL = {"rtol": 1e-4, "atol": 2e-4}  # float32 against float32, added up in another order
+EQUAL = {"rtol": 1e-4, "atol": 2e-4}  # float32 against float32, with sums in another order
 REDUCED = 35  # dB of peak signal to noise, the floor of exports in a reduced precision
 
 real = pytest.mark.skipif(
@@ -86,13 +86,13 @@ def test_precision_needs_the_device_by_name(tiny):
         (True, True, None, "bf16"),
         (True, True, "bf16", "bf16"),
         (True, True, "fp32", "fp32"),
-        (True, False, None, "fp32"),  # the CPU could, OpenVINO does not
-        (False, True, None, "fp32"),  # OpenVINO imitates bf16, slowly
+        (True, False, None, "fp32"),  # The CPU has bf16, but OpenVINO does not use it.
+        (False, True, None, "fp32"),  # OpenVINO imitates bf16, which is slow.
         (False, True, "bf16", "bf16"),
         (False, False, None, "fp32"),
     ],
 )
-def test_the_precision_is_the_one_that_openvino_shows(granting, monkeypatch, flag, bf16, asked, granted):
+def test_the_precision_is_the_one_that_openvino_proves(granting, monkeypatch, flag, bf16, asked, granted):
     granting({"openvino": ""}, bf16)
     monkeypatch.setattr(machine, "has_bf16", lambda: flag)
     placement = place("openvino", precision=asked)
@@ -145,7 +145,7 @@ def test_auto(granting, monkeypatch):
         (("portable", "cpu"), False, "cuda"),
     ],
 )
-def test_auto_passes_over_devices_that_run_none_of_the_graphs(granting, monkeypatch, variants, bf16, expected):
+def test_auto_skips_devices_that_run_none_of_the_graphs(granting, monkeypatch, variants, bf16, expected):
     granting({"cuda": "", "openvino": "", "cpu": ""})
     monkeypatch.setattr(machine, "has_bf16", lambda: bf16)
     assert place("auto", variants).device == Device(expected)
@@ -154,10 +154,10 @@ def test_auto_passes_over_devices_that_run_none_of_the_graphs(granting, monkeypa
 @pytest.mark.parametrize(
     "held, asked, bf16, expected",
     [
-        (("cpu",), None, True, "cpu"),  # OpenVINO does not run it
+        (("cpu",), None, True, "cpu"),  # OpenVINO cannot run it.
         (("portable", "cpu"), "cpu", True, "cpu"),
         (("portable", "cpu"), None, True, "openvino"),
-        (("portable", "cpu"), None, False, "cpu"),  # the faster in float32
+        (("portable", "cpu"), None, False, "cpu"),  # faster in float32
         (("portable", "cpu"), "portable", False, "openvino"),
         (("portable",), None, False, "openvino"),
     ],
@@ -169,8 +169,8 @@ def test_auto_on_a_cpu(imitated, monkeypatch, edit, held, asked, bf16, expected)
     assert (pipe.device, pipe.variant) == (expected, asked or ("portable" if expected == "openvino" else "cpu"))
 
 
-def test_nodes_left_to_the_cpu_are_told(onnxruntime_with, tiny):
-    """ONNX Runtime lists OpenVINO first for a graph of which it runs no node: tiny's vae_decoder, too small for it."""
+def test_nodes_left_to_the_cpu_are_reported(onnxruntime_with, tiny):
+    """ONNX Runtime lists OpenVINO first even if it runs no node of a graph: tiny's vae_decoder is too small for it."""
 
     def without_openvino(model, sess_options, **_):
         if sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1":
@@ -186,7 +186,7 @@ def test_nodes_left_to_the_cpu_are_told(onnxruntime_with, tiny):
 
 @pytest.fixture
 def imitated(monkeypatch):
-    """OpenVINO's row with ONNX Runtime's CPU provider behind it, on a CPU that does not multiply in bf16."""
+    """OpenVINO's row with ONNX Runtime's CPU provider behind it, on a CPU without bf16 instructions."""
     row = replace(
         KINDS["openvino"], provider="CPUExecutionProvider", options=lambda *_: {}, must_take_all=False, library=""
     )
@@ -194,12 +194,12 @@ def imitated(monkeypatch):
     monkeypatch.setattr(machine, "has_bf16", lambda: False)
 
 
-def test_auto_records_nothing_where_it_chooses_openvino(imitated, tiny):
+def test_auto_records_nothing_if_it_chooses_openvino(imitated, tiny):
     pipe = Pipeline.load(tiny, device="auto", cuda_graphs=True)
     assert (pipe.device, pipe.cuda_graphs) == ("openvino", False)
 
 
-def test_memory_is_given_back_by_loading_again(monkeypatch, imitated, tiny):
+def test_memory_is_given_back_by_reloading(monkeypatch, imitated, tiny):
     graph = Graph(tiny / "vae_decoder.onnx", OPENVINO)
     first, feed = graph.session(), {"latents": np.ones((1, 4, 2, 3), dtype=np.float32)}
     kept = graph(feed)
@@ -218,7 +218,7 @@ def test_memory_is_given_back_by_loading_again(monkeypatch, imitated, tiny):
     np.testing.assert_array_equal(released["image"], kept["image"])
 
 
-def test_what_openvino_says_of_memory_and_where():
+def test_openvinos_message_of_exhausted_memory():
     error = RuntimeError(
         "Status Message: /onnxruntime/ov_interface.cc:24 auto OvExceptionBoundary() [OpenVINO-EP] Couldn't start "
         "Inference:\nException from src/node.cpp:792:\nFailed to allocate 33554432 bytes of memory\n\n"
@@ -260,11 +260,11 @@ def test_openvino_equals_the_closed_form(tiny, closed_form, close):
 @emoji
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_default_model(precision):
-    """All nodes of all graphs, those of the int8 text encoder too, at shapes that change from run to run."""
+    """OpenVINO runs all nodes of all graphs, also of the int8 text encoder, at changing shapes."""
     if precision == "bf16" and not machine.has_bf16():
         with pytest.raises(DeviceError, match="bf16"):
             Pipeline.load("emoji", device="openvino", precision=precision)
-        pytest.skip("this CPU does not multiply in bf16, and bf16 is refused")
+        pytest.skip("this CPU has no bf16 instructions, so bf16 is refused")
     expected, actual = (
         Pipeline.load("emoji", device="cpu"),
         Pipeline.load("emoji", device="openvino", precision=precision),

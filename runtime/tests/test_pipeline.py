@@ -17,7 +17,7 @@ from tiue_runtime.noise import gaussian
 from tiue_runtime.ort import graph as graph_module
 
 HEART, STAR = "a red heart", "a blue star"
-NEAREST_LEVEL = 0.5 + 1e-3  # of 256; the second term is for float32
+NEAREST_LEVEL = 0.5 + 1e-3  # of 256 levels; the second term is for float32
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -32,9 +32,9 @@ def test_latents_equal_the_closed_form(pipe, closed_form, close, steps, memory):
 
 def test_pixels_equal_the_closed_form(pipe, closed_form, close):
     z_0 = closed_form(gaussian(7, (4, 4, 6)), HEART)
-    image = (z_0 / 0.5 + 0.25)[:3].repeat(2, axis=1).repeat(2, axis=2).transpose(1, 2, 0)  # (H,W,3) in about [-1,1]
+    image = (z_0 / 0.5 + 0.25)[:3].repeat(2, axis=1).repeat(2, axis=2).transpose(1, 2, 0)  # (H, W, 3) in about [-1, 1]
     unit = np.clip(image / 2 + 0.5, 0, 1)
-    assert unit.min() == 0 and unit.max() == 1  # so that clipping is tested
+    assert unit.min() == 0 and unit.max() == 1  # Clipping is tested as well.
     result = pipe(HEART, seed=7, output_type="np")
     assert result.images.shape == (1, 8, 12, 3) and result.images.dtype == np.float32
     close(result.images[0], unit)
@@ -125,7 +125,7 @@ def test_cancel_stops_between_graphs_and_steps(pipe):
     with pytest.raises(Cancelled, match="cancelled before unet_decoder"):
         pipe(HEART, callback=callback, cancel=event)
     assert steps == [1, 2]
-    answers = iter([False] * 4 + [True])  # before the noise and each graph
+    answers = iter([False] * 4 + [True])  # asked before the noise and before each graph
     with pytest.raises(Cancelled, match="cancelled before vae_decoder"):
         pipe(HEART, cancel=lambda: next(answers))
     assert pipe(HEART, cancel=threading.Event()).images
@@ -169,7 +169,7 @@ def test_generate_keeps_its_pipeline(tiny, pipe, monkeypatch):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """The pipelines that generate keeps, none at first."""
+    """The pipelines that `generate` keeps, none at first."""
     monkeypatch.setattr(generating, "kept_pipelines", generating.KeptPipelines())
     return generating.kept_pipelines.all
 
@@ -181,13 +181,13 @@ def test_generate_has_one_pipeline_for_all_memory_modes(kept, tiny):
         assert sum(graph.loaded for graph in pipe.graphs) == graphs
 
 
-def test_generate_loads_a_bundle_again_that_was_written_again(kept, copy):
+def test_generate_reloads_a_bundle_that_was_written_again(kept, copy):
     def shade():
         return np.asarray(tiue_runtime.generate(HEART, seed=1, bundle=copy, device="cpu")[0])
 
     first, old = shade(), weakref.ref(*kept())
     bundle = Bundle.load(copy)
-    schedule = replace(bundle.manifest.schedules[4], noise_weight=0.9)  # as many bytes as before
+    schedule = replace(bundle.manifest.schedules[4], noise_weight=0.9)  # The file keeps its size.
     write_bundle(copy, replace(bundle.manifest, schedules={**bundle.manifest.schedules, 4: schedule}))
     assert not np.array_equal(shade(), first)
     assert old() is None
@@ -206,7 +206,7 @@ def test_result_says_where_it_ran(pipe):
 
 
 def rewrite(copy, graph, source):
-    """Put the file of another graph in the place of `graph`."""
+    """Replace the file of `graph` by another graph's."""
     manifest = Bundle.load(copy).manifest
     (copy / f"{graph}.onnx").write_bytes((copy / f"{source}.onnx").read_bytes())
     write_bundle(copy, manifest)
@@ -216,7 +216,7 @@ def test_the_cpu_loads_two_graphs_at_a_time(tiny, monkeypatch):
     together, create = threading.Barrier(2), graph_module.create_session
 
     def create_session(*arguments):
-        together.wait(timeout=30)  # BrokenBarrierError if one does not come
+        together.wait(timeout=30)  # BrokenBarrierError if the other thread does not come
         return create(*arguments)
 
     monkeypatch.setattr(graph_module, "create_session", create_session)
@@ -285,7 +285,7 @@ def test_overflow_names_the_stage_and_the_remedy(pipe, monkeypatch, graph, outpu
         pipe(HEART, seed=1)
 
 
-def test_features_that_are_not_finite_are_laid_to_the_encoder(pipe, monkeypatch):
+def test_features_that_are_not_finite_are_errors_of_the_encoder(pipe, monkeypatch):
     name = next(iter(pipe.graphs.unet_encoder.outputs))
     monkeypatch.setattr(pipe.graphs, "unet_encoder", Overflowing(pipe.graphs.unet_encoder, name, np.nan))
     monkeypatch.setattr(pipe.graphs, "unet_decoder", Overflowing(pipe.graphs.unet_decoder, "contribution", np.nan))
@@ -341,7 +341,7 @@ def test_tokenizer_must_agree_with_the_bundle(copy, setting):
         Pipeline.load(copy, device="cpu")
 
 
-def test_a_tokenizer_that_is_none(copy):
+def test_a_file_that_is_not_a_tokenizer(copy):
     manifest = Bundle.load(copy).manifest
     (copy / "tokenizer.json").write_text("{}", encoding="utf-8")
     write_bundle(copy, manifest)
@@ -350,7 +350,7 @@ def test_a_tokenizer_that_is_none(copy):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
-def test_memory_that_ends_while_a_bundle_is_read_is_an_error_of_ours(tiny, monkeypatch, error):
+def test_memory_that_ends_while_a_bundle_is_read_is_an_out_of_memory_error(tiny, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 

@@ -22,7 +22,7 @@ def is_red(path):
         return image.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_the_folder_is_tried_and_left_as_it_was(tmp_path):
+def test_the_folder_is_tested_and_left_unchanged(tmp_path):
     check_png_path(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
@@ -34,8 +34,8 @@ def test_the_longest_legal_name(tmp_path, picture):
     assert is_red(path) and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path, picture, monkeypatch):
-    """Names are random. One that is taken is followed by another one."""
+def test_files_left_by_a_killed_process_do_no_harm(tmp_path, picture, monkeypatch):
+    """Names are random. If one is taken, another one is tried."""
     names = iter(["taken", "taken", "free"])
     monkeypatch.setattr("tiue_runtime.bundle.replacing.secrets.token_hex", lambda _: next(names))
     (tmp_path / ".taken.tmp").write_text("left behind")
@@ -48,7 +48,7 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path, picture, monkeyp
 def test_a_link_is_followed(tmp_path, picture):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.png").symlink_to(tmp_path / "folder" / "b.png")
-    for _ in range(2):  # to nothing, then to a file
+    for _ in range(2):  # First the link points to nothing, then to a file.
         check_png_path(tmp_path / "a.png")
         save_png(picture, tmp_path / "a.png", {})
         assert (tmp_path / "a.png").is_symlink() and is_red(tmp_path / "folder" / "b.png")

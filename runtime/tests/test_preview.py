@@ -26,7 +26,7 @@ def test_a_preview_of_full_size_repeats_pixels():
 
 
 def test_the_preview_of_the_tiny_bundle_is_its_picture(pipe, tiny):
-    """Its image decoder is linear."""
+    """The tiny bundle's image decoder is linear."""
     preview = Bundle.load(tiny).manifest.preview
     assert preview is not None
     latents, picture = (pipe("a red heart", seed=1, output_type=kind).images for kind in ("latent", "np"))

@@ -60,13 +60,13 @@ def test_refuses_other_devices(device):
         ("tensorrt-rtx:1", BOTH, "portable"),
     ],
 )
-def test_a_device_runs_the_best_variant_it_can(granting, device, held, expected):
+def test_a_device_runs_the_best_of_its_variants(granting, device, held, expected):
     granting(dict.fromkeys(KINDS, ""))
     placement = place(device, held)
     assert (str(placement.device), placement.variant) == (device, expected)
 
 
-def test_a_variant_asked_for(granting):
+def test_a_variant_by_name(granting):
     granting(dict.fromkeys(KINDS, ""))
     assert place("cuda", BOTH, variant="portable").variant == "portable"
     for variant in ("cuda", "", 3, ["cuda"]):
@@ -83,7 +83,7 @@ def test_a_bundle_without_graphs_for_the_device():
 
 
 def test_another_provider_is_one_row(monkeypatch, tiny, close, closed_form):
-    """The row is all that is added, and its policies are followed: its sessions are those of the CPU provider."""
+    """Only a row is added. Its policies are followed. Its sessions are those of the CPU provider."""
     row = Kind(
         "CPUExecutionProvider",
         "Another",
@@ -165,7 +165,7 @@ def test_options_of_tensorrt():
         ("cpu", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got cpu'),
         ("tensorrt", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got tensorrt'),
         ("cuda", Settings({"device_id": 1}), "provider_options: device_id follows from device="),
-        # Without the rest of the machinery, ONNX Runtime would replay one recording for all shapes.
+        # With this option alone, ONNX Runtime would replay one recording for all shapes.
         (
             "cuda",
             Settings({"enable_cuda_graph": True}),
@@ -221,7 +221,7 @@ def test_settings_of_a_pipeline(tiny, onnxruntime_with):
     with pytest.raises(DeviceError, match='provider_options: expected the device that it is for, got device="auto"'):
         Pipeline.load(tiny, provider_options={"a": 1})
     onnxruntime_with(get_available_providers=lambda: ["CPUExecutionProvider"])
-    pipe = Pipeline.load(tiny, device="auto", cuda_graphs=True)  # nothing to record on the CPU
+    pipe = Pipeline.load(tiny, device="auto", cuda_graphs=True)  # There is nothing to record on the CPU.
     pipe.warmup(num_images=2)
     assert pipe("a red heart", seed=1).device == "cpu"
 

@@ -87,7 +87,7 @@ def test_refuses(pipe, arguments, message):
 
 
 class Tensor:
-    """A tensor of another library, as numpy sees it: torch's of bfloat16, with gradient, or on a GPU."""
+    """A tensor that numpy cannot read, for example torch's in bfloat16, with gradient, or on a GPU."""
 
     def __init__(self, error: Exception):
         self._error = error
@@ -114,7 +114,7 @@ async def asynchronous(*_):
     pass
 
 
-AT_ONCE = 5.0  # seconds, on a busy machine; drawing the noise of these requests takes more than a minute
+AT_ONCE = 5.0  # seconds, on a busy machine; drawing the noise of these requests would take more than a minute
 HUGE = 10**5000  # Python refuses to print integers of so many digits.
 NESTED: list[object] = []
 for _ in range(10**5):
@@ -278,7 +278,7 @@ def test_arrays_that_are_larger_than_memory_are_refused_before_they_are_copied(h
 
 
 def test_the_estimate_of_the_work_counts_and_may_err(heavy, monkeypatch):
-    """A request whose pictures fit is refused only if its work exceeds the free memory by far."""
+    """If the pictures fit, a request is refused only if its smallest run exceeds the free memory by far."""
     pipe = Pipeline.load(heavy, device="cpu")
     shape = {"height": 512, "width": 512, "memory": "sequential", "output_type": "latent"}
     need = pipe.bundle.manifest.memory["portable"]["unet_decoder"].bytes(1, 256 * 256)
@@ -319,6 +319,6 @@ def test_options_of_a_request_are_written_once(pipe):
 
 
 @pytest.mark.parametrize("function, options", [(Pipeline.__call__, RequestOptions), (Pipeline.load, LoadOptions)])
-def test_the_help_of_a_function_tells_every_option(function, options):
+def test_the_docstring_of_a_function_lists_every_option(function, options):
     for name, (_, option, _) in described(options).items():
         assert f"{name}: {option.help}." in function.__doc__

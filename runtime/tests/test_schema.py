@@ -1,4 +1,4 @@
-"""bundle.schema.json, the description of bundle.json for readers in other languages."""
+"""bundle.schema.json, which describes bundle.json for readers in other languages."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ BUNDLES = sorted(path for place in ("runtime/tests/data", "models") for path in 
 
 
 def test_the_schema_is_up_to_date():
-    """Make it with `python -m tiue_runtime.bundle.schema`."""
+    """`python -m tiue_runtime.bundle.schema` writes the schema."""
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == bundle_schema()
 
 

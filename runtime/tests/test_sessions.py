@@ -104,21 +104,25 @@ def test_threads_are_those_of_the_process():
     "groups, files, threads",
     [
         ("0::/\n", {}, 8),
-        ("0::/\n", {"cpu.max": "250000 100000"}, 3),  # half a CPU more is used
+        ("0::/\n", {"cpu.max": "250000 100000"}, 3),  # rounded up
         ("0::/\n", {"cpu.max": "10000 100000"}, 1),
         ("0::/\n", {"cpu.max": "max 100000"}, 8),
-        ("0::/\n", {"cpu.max": "1600000 100000"}, 8),  # more than the CPUs
-        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),  # a limit further up
-        ("0::/on/the/host\n", {"cpu.max": "50000 10000"}, 5),  # in a container only its own group is there
+        ("0::/\n", {"cpu.max": "1600000 100000"}, 8),  # more than there are CPUs
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),  # a limit of an outer group
+        ("0::/on/the/host\n", {"cpu.max": "50000 10000"}, 5),  # a container shows only its own group
         ("3:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "400000", "cpu/a/cpu.cfs_period_us": "100000"}, 4),
         ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ("3:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 8),  # not its group
+        (
+            "3:cpuset:/\n",
+            {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"},
+            8,
+        ),  # a limit of another group
         ("0::/\n", {"cpu.max": "nonsense"}, 8),
     ],
 )
 def test_threads_within_the_quota_of_a_container(tmp_path, monkeypatch, groups, files, threads):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(8)))
-    assert thread_count(tmp_path) == 8  # nothing known
+    assert thread_count(tmp_path) == 8  # No limit is known.
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(groups)
     for name, content in files.items():

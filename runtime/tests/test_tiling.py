@@ -1,4 +1,4 @@
-"""Tiled decoding against decoders whose tiled answer is known."""
+"""Tiled decoding, with decoders whose tiled result is known."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ def manifest(tiny):
 
 
 def nearest(latents):
-    """A pointwise decoder: every part of a picture is the same wherever it is decoded from."""
+    """Decode each latent alone. A part of a picture then does not depend on its tile."""
     return np.tanh(latents[:, :3]).repeat(SCALE, axis=2).repeat(SCALE, axis=3)
 
 
@@ -50,7 +50,7 @@ def test_a_blend_is_linear_between_two_tiles_and_exact_away_from_it():
     tiles = iter((0.0, 1.0))
     image = decode_parts(lambda part: np.full((1, 3, 32, 32), next(tiles), np.float32), gaussian(1, (1, 4, 16, 28)),
                    Plan(1, 16, 16, tiled=True), SCALE)  # fmt: skip
-    row = image[0, 0, 0]  # tiles of 16 of 28 latents share 4, which are 8 pixels from 24 on
+    row = image[0, 0, 0]  # Two tiles of 16 in 28 latents share 4 latents: 8 pixels, from pixel 24 on.
     np.testing.assert_array_equal(row[:24], 0)
     np.testing.assert_array_equal(row[32:], 1)
     np.testing.assert_allclose(row[24:32], (np.arange(8) + 0.5) / 8, rtol=FLOAT32)
@@ -65,13 +65,13 @@ def test_one_picture_at_a_time_is_exact():
 
 
 def test_plans_go_from_the_batch_to_tiles(manifest):
-    # The default of 8 x 12 pixels is 4 x 6 latents, so tiles are of MIN_TILE.
+    # The default of 8 x 12 pixels is 4 x 6 latents, so tiles have the side MIN_TILE.
     whole = [Plan(3, 40, 6), Plan(1, 40, 6)]
     tile = Plan(1, 16, 6, tiled=True)
     assert plans(manifest, (3, 4, 40, 6), None) == [*whole, tile]
     assert plans(manifest, (3, 4, 40, 6), False) == whole
     assert plans(manifest, (3, 4, 40, 6), True) == [tile]
-    assert plans(manifest, (3, 4, 16, 6), True) == [Plan(1, 16, 6)]  # no larger than a tile
+    assert plans(manifest, (3, 4, 16, 6), True) == [Plan(1, 16, 6)]  # not larger than a tile
     assert plans(manifest, (1, 4, 4, 16), None) == [Plan(1, 4, 16)]
 
 

@@ -1,4 +1,4 @@
-"""tokenizer.json: what is accepted, what is refused before the library sees it, and prompts of any length."""
+"""tokenizer.json: accepted files, files that are refused before the library reads them, and prompts of any length."""
 
 import base64
 import functools
@@ -179,7 +179,7 @@ def test_refused_before_the_library_sees_it(change_tokenizer, monkeypatch, chang
     assert text.isprintable() and len(text) < 500
 
 
-def test_a_field_that_is_missing_is_the_librarys_to_refuse(change_tokenizer):
+def test_the_library_refuses_a_missing_field(change_tokenizer):
     path = change_tokenizer(lambda content: content["post_processor"].pop("single"))
     with pytest.raises(BundleError, match="the tokenizer failed"):
         PromptTokenizer(path, LENGTH)
@@ -279,13 +279,13 @@ def test_an_interrupt_is_no_failure_of_the_tokenizer(tiny, monkeypatch):
         tokenizer(["a"])
 
 
-def test_words_that_a_vocabulary_without_an_unknown_token_lacks(change_tokenizer):
+def test_unknown_words_without_an_unknown_token(change_tokenizer):
     path = change_tokenizer(put("model/unk_token", "none"))
     with pytest.raises(BundleError, match="the tokenizer failed"):
         PromptTokenizer(path, LENGTH)(["green"])
 
 
-def test_ids_beyond_the_embeddings_end_in_an_error_of_ours(copy, change_tokenizer):
+def test_ids_beyond_the_embeddings_are_an_inference_error(copy, change_tokenizer):
     manifest = Bundle.load(copy).manifest
     change_tokenizer(put("model/vocab/a", 2**31 - 1))
     write_bundle(copy, manifest)
@@ -293,13 +293,13 @@ def test_ids_beyond_the_embeddings_end_in_an_error_of_ours(copy, change_tokenize
         Pipeline.load(copy, device="cpu")("a red heart", seed=1)
 
 
-def test_half_a_character_is_an_error_of_the_request(tiny):
+def test_half_a_character_is_a_request_error(tiny):
     with pytest.raises(RequestError, match="prompt: expected whole characters"):
         PromptTokenizer(tiny / "tokenizer.json", LENGTH)(["a\ud800"])
 
 
 def texts():
-    """Prompts longer than the first window, of all that makes tokens long, short or absent."""
+    """Prompts longer than the first window, with characters that make tokens long, short or absent."""
     draw = random.Random(0)
     pieces = [
         "a",
@@ -327,7 +327,7 @@ def texts():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_prompts_give_the_tokens_of_the_whole_prompt(tmp_path, family):
-    """They are read in windows, which changes no token, and the same part is reported as cut off."""
+    """Reading in windows changes neither the tokens nor the part that is reported as cut off."""
     path = finish(FAMILIES[family](), tmp_path / "tokenizer.json")
     windowed, library = PromptTokenizer(path, LENGTH), Tokenizer.from_file(str(path))
     prompts = [text for text in texts() if len(text) > CHARACTERS_PER_TOKEN * LENGTH]

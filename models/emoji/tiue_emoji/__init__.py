@@ -1,1 +1,1 @@
-"""The emoji bundle of tiue-runtime: a directory of ONNX graphs, found by the entry point `tiue_runtime.bundles`."""
+"""The emoji bundle of tiue-runtime: a directory of ONNX graphs. The entry point `tiue_runtime.bundles` names it."""

@@ -1,1 +1,1 @@
-"""Studies on the emoji teacher: `drift`, what the KL term does; `sharing`, what a shared up block costs."""
+"""Studies on the default model: `drift`, the effect of the KL term; `sharing`, the cost of a shared up block."""

@@ -1,9 +1,9 @@
-"""`python -m recipes.emoji.studies.drift`: what the KL term does to the noise that a student predicts.
+"""`python -m recipes.emoji.studies.drift`: the effect of the KL term on the noise that a student predicts.
 
-A teacher is made of the shipped student: its UNet learns to denoise the drawings again. Two students are then distilled
-from that teacher's own weights, with the KL term and without, all else equal. Writes drift.json (the last losses, and
-how a judge that was trained on the drawings finds the pictures), drift.png (mean and variance of the predicted noise
-over the iterations), pictures.png, and the directories of both runs, with their samples.
+A teacher is made from the shipped student: its UNet learns to denoise the drawings again. Two students then start from
+that teacher's weights and are distilled, one with the KL term and one without. All else is equal. Writes drift.json
+(the last losses, and the figures of the recipe's classifier), drift.png (mean and variance of the predicted noise over
+the iterations), pictures.png, and the directories of both runs, with their samples.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, default=800, help="of the teacher (default: 800)")
     parser.add_argument("--iterations", type=int, default=240, help="of each distillation (default: 240)")
-    parser.add_argument("--out", type=Path, default=Path("runs/drift"), help="directory of all that is made")
+    parser.add_argument("--out", type=Path, default=Path("runs/drift"), help="directory of all results")
     arguments = parser.parse_args(argv)
     preset, out = PRESETS[arguments.preset], arguments.out
     drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)

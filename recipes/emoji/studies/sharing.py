@@ -1,8 +1,8 @@
-"""`python -m recipes.emoji.studies.sharing`: the cost of `shared_up_blocks` in pictures, and what it saves in time.
+"""`python -m recipes.emoji.studies.sharing`: the cost of `shared_up_blocks` in quality, and the time that it saves.
 
-The shipped default model is trained further to make the pictures that it makes now, from the same captions and noise:
-once as it is, and once with one up block shared. The first is the control, because bfloat16 and averaging have a cost,
-too. Writes sharing.json and sharing.png: distances to the shipped student's latents, and the judge's figures of the
+The shipped default model is trained further to reproduce its own pictures, from the same captions and noise: once
+unchanged, and once with one up block shared. The first is the control, because bfloat16 and averaging also have a cost.
+Writes sharing.json and sharing.png: distances to the shipped student's latents, and the classifier's figures as in the
 recipe's report.
 """
 
@@ -30,7 +30,7 @@ from tiue.checkpoint import Student, load_student, save_student
 from tiue.text_encoder import encode_text
 
 SHIPPED = Path(__file__).parents[3] / "models/emoji/student.safetensors"
-DISTANCE_PAIRS = 256  # captions of the report, each with noise of its own
+DISTANCE_PAIRS = 256  # captions of the report, each with its own noise
 TIMED = 50  # passes
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.emoji.studies.sharing", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="the judge's size, and the rate and batch")
     parser.add_argument("--steps", type=int, default=600, help="of each (default: 600)")
-    parser.add_argument("--out", type=Path, default=Path("runs/sharing"), help="directory of all that is made")
+    parser.add_argument("--out", type=Path, default=Path("runs/sharing"), help="directory of all results")
     arguments = parser.parse_args(argv)
     preset, out = PRESETS[arguments.preset], arguments.out
     drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _continued(shipped: Student, count: int, captions: list[str], preset, steps: int, out: Path) -> Student:
-    """`shipped` with `count` shared up blocks, after `steps` of regression on what it drew without."""
+    """Return `shipped` with `count` shared up blocks, after `steps` of regression on its pictures without sharing."""
     teacher = shipped.tiue().to(device()).eval()
     student = replace(load_student(SHIPPED), shared_up_blocks=count)
     model = student.tiue().to(device())
@@ -104,7 +104,7 @@ def _continued(shipped: Student, count: int, captions: list[str], preset, steps:
 
 @torch.no_grad()
 def _latents(student: Student, captions: list[str]) -> Tensor:
-    """z_0 in float32, of caption j from the noise of generator seed j."""
+    """Return z_0 in float32. Caption j has the noise of a generator with seed j."""
     config = student.components.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(j)) for j in range(len(captions))])
@@ -113,7 +113,7 @@ def _latents(student: Student, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def _seconds(student: Student) -> float:
-    """Median time of one picture's UNet in PyTorch."""
+    """Return the median seconds of one picture's UNet in PyTorch."""
     model, text = student.tiue(), encode_text(student.components, GRID_PROMPTS[:1])
     noise = torch.randn(1, model.unet.config.in_channels, *[model.unet.config.sample_size] * 2)
     taken = []
