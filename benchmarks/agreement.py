@@ -54,7 +54,7 @@ class Agreement:
             if not difference < SAME_NETWORK:
                 raise BenchmarkError(
                     f"{name}: its first noise prediction is {difference:.2f} (relative) from {reference}'s, so they "
-                    "are different networks. Remove what was made from other weights, or name another --work"
+                    "are different networks. Remove the files made from other weights, or name another --work"
                 )
             return Compared(reference, difference)
         decibels = psnr(array, expected)

@@ -1,9 +1,9 @@
 """`python -m benchmarks.memory`: the peak memory of a distillation by option, and the estimate of `--dry-run`.
 
 Every option runs two updates in its own process. In the second update, the run holds all its memory. On a CPU, the peak
-counts the anonymous pages that the process got after the networks were made. (The text encoder is mapped from its file
-and has none.) On a GPU, the peak is that of torch's allocator. Weights are random. By default, the UNet has half the
-widths of Stable Diffusion 2.1, and the latents have a quarter of its area.
+counts anonymous pages, without those from before the networks were made. The text encoder is mapped from its file and
+has none. On a GPU, the peak is that of torch's allocator. Weights are random. By default, the UNet has half the widths
+of Stable Diffusion 2.1, and the latents have a quarter of its area.
 """
 
 import argparse

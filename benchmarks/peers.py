@@ -79,7 +79,7 @@ class Peer:
         return self._run(latents, steps, "np"), dict(self._seconds)
 
     def latents(self, latents: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
-        """z_T (B,C,h,w) => z_0 (B,C,h,w)."""
+        """Turn z_T (B, C, h, w) into z_0 (B, C, h, w)."""
         return self._run(latents, steps, "latent").float().cpu().numpy()
 
     def first_eps(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], list[int]]:

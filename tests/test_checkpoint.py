@@ -306,7 +306,7 @@ def test_malformed_aliases_are_refused(path, aliases):
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 def test_prefixes_of_wrapped_models_are_taken_off_with_a_warning(path, prefix):
     rewrite(path, {name.replace("unet.", f"unet.{prefix}", 1): t for name, t in load_file(path).items()})
-    with pytest.warns(UserWarning, match="took off .* of the names of unet's tensors"):
+    with pytest.warns(UserWarning, match="removed the prefix .* from names of unet's tensors"):
         loaded = load_student(path).components.unet.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny.sd15().unet.state_dict().items())
 

@@ -343,14 +343,14 @@ PREFIXES = [
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
 def test_prefixes_of_wrapped_models_are_taken_off_with_a_warning(directory, part, prefix):
     change_part(directory, part, lambda tensors: {prefix + name: t for name, t in tensors.items()})
-    with pytest.warns(UserWarning, match=f"{part}: took off"):
+    with pytest.warns(UserWarning, match=f"{part}: removed the prefix"):
         assert_equal(load_components(directory), tiny.sd15())
 
 
 @pytest.mark.parametrize("prefix", [*PREFIXES, "unet._orig_mod.", "unet.module.", "model.unet."])
 def test_prefixes_of_a_unets_file_are_taken_off_with_a_warning(directory, tmp_path, prefix):
     save_file({prefix + n: t for n, t in tiny.unet().state_dict().items()}, tmp_path / "unet.safetensors")
-    with pytest.warns(UserWarning, match="took off"):
+    with pytest.warns(UserWarning, match="removed the prefix"):
         student = load_source(tmp_path / "unet.safetensors", base=directory)
     assert_equal(student.components, tiny.sd15())
 
@@ -360,7 +360,7 @@ def test_prefixes_within_names_are_taken_off(directory):
         return {name.replace("down_blocks.0.", "down_blocks.0._orig_mod."): t for name, t in tensors.items()}
 
     change_part(directory, "unet", wrap)
-    with pytest.warns(UserWarning, match=r"took off _orig_mod\."):
+    with pytest.warns(UserWarning, match=r"removed the prefix _orig_mod\."):
         assert_equal(load_components(directory), tiny.sd15())
 
 

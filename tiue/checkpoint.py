@@ -198,7 +198,7 @@ def _check_module(part: str, module: nn.Module) -> None:
 def _problem(tensor: Any, dtype: torch.dtype | None) -> str | None:
     """Say why a tensor cannot be stored as `dtype` (None: its own type). Return None if it can."""
     if not isinstance(tensor, torch.Tensor):
-        return f"is no tensor but {type(tensor).__name__}"
+        return f"is a {type(tensor).__name__}, not a tensor"
     if tensor.is_meta:
         return "has no values (it is on the meta device)"
     if tensor.layout != torch.strided or tensor.is_quantized or type(tensor.data) not in (torch.Tensor, nn.Parameter):
@@ -288,7 +288,7 @@ def _fill(path: Path, modules: Mapping[str, Any], found: Mapping[str, Stored], a
         raise CheckpointError(f"{path} has an unexpected tensor {unknown[0]} ({len(unknown)} in all)")
     for alias, name in aliases.items():
         if name not in found or alias in found or alias.partition(".")[0] != name.partition(".")[0]:
-            raise CheckpointError(f"{path} has malformed metadata: {alias[:100]!r} is no alias of {name[:100]!r}")
+            raise CheckpointError(f"{path} has malformed metadata: {alias[:100]!r} is not an alias of {name[:100]!r}")
     found = {**found, **{alias: found[name] for alias, name in aliases.items()}}
     for part, module in modules.items():
         try:
@@ -296,7 +296,7 @@ def _fill(path: Path, modules: Mapping[str, Any], found: Mapping[str, Stored], a
             own, taken = without_wrappers(own, module.state_dict())
             if taken:
                 warnings.warn(
-                    f"{path}: took off {taken} of the names of {part}'s tensors, a wrapped model", stacklevel=3
+                    f"{path}: removed the prefix {taken} from names of {part}'s tensors (a wrapped model)", stacklevel=3
                 )
             fill(module, own, f"{part}.")
         except WeightsError as error:

@@ -82,7 +82,7 @@ class HoistedEncoder(nn.Module):
         self.projections = nn.ModuleList(projections)
 
     def forward(self, latents: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """latents (B, C, h, w), text (B, L, D) => features: maps (B, C, h, w), last keys and values (B, L, K)."""
+        """Turn latents (B, C, h, w), text (B, L, D) into features: maps (B, C, h, w), keys and values (B, L, K)."""
         temb = None if self.temb is None else self.temb.expand(latents.shape[0], -1)
         hidden, skips = self.tiue.encode_embedded(latents, temb, text)
         features: dict[str, Tensor] = {}
@@ -107,7 +107,7 @@ class HoistedDecoder(nn.Module):
         self.weighted_sum = _WeightedSum(unet.conv_out)
 
     def forward(self, features: Sequence[Tensor], step_index: Tensor, step_weight: Tensor) -> Tensor:
-        """features, step_index int64 (k), step_weight (k) => sum_k step_weight_k eps_k (B, C, h, w)."""
+        """Turn features, step_index int64 (k,) and step_weight (k,) into sum_k step_weight_k eps_k (B, C, h, w)."""
         k, batch = step_index.shape[0], features[0].shape[0]
         named = dict(zip(self.names, features, strict=True))
         text = repeat_rows(named[_KEYS_VALUES], k) if _KEYS_VALUES in named else None
@@ -127,7 +127,7 @@ class _WeightedSum(nn.Module):
         self.register_buffer("bias", conv_out.bias.detach()[:, None, None])
 
     def forward(self, x: Tensor, step_weight: Tensor) -> Tensor:
-        """x (k, B, C, h, w), step_weight (k) => (B, C, h, w)."""
+        """Turn x (k, B, C, h, w) and step_weight (k,) into the sum (B, C, h, w)."""
         weight = step_weight.to(self.bias.dtype)
         summed = (weight[:, None, None, None, None] * x.to(self.bias.dtype)).sum(0)
         return self.conv(summed) + self.bias * weight.sum()

@@ -35,8 +35,8 @@ from tiue.weights import (
 
 # The prefixes of the parts of a model in a single file in the original layout.
 _ORIGINAL_PLACES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-# Tensors of single files that no picture depends on: the averaged copy of the weights, and the noise process, which is
-# also in the scheduler's configuration.
+# Tensors of single files that no picture depends on: the averaged copy of the weights, and the noise process. The
+# scheduler's configuration also has the noise process.
 _ORIGINAL_HARMLESS = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar$|scale_factor$|"
     r"first_stage_model\.(loss\.|model_ema\.)|cond_stage_model\.(logit_scale|model\.(logit_scale|text_projection))|"
@@ -229,7 +229,7 @@ def _load_unwrapped(cls: Any, directory: Path, part: str, found: Mapping[str, St
 
 def _warn_of_wrappers(path: Path, taken: str) -> None:
     warnings.warn(
-        f"{path}: took off {taken} of its tensors' names, which a wrapped or compiled model has", stacklevel=5
+        f"{path}: removed the prefix {taken} from its tensors' names (a wrapped or compiled model)", stacklevel=5
     )
 
 

@@ -165,18 +165,18 @@ def _repair(configs: dict[str, dict[str, Any]], scheduler_class: str | None) -> 
     if offset not in (None, 1):
         scheduler["steps_offset"] = 1
         notes.append(
-            f"the scheduler's configuration is outdated: steps_offset {offset!r:.40} is taken for 1, as in diffusers"
+            f"the scheduler's configuration is outdated: steps_offset {offset!r:.40} is read as 1, as in diffusers"
         )
     if _option(scheduler, "clip_sample", scheduler_class) is True:
         given = "true" if "clip_sample" in scheduler else "missing"
         scheduler["clip_sample"] = False
         notes.append(
-            f"the scheduler's configuration is outdated: clip_sample, {given}, is taken for false, as in diffusers"
+            f"the scheduler's configuration is outdated: clip_sample, {given}, is read as false, as in diffusers"
         )
     size = unet.get("sample_size")
     if isinstance(size, int) and size < 64 and _is_older_than_0_9(unet.get("_diffusers_version")):
         unet["sample_size"] = 64
-        notes.append(f"the UNet's configuration is outdated: sample_size {size} is taken for 64, as in diffusers")
+        notes.append(f"the UNet's configuration is outdated: sample_size {size} is read as 64, as in diffusers")
     return notes
 
 

@@ -66,7 +66,7 @@ class NoiseSchedule:
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
-        """abar_t of every training timestep, float64 (T)."""
+        """abar_t of every training timestep, float64 (T,)."""
         return torch.tensor(self.abar, dtype=torch.float64, device="cpu")  # The default device may be "meta".
 
     def timesteps(self, steps: int) -> list[int]:
@@ -128,7 +128,7 @@ class NoiseSchedule:
 
 
 def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> torch.Tensor:
-    """Return abar_t of every training timestep, float64 (T). Raises ValueError as `NoiseSchedule.from_config`."""
+    """Return abar_t of every training timestep, float64 (T,). Raises ValueError as `NoiseSchedule.from_config`."""
     return NoiseSchedule.from_config(scheduler_config).alphas_cumprod
 
 

@@ -1,4 +1,4 @@
-"""Whether configurations, which anybody can write, describe a model as large as its weights."""
+"""A check that configurations, which anybody can write, describe a model that is no larger than its weights."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -7,8 +7,8 @@ from typing import Any
 from tiue.files import one_line
 from tiue.pipeline_directory import ComponentsError
 
-_COUNTS = re.compile(r"(?!.*out_channels).*(layer|block)")  # options that say how many modules there are
-_LARGEST = 2**20  # of integers that need not be a dimension of a tensor, such as a default size
+_COUNTS = re.compile(r"(?!.*out_channels).*(layer|block)")  # options that count modules
+_LARGEST = 2**20  # limit of integers that are not a tensor's dimension, for example a default size
 
 
 def check_sizes(configs: Mapping[str, Any], shapes: Collection[list[int]]) -> None:
@@ -16,11 +16,10 @@ def check_sizes(configs: Mapping[str, Any], shapes: Collection[list[int]]) -> No
 
     Args:
         configs: part => its configuration.
-        shapes: of all tensors that there are for the model. Each layer has at least one.
+        shapes: of all stored tensors of the model. Each layer has at least one.
 
     Raises:
-        ComponentsError: a configuration asks for more layers than there are tensors, or has a number that is larger
-            than any dimension.
+        ComponentsError: a configuration has more layers than there are tensors, or a number larger than any dimension.
     """
     largest = max([_LARGEST, *(side for shape in shapes for side in shape)])
     for part, config in configs.items():

@@ -92,7 +92,7 @@ class TiUE(nn.Module):
 
         Args:
             features: from `encode`, for a batch of B.
-            timesteps: int64 (k).
+            timesteps: int64 (k,).
             text: text embeddings, (B, L, D).
 
         Returns:

@@ -1,8 +1,8 @@
 """The quality of pictures: a classifier trained on the drawings names their concept, and its features give a distance.
 
 Text-to-image models are usually compared by CLIP score and FID, whose networks are made for photographs of 200 pixels
-and more. The small counterparts here are the accuracy (does the picture show the prompt?) and a Frechet distance
-between features of pictures and drawings (are both sets alike in quality and variety?).
+and more. Here, the accuracy stands for the CLIP score: does the picture show the prompt? A Frechet distance between
+features of pictures and drawings stands for FID: are both sets alike in quality and variety?
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def build_unet(preset: Preset) -> UNet2DConditionModel:
 
 
 def min_snr(snr: Tensor) -> Tensor:
-    """Return Min-SNR weights of an epsilon loss (arXiv 2303.09556): nearly clean latents teach little, so weigh less."""
+    """Return Min-SNR weights of an epsilon loss (arXiv 2303.09556). Nearly clean latents teach little."""
     return snr.clamp(max=SNR_GAMMA) / snr
 
 

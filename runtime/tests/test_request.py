@@ -28,35 +28,35 @@ WRONG = {
     "both": ({"prompt_embeds": TEXT}, "prompt: expected either prompt or prompt_embeds, got both"),
     "embeds rank": (
         {"prompt": None, "prompt_embeds": TEXT[0]},
-        "prompt_embeds: expected shape (B,8,3), got (8, 3)",
+        "prompt_embeds: expected shape (B, 8, 3), got (8, 3)",
     ),
     "embeds length": (
         {"prompt": None, "prompt_embeds": TEXT[:, :5]},
-        "prompt_embeds: expected shape (B,8,3), got (1, 5, 3)",
+        "prompt_embeds: expected shape (B, 8, 3), got (1, 5, 3)",
     ),
     "embeds width": (
         {"prompt": None, "prompt_embeds": TEXT[..., :2]},
-        "prompt_embeds: expected shape (B,8,3), got (1, 8, 2)",
+        "prompt_embeds: expected shape (B, 8, 3), got (1, 8, 2)",
     ),
     "no embeds": (
         {"prompt": None, "prompt_embeds": TEXT[:0]},
-        "prompt_embeds: expected shape (B,8,3), got (0, 8, 3)",
+        "prompt_embeds: expected shape (B, 8, 3), got (0, 8, 3)",
     ),
     "embeds dtype": (
         {"prompt": None, "prompt_embeds": TEXT.astype(np.int64)},
         "prompt_embeds: expected floating-point values, got int64",
     ),
-    "latents channels": ({"latents": Z[:, :3]}, "latents: expected shape (1,4,h,w), got (1, 3, 4, 6)"),
+    "latents channels": ({"latents": Z[:, :3]}, "latents: expected shape (1, 4, h, w), got (1, 3, 4, 6)"),
     "latents batch": (
         {"latents": Z, "num_images": 2},
-        "latents: expected shape (2,4,h,w), got (1, 4, 4, 6)",
+        "latents: expected shape (2, 4, h, w), got (1, 4, 4, 6)",
     ),
     "latents multiple": (
         {"latents": Z[:, :, :3]},
         "latents: height of the image: expected a multiple of 4 in pixels, for example 4 or 8, got 6",
     ),
     "latents NaN": ({"latents": Z * np.nan}, "latents: expected values that are finite in float32, got NaN"),
-    "latents text": ({"latents": "x"}, "latents: expected shape (1,4,h,w), got ()"),
+    "latents text": ({"latents": "x"}, "latents: expected shape (1, 4, h, w), got ()"),
     "latents and height": (
         {"latents": Z, "height": 12},
         "height: latents of shape (1, 4, 4, 6) make 8, got 12",

@@ -42,9 +42,9 @@ class LoadingError(OutOfMemoryError):
     """There was not enough memory to load a graph. Smaller runs of it do not help."""
 
 
-# Phrases of exhausted allocators, in lower case: of the C++ library, operating systems, ONNX Runtime's arena, OpenVINO
-# ("Failed to allocate 123 bytes of memory"), CUDA, cuBLAS and cuDNN. Version 9 of cuDNN puts more words between
-# INTERNAL_ERROR and ALLOCATION_FAILED.
+# Phrases of exhausted allocators, in lower case. They come from the C++ library, operating systems, ONNX Runtime's
+# arena, OpenVINO ("Failed to allocate 123 bytes of memory"), CUDA, cuBLAS and cuDNN. Version 9 of cuDNN puts more words
+# between INTERNAL_ERROR and ALLOCATION_FAILED.
 _EXHAUSTED = (
     "bad_alloc",
     "bad allocation",

@@ -168,7 +168,7 @@ def _shaped(name: str, value: Any, shape: tuple[int | None, ...], axes: str) -> 
         size >= 1 and wanted in (None, size) for size, wanted in zip(array.shape, shape, strict=True)
     )
     if not fits:
-        sizes = ",".join(
+        sizes = ", ".join(
             letter if size is None else str(size) for letter, size in zip(axes.split(","), shape, strict=True)
         )
         raise RequestError(f"{name}: expected shape ({sizes}), got {shorten(array.shape)}")

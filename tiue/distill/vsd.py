@@ -1,7 +1,7 @@
 """The method of the paper (arXiv 2505.21960): VSD and KL for the student, denoising for the fake score.
 
-Symbols are the paper's, as in docs/method.md: z_T is noise, z_0 are a picture's latents, eps_i is the noise that the
-decoder predicts at timestep t_i, and abar is the cumulative product of the alphas.
+Symbols are the paper's, as in docs/method.md. z_T is noise. z_0 are a picture's latents. eps_i is the noise that the
+decoder predicts at timestep t_i. abar is the cumulative product of the alphas.
 """
 
 from __future__ import annotations

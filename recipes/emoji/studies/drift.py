@@ -1,9 +1,10 @@
 """`python -m recipes.emoji.studies.drift`: the effect of the KL term on the noise that a student predicts.
 
 A teacher is made from the shipped student: its UNet learns to denoise the drawings again. Two students then start from
-that teacher's weights and are distilled, one with the KL term and one without. All else is equal. Writes drift.json
-(the last losses, and the figures of the recipe's classifier), drift.png (mean and variance of the predicted noise over
-the iterations), pictures.png, and the directories of both runs, with their samples.
+that teacher's weights and are distilled, one with the KL term and one without. All else is equal.
+
+Writes drift.json (the last losses, and the figures of the recipe's classifier) and drift.png (mean and variance of the
+predicted noise over the iterations). Also writes pictures.png and the directories of both runs.
 """
 
 from __future__ import annotations

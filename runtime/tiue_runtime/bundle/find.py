@@ -29,8 +29,8 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
 
     Args:
         name_or_path: a directory, or the name of an installed bundle. None takes the environment variable TIUE_BUNDLE
-            if it is set, else "emoji". A name without a separator is a path only if that directory holds a bundle.json,
-            so that another folder of the same name does not hide an installed bundle.
+            if it is set, else "emoji". A name without a separator is a path only if that directory holds a bundle.json.
+            Other folders therefore do not hide installed bundles of the same name.
 
     Raises:
         BundleError: there is no such bundle.

@@ -4,8 +4,8 @@ The constraints of ONNX Runtime and CUDA, and how this module meets them:
 
 1. A recording reads and writes fixed addresses. Each shape therefore has its own buffers. Inputs are copied into them,
    and the decoder reads features directly from the buffers that the encoder writes.
-2. The run option gpu_graph_id selects a recording. ONNX Runtime does not check that a number is always used with the
-   same shape, so each shape of a session has its own number. -1 runs without a recording. 0, the default, is reserved.
+2. The run option gpu_graph_id selects a recording by its number. ONNX Runtime does not check that a number always means
+   the same shape. Each shape of a session has its own number. Number -1 runs without a recording. 0 is reserved.
 3. A recording belongs to the thread that made it. During a recording, other threads must not use some functions of the
    GPU. Therefore `CudaGraphs` owns one thread, and all runs happen on it.
 4. Buffers hold the data of one request. `CudaGraphs.turn` reserves them from the first graph of a request to the last.

@@ -189,8 +189,8 @@ KINDS = {
         precisions=("bf16", "fp32"),
         must_take_all=True,
         library="onnxruntime_providers_openvino",
-        # The UNet of Stable Diffusion 2.1, 4 steps: 15.3 s with its CPU graphs, 16.8 s on OpenVINO in float32, which
-        # also loads more slowly and takes more memory.
+        # Measured with the UNet of Stable Diffusion 2.1 and 4 steps: 15.3 s with the CPU graphs, 16.8 s on OpenVINO in
+        # float32. OpenVINO also loads more slowly and takes more memory.
         slower_than=CPU,
         remedy=(
             "It needs an x86-64 CPU or, for another device_type in provider_options, such an Intel device and its "
