@@ -1,186 +1,124 @@
-"""Assembling a bundle: built in a temporary directory, checked, and only then moved into place."""
+"""Assembling a bundle, stage by stage: plan, trace, rewrite, write, check, publish."""
 
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
-from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 from tiue_runtime import bundle
 from tiue_runtime.bundle.tokenizer_json import read_tokenizer
 from tokenizers import Tokenizer
 
-from export.calibrate import PROMPTS, Calibration
+from export.calibrate import Calibration
 from export.card import model_card
-from export.errors import ExportError
 from export.fit_preview import fit_preview
-from export.graphs import Form, forget_graphs, unet_graphs, vae_decoder_graph
+from export.graphs import GraphTarget, forget_graphs, unet_graphs, vae_decoder_graph
 from export.options import Options
-from export.parity import Checker, Row, judge
+from export.parity import Row, compare_with_pytorch, judge
+from export.plan import Plan, make_plan
 from export.publish import building, check_target, publish
-from export.source import check_tiny_vae
 from export.storage import store_float16, store_int8
 from export.text_encoder import text_encoder_graph
-from export.working_memory import give_back
-from export.writer import EXTERNAL_ABOVE, GraphWriter
+from export.working_memory import fit_runs, give_back
+from export.writer import GraphWriter
 from tiue.checkpoint import Student
 from tiue.components import Components
 
+Progress = Callable[[str], None]
+Graphs = dict[str, ir.Model]  # by name, as in bundle.GRAPHS
+
 
 def export_bundle(
-    student: Student,
-    out: Path,
-    options: Options,
-    progress: Callable[[str], None],
-    report: Callable[[list[Row]], None],
+    student: Student, out: Path, options: Options, progress: Progress, report: Callable[[list[Row]], None]
 ) -> bundle.Bundle:
-    """Export `student` to the directory `out`.
+    """Export a student to the directory `out`.
+
+    Whatever happens, KeyboardInterrupt included, `out` is complete or as it was, and nothing else is left.
 
     Args:
-        progress: told each stage.
-        report: given the parity table's rows before they are judged.
+        student: the model.
+        out: the directory to make. A link stands for its target.
+        options: how to export.
+        progress: receives the name of every stage.
+        report: receives the comparison of the graphs with PyTorch, before it is judged.
 
-    Raises ExportError (ParityError if the graphs do not compute the same), OSError. Whatever happens,
-    KeyboardInterrupt included, `out` is complete or as it was, and nothing else is left.
+    Returns:
+        The bundle, loaded from `out`.
+
+    Raises:
+        ExportError: the options do not fit the student, or `out` may not be replaced.
+        ParityError: the graphs do not compute what PyTorch computes.
+        OSError: a file cannot be written.
     """
+    plan = make_plan(student, options)
     check_target(out, bundle.MANIFEST, overwrite=options.overwrite)
-    options = replace(options, target=options.target or _default_targets(student))
-    if options.tiny_vae is not None:
-        check_tiny_vae(options.tiny_vae, student.components)
-    out = out.resolve()  # The target of a link is replaced, not the link.
+    out = out.resolve()
     with building(out, progress) as directory:
-        check_target(out, bundle.MANIFEST, overwrite=options.overwrite)  # A killed export may have left one aside.
-        manifest = _manifest(student, options)
-        _write_graphs(directory, student, manifest, options, progress)
+        check_target(out, bundle.MANIFEST, overwrite=options.overwrite)  # A killed export's bundle may have come back.
+        writer = GraphWriter(directory, deduplicate=len(plan.options.target) > 1)
+        calibration = Calibration(plan, progress) if options.precision == "int8" else None
+        for target, graphs in _trace(plan, progress):
+            _rewrite(graphs, plan.options, calibration)
+            _write(graphs, plan.manifest.variants[target], writer)
         write_tokenizer(directory / bundle.TOKENIZER, student.components)
-        vaes = dict(_image_decoders(student, options, manifest))
-        manifest = replace(manifest, preview=fit_preview(student, manifest, vaes[bundle.VAE_DECODER], progress))
+        preview = fit_preview(student, plan.manifest, plan.vaes[bundle.VAE_DECODER], progress)
         progress("checking the graphs against PyTorch")
-        checker = Checker(directory, manifest, student, vaes, exact=options.floor_db is None)
-        rows = checker.check()
-        report(rows)
-        judge(rows, options.floor_db)
-        manifest = replace(manifest, memory=checker.memory)
-        card = model_card(manifest, student.base_model, options.stored_text_encoder)
-        (directory / "README.md").write_text(card, encoding="utf-8")
-        bundle.write_bundle(directory, manifest)
+        comparison = compare_with_pytorch(directory, plan)
+        report(comparison.rows)
+        judge(comparison.rows, plan.options.floor_db)
+        _describe(directory, plan, replace(plan.manifest, preview=preview, memory=fit_runs(comparison.runs)))
         publish(directory, out)
     return bundle.Bundle.load(out)
 
 
-def _write_graphs(
-    directory: Path,
-    student: Student,
-    manifest: bundle.Manifest,
-    options: Options,
-    progress: Callable[[str], None],
-) -> None:
-    writer = GraphWriter(directory, share=len(options.target) > 1)
+def _trace(plan: Plan, progress: Progress) -> Iterator[tuple[str, Graphs]]:
+    """Yield the graphs part by part, with their target: the text encoder; of every target the UNet, then each VAE.
+
+    The caller empties each dictionary before it takes the next, so that one part's weights are in memory at a time.
+    """
+    student, options = plan.student, plan.options
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
-
-    def write(variant: str, name: str, graph: ir.Model) -> None:
-        if options.stored == "fp16":
-            store_float16(graph)
-        writer.write(graph, manifest.variants[variant][name])
-
     progress("exporting the text encoder")
-    int8 = options.text_encoder == "int8"
-    text_encoder = text_encoder_graph(student.components, torch.float32 if int8 else dtype)  # int8 is of float32
-    if int8:
-        store_int8(text_encoder)
-    write(options.target[0], bundle.TEXT_ENCODER, text_encoder)
-    del text_encoder
-    for target in options.target:
-        # What is stored in fp16 the CPU computes in fp32 in any case.
-        form = Form(target, torch.float32 if target == bundle.CPU else dtype)
-        progress(f"exporting the UNet's encoder and decoder, {target}")
-        graphs = list(unet_graphs(student.tiue(), manifest.decoder_timesteps, manifest.text_length, form))
-        calibration = None
-        if options.precision == "int8":
-            calibration = Calibration(student, manifest, options.calibration_prompts or PROMPTS, progress)
-            calibration.unet(*graphs)
-        write(target, bundle.UNET_DECODER, graphs.pop())
-        write(target, bundle.UNET_ENCODER, graphs.pop())
-        for name, vae in _image_decoders(student, options, manifest):
-            progress(f"exporting {name}, {target}")
-            graph = vae_decoder_graph(vae, form)
-            if calibration:
-                calibration.vae(graph)
-            write(target, name, graph)
+    # int8 weights are made of float32.
+    text_dtype = torch.float32 if options.text_encoder == "int8" else dtype
+    yield options.target[0], {bundle.TEXT_ENCODER: text_encoder_graph(student.components, text_dtype)}
+    for name in options.target:
+        # The CPU computes in float32, whatever the files store.
+        target = GraphTarget(name, torch.float32 if name == bundle.CPU else dtype)
+        progress(f"exporting the UNet's encoder and decoder, {name}")
+        yield name, _unet(plan, target)
+        for vae_name, vae in plan.vaes.items():
+            progress(f"exporting {vae_name}, {name}")
+            yield name, {vae_name: vae_decoder_graph(vae, target)}
         forget_graphs()
         give_back()
 
 
-def _default_targets(student: Student) -> tuple[str, ...]:
-    size = sum(p.numel() * p.element_size() for p in student.components.unet.parameters())
-    return (bundle.PORTABLE, bundle.CPU) if size > EXTERNAL_ABOVE else (bundle.PORTABLE,)
+def _unet(plan: Plan, target: GraphTarget) -> Graphs:
+    manifest = plan.manifest
+    encoder, decoder = unet_graphs(plan.student.tiue(), manifest.decoder_timesteps, manifest.text_length, target)
+    # Where weights are shared, the file of the decoder holds them: it is the larger.
+    return {bundle.UNET_DECODER: decoder, bundle.UNET_ENCODER: encoder}
 
 
-def _image_decoders(student: Student, options: Options, manifest: bundle.Manifest) -> Iterator[tuple[str, Any]]:
-    """Yield the graph's name and the module of each VAE, the default first."""
-    for kind, name in manifest.vae_graphs.items():
-        tiny = kind == bundle.TINY and options.tiny_vae is not None
-        yield name, options.tiny_vae if tiny else student.components.vae
+def _rewrite(graphs: Graphs, options: Options, calibration: Calibration | None) -> None:
+    """Reduce the precision of graphs, in place, as the options want."""
+    if calibration is not None:
+        calibration.quantize(graphs)
+    for name, graph in graphs.items():
+        if name == bundle.TEXT_ENCODER and options.text_encoder == "int8":
+            store_int8(graph)
+        if options.stored == "fp16":
+            store_float16(graph)
 
 
-def _variants(options: Options, vaes: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The file of each graph, for each target. Special operators would gain nothing in the text encoder."""
-    variants: dict[str, dict[str, str]] = {}
-    for target in options.target:
-        suffix = "" if target == bundle.PORTABLE else f".{target}"
-        names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *bundle.vae_graphs(vaes).values())
-        variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
-        variants[target][bundle.TEXT_ENCODER] = bundle.GRAPH_FILES[bundle.TEXT_ENCODER]
-    return variants
-
-
-def _vaes(student: Student, options: Options) -> tuple[str, ...]:
-    """Return the kinds of VAEs, the default first."""
-    own = bundle.TINY if isinstance(student.components.vae, AutoencoderTiny) else bundle.KL
-    if own == bundle.TINY and options.vae:
-        raise ExportError("`vae`: the model's own VAE is tiny already")
-    return options.vae or (own,)
-
-
-def _manifest(student: Student, options: Options) -> bundle.Manifest:
-    components = student.components
-    geometry = components.geometry
-    schedules: dict[int, bundle.Schedule] = {}
-    for steps, timesteps in sorted(student.schedules.items()):
-        s = components.noise_schedule.closed_form(timesteps)
-        schedules[steps] = bundle.Schedule(s.timesteps, s.noise_weight, s.step_weights)
-    vaes = _vaes(student, options)
-    decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
-    return bundle.Manifest(
-        name=options.name or components.name,
-        license=components.license,
-        created_from={
-            "base_model": student.base_model,
-            "tiue": version("tiue"),
-            "text_encoder": options.stored_text_encoder,
-        },
-        precision=options.precision,
-        weights="int8" if options.precision == "int8" else options.stored,
-        latent_channels=geometry.channels,
-        pixels_per_latent=geometry.pixels_per_latent,
-        default_height=geometry.height * geometry.pixels_per_latent,
-        default_width=geometry.width * geometry.pixels_per_latent,
-        size_multiple=geometry.multiple,
-        text_length=components.tokenizer.model_max_length,
-        encoder_timestep=student.encoder_timestep,
-        decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
-        schedules=schedules,
-        default_steps=max(schedules),
-        variants=_variants(options, vaes),
-        vaes=vaes,
-    )
+def _write(graphs: Graphs, files: Mapping[str, str], writer: GraphWriter) -> None:
+    """Write graphs, and empty the dictionary."""
+    for name in list(graphs):
+        writer.write(graphs.pop(name), files[name])
 
 
 def write_tokenizer(path: Path, components: Components) -> None:
@@ -198,3 +136,10 @@ def write_tokenizer(path: Path, components: Components) -> None:
     )
     tokenizer.save(str(path))
     read_tokenizer(path, length)
+
+
+def _describe(directory: Path, plan: Plan, manifest: bundle.Manifest) -> None:
+    """Write README.md and bundle.json."""
+    card = model_card(manifest, plan.student.base_model, plan.options.stored_text_encoder)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    bundle.write_bundle(directory, manifest)

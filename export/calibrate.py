@@ -1,26 +1,21 @@
-"""Quantising a student's graphs by what it draws: prompts and noise go through them in turn, as at run time."""
+"""Quantizing a student's graphs by their own activations: prompts and noise go through them, as at run time."""
 
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
-
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from tiue_runtime import bundle, noise
 
-from export.int8 import Array, calibrate, evaluate, quantise
-from tiue.checkpoint import Student
+from export.int8 import Array, calibrate, evaluate, quantizable, quantize
+from export.plan import Plan, latent_sizes
 from tiue.text_encoder import encode_text
 
-# Layers whose rounding leaves less signal over noise than this stay in float: of the default model 5 of 142. At 0 its
-# worst picture of four is 2 dB further from float's, at 32 it is 2 dB nearer and takes a tenth more time.
+# Layers whose rounding leaves less signal over noise stay in float: 5 of 142 in the default model. At 0, its worst
+# picture of four is 2 dB further from float's. At 32, it is 2 dB nearer and takes a tenth more time.
 SIGNAL_DB = 28.0
 
-# Things, creatures, people, places, styles and texts: none of them is in the gate.
+# Things, creatures, people, places and styles. The parity check uses other prompts.
 PROMPTS = (
     "a lighthouse on a cliff in a storm, oil painting",
     "portrait photo of an old fisherman with a white beard",
@@ -42,30 +37,50 @@ PROMPTS = (
 
 
 class Calibration:
-    """Prompts and noise on their way through a student's graphs, in turn at its own size and at half of either side.
+    """Prompts and noise on their way through a student's graphs.
 
-    Activations have other ranges in other sizes; what is beyond a measured range is cut off.
+    Activations have other ranges at other sizes, and values beyond a measured range are cut off. So the pictures
+    alternate between the default size and halves of either side.
     """
 
-    def __init__(
-        self, student: Student, manifest: bundle.Manifest, prompts: Sequence[str], report: Callable[[str], None]
-    ):
-        """report: told what was quantised."""
-        self._manifest, self._report = manifest, report
-        sizes = _sizes(manifest)
+    def __init__(self, plan: Plan, report: Callable[[str], None]):
+        """Choose prompts and noise.
+
+        Args:
+            plan: of the export.
+            report: told how many layers were quantized.
+        """
+        manifest = self._manifest = plan.manifest
+        self._report = report
+        prompts = plan.options.calibration_prompts or PROMPTS
+        (height, width), (half_height, half_width) = latent_sizes(manifest)
+        sizes = [(height, width), (half_height, width), (height, half_width)]
         self._noise: list[Array] = [
             noise.gaussian(i, (manifest.latent_channels, *sizes[i % len(sizes)]))[None] for i in range(len(prompts))
         ]
         with torch.no_grad():
-            self._text: list[Array] = [encode_text(student.components, [prompt]).numpy() for prompt in prompts]
+            self._text: list[Array] = [encode_text(plan.student.components, [prompt]).numpy() for prompt in prompts]
         self._latents: list[Array] = []
 
-    def unet(self, encoder: ir.Model, decoder: ir.Model) -> None:
-        """Quantise the decoder, in place, and keep the latents that both halves made before.
+    def quantize(self, graphs: Mapping[str, ir.Model]) -> None:
+        """Quantize the UNet's decoder or the image decoders, in place.
 
-        The encoder stays in float32: it runs once, and what it loses would be in the prediction of every timestep. Of
-        the default model's pictures it would take 5 dB in the worst case of the gate, for a tenth of the time.
+        The UNet must come before the image decoders, which take its latents. Other graphs stay: the text encoder, and
+        the UNet's encoder, whose errors would reach the prediction of every timestep. They would take 5 dB from the
+        worst picture of the default model, for a tenth of the time.
+
+        Args:
+            graphs: by name; both halves of the UNet together.
         """
+        if bundle.UNET_DECODER in graphs:
+            self._quantize_unet(graphs[bundle.UNET_ENCODER], graphs[bundle.UNET_DECODER])
+            return
+        for name in self._manifest.vae_graphs.values():
+            if name in graphs:
+                self._quantize(graphs[name], [{bundle.LATENTS: z_0} for z_0 in self._latents])
+
+    def _quantize_unet(self, encoder: ir.Model, decoder: ir.Model) -> None:
+        """Quantize the decoder, and keep the latents that both halves made in float."""
         pairs = zip(self._noise, self._text, strict=True)
         features = evaluate(encoder, [{bundle.LATENTS: z, bundle.TEXT: text} for z, text in pairs])
         schedule = self._manifest.schedules[self._manifest.default_steps]
@@ -79,7 +94,7 @@ class Calibration:
                 for i in range(len(index)):
                     yield {**kept, bundle.STEP_INDEX: index[i : i + 1], bundle.STEP_WEIGHT: weight[i : i + 1]}
 
-        made = self._quantise(decoder, runs())
+        made = self._quantize(decoder, runs())
         steps = len(index)
         self._latents = [
             np.float32(schedule.noise_weight) * z
@@ -87,20 +102,10 @@ class Calibration:
             for i, z in enumerate(self._noise)
         ]
 
-    def vae(self, graph: ir.Model) -> None:
-        """Quantise an image decoder, in place, by the latents that the UNet made."""
-        self._quantise(graph, [{bundle.LATENTS: z_0} for z_0 in self._latents])
-
-    def _quantise(self, graph: ir.Model, runs: Any) -> list[dict[str, Array]]:
+    def _quantize(self, graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """Quantize a graph by the activations of runs. Returns the outputs that the runs had in float."""
         ranges, made = calibrate(graph, runs)
-        done, of = quantise(graph, ranges, SIGNAL_DB)
+        of = len(quantizable(graph))
+        done = quantize(graph, ranges, SIGNAL_DB)
         self._report(f"int8: {done} of {of} layers between the first and the last; others lose too much")
         return made
-
-
-def _sizes(manifest: bundle.Manifest) -> list[tuple[int, int]]:
-    """Heights and widths of latents."""
-    multiple = manifest.size_multiple // manifest.pixels_per_latent
-    height, width = (side // manifest.pixels_per_latent for side in (manifest.default_height, manifest.default_width))
-    half_height, half_width = (max(side // multiple // 2, 1) * multiple for side in (height, width))
-    return [(height, width), (half_height, width), (height, half_width)]

@@ -34,9 +34,12 @@ def model_card(manifest: bundle.Manifest, base_model: str, text_encoder: str) ->
     """Write README.md for a bundle: its model, origin and license, and how to use it.
 
     Args:
-        manifest: the bundle's.
-        base_model: the model that it was made from.
+        manifest: of the bundle.
+        base_model: the model that the student was made from.
         text_encoder: how the file of the text encoder stores weights.
+
+    Returns:
+        Markdown with a YAML header, as model hubs read it.
     """
     return _CARD.format(
         name=manifest.name,

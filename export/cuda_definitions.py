@@ -1,12 +1,8 @@
-"""What the CUDA graphs' operators mean, in standard operators, so that the gate can run them on any machine.
+"""The CUDA graphs' operators in standard operators, so that the parity check can run them on any machine.
 
-Written from the operators' definitions, not from `export.cuda`, and computed in float32 as their kernels do:
+These are written from the operators' definitions, not from `export.cuda`. They compute in float32, as the kernels do:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
-
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +13,11 @@ from onnx_ir.tape import Tape
 
 from export.translate import CONTRIB, FLOAT, TO_CHANNELS_FIRST, TO_CHANNELS_LAST
 
-_WEIGHTS_FIRST = (0, 3, 1, 2)  # (M,kH,kW,C) => (M,C,kH,kW)
+_WEIGHTS_FIRST = (0, 3, 1, 2)  # (M, kH, kW, C) => (M, C, kH, kW)
 
 
 def lower(graph: ir.Model) -> int:
-    """Replace, in place, the operators of `graph` that only CUDA has. Returns how many there were."""
+    """Replace the operators that only CUDA has, in place. Returns how many there were."""
     count = 0
     for node in list(graph.graph):
         define = _DEFINITIONS.get(node.op_type) if node.domain == CONTRIB else None
@@ -55,10 +51,10 @@ def _group_norm(tape: Tape, node: ir.Node, x: Any, gamma: Any, beta: Any) -> lis
     first = _transpose(tape, x, TO_CHANNELS_FIRST)
     grouped = tape.op("Reshape", [first, _ints(tape, 0, groups, -1)])
     mean = tape.op("ReduceMean", [grouped, _ints(tape, 2)])
-    centred = tape.op("Sub", [grouped, mean])
-    variance = tape.op("ReduceMean", [tape.op("Mul", [centred, centred]), _ints(tape, 2)])
+    centered = tape.op("Sub", [grouped, mean])
+    variance = tape.op("ReduceMean", [tape.op("Mul", [centered, centered]), _ints(tape, 2)])
     deviation = tape.op("Sqrt", [tape.op("Add", [variance, _floats(tape, epsilon)])])
-    flat = tape.op("Reshape", [tape.op("Div", [centred, deviation]), tape.op("Shape", [first])])
+    flat = tape.op("Reshape", [tape.op("Div", [centered, deviation]), tape.op("Shape", [first])])
     last = _transpose(tape, flat, TO_CHANNELS_LAST)
     y = tape.op("Add", [tape.op("Mul", [last, gamma]), beta])
     if node.attributes["activation"].as_int():

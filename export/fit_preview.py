@@ -1,11 +1,8 @@
-"""The preview of a bundle: a matrix that turns latents into small pictures, fitted to the image decoder.
+"""Fitting the preview of a bundle: a matrix that turns latents into small pictures.
 
-Most of the colour of a picture is linear in its latents. The fit takes latents that the student makes of prompts and
-noise, and the pictures that the VAE makes of them, averaged over the pixels of each latent pixel.
+Most of the color of a picture is linear in its latents. The fit compares latents that the student makes of prompts and
+noise with the VAE's pictures of them, averaged over the pixels of each latent pixel.
 """
-
-# torch, diffusers and transformers are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +17,7 @@ from tiue.checkpoint import Student
 from tiue.components import decode_latents
 from tiue.text_encoder import encode_text
 
-_LARGEST = 32  # latent pixels on a side: eight pictures of SD 2.1 then take a quarter of the time of 64
+_LARGEST = 32  # latent pixels on a side: eight pictures of SD 2.1 take a quarter of the time of 64
 _PICTURES = 8
 _DECIMALS = 5
 
@@ -32,10 +29,13 @@ def fit_preview(
     """Fit latents (C) @ matrix (C, 3) + bias (3) => RGB in [0, 1] by least squares.
 
     Args:
-        student: makes the latents, with seeds of its own for each prompt, at the default size or at 32 latent pixels.
+        student: makes the latents, with another seed for each prompt, at the default size or at 32 latent pixels.
         manifest: the sizes and the default step count.
         vae: the default image decoder.
         progress: told how near the previews come to the pictures.
+
+    Returns:
+        The matrix and bias, for the manifest.
     """
     multiple = manifest.size_multiple // manifest.pixels_per_latent
     sides = manifest.default_height, manifest.default_width

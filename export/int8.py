@@ -1,13 +1,9 @@
-"""int8: convolutions and matrix products that compute in 8 bits, between QuantizeLinear and DequantizeLinear.
+"""Rewriting a graph for int8: convolutions and matrix products between QuantizeLinear and DequantizeLinear.
 
-Ranges of activations are measured once, on real prompts and noise, and are constants of the graph: a picture does not
-depend on what is computed beside it. Weights have a scale per output channel. What would lose the most stays in float.
+Ranges of activations are measured once, on prompts and noise, and become constants of the graph, so a picture does not
+depend on the rest of its batch. Weights have a scale per output channel. Layers that would lose most stay in float.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
-
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -23,15 +19,15 @@ from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
 Array = NDArray[Any]
-# Seven bits: without VNNI, x86 adds two products in 16 bits, which 255 * 127 * 2 exceeds. Saturation takes 5 to 8 dB
-# from the default model's latents, the eighth bit would give 2, and kernels that keep it take a quarter longer.
+# Seven bits: without VNNI, x86 adds two products in 16 bits, which 255 * 127 * 2 exceeds. Saturation would take 5 to
+# 8 dB from the default model's latents. The eighth bit would give 2 dB, and its kernels take a quarter longer.
 WEIGHT_LEVELS = 64
 _OUTPUT_CHANNELS = {"Conv": 0, "MatMul": 1}  # the axis of the weights
 
 
 @dataclass(frozen=True)
 class Range:
-    """What the values of a tensor were in all calibration runs."""
+    """The values of a tensor in all calibration runs."""
 
     low: float
     high: float
@@ -39,22 +35,22 @@ class Range:
 
     @property
     def scale(self) -> float:
-        """The step of 8 bits that hold the range and 0."""
+        """The step of 8 bits that cover the range and 0."""
         return (max(self.high, 0.0) - min(self.low, 0.0)) / 255 or 1.0
 
     @property
     def zero_point(self) -> int:
-        """What stands for 0."""
+        """The integer that stands for 0."""
         return round(-min(self.low, 0.0) / self.scale)
 
     @property
     def noise(self) -> float:
-        """The power of the rounding error over that of the values."""
+        """The power of the rounding error, relative to that of the values."""
         return self.scale**2 / 12 / self.mean_square if self.mean_square else 0.0
 
 
-def quantisable(graph: ir.Model) -> list[ir.Node]:
-    """Convolutions and matrix products with constant weights, but for the first and the last of the graph."""
+def quantizable(graph: ir.Model) -> list[ir.Node]:
+    """Return the convolutions and matrix products with constant weights, without the graph's first and last."""
     found = [
         node
         for node in graph.graph
@@ -64,12 +60,17 @@ def quantisable(graph: ir.Model) -> list[ir.Node]:
 
 
 def calibrate(graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> tuple[dict[str, Range], list[dict[str, Array]]]:
-    """Run a float32 graph on each of `runs`, its inputs by name.
+    """Run a float32 graph, and measure the ranges that `quantize` needs. The graph stays as it was.
 
-    Returns the range of every tensor that `quantise` needs, by name, and each run's outputs.
+    Args:
+        graph: the graph.
+        runs: inputs by name, for each run.
+
+    Returns:
+        Ranges by the name of the tensor, and the outputs of each run by name.
     """
     outputs = [str(value.name) for value in graph.graph.outputs]
-    watched = list({str(v.name): v for node in quantisable(graph) for v in _activations(node)}.values())
+    watched = list({str(v.name): v for node in quantizable(graph) for v in _activations(node)}.values())
     tape = Tape()
     for i, value in enumerate(watched):
         squared = tape.op("ReduceMean", [tape.op("Mul", [value, value])], {"keepdims": 0})
@@ -92,13 +93,21 @@ def calibrate(graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> tuple[dic
 
 
 def evaluate(graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> list[dict[str, Array]]:
-    """Run a float32 graph on each of `runs`, its inputs by name. Returns the outputs of each, by name."""
+    """Run a float32 graph.
+
+    Args:
+        graph: the graph.
+        runs: inputs by name, for each run.
+
+    Returns:
+        The outputs of each run by name.
+    """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "graph.onnx")
         ir.save(graph, path, external_data="graph.data")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # A range is taken where its tensor is made, which can then go, not at the end: half the memory.
+        # Each tensor is reduced to its range as soon as it exists, so that it can be freed: half the memory.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
@@ -106,45 +115,60 @@ def evaluate(graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> list[dict[
         return made
 
 
-def quantise(graph: ir.Model, ranges: Mapping[str, Range], floor_db: float) -> tuple[int, int]:
-    """Quantise, in place, the layers whose rounding leaves at least `floor_db` of signal over noise.
+def quantize(graph: ir.Model, ranges: Mapping[str, Range], floor_db: float) -> int:
+    """Quantize the layers whose rounding leaves at least `floor_db` of signal over noise, in place.
 
-    Returns how many were, of how many.
+    Args:
+        graph: of float32.
+        ranges: of `calibrate`.
+        floor_db: see `signal_db`.
+
+    Returns:
+        How many layers were quantized, of those that are `quantizable`.
     """
-    nodes = quantisable(graph)
-    chosen = [node for node in nodes if signal_db(node, ranges) >= floor_db]
-    inputs = [str(node.inputs[0].name) for node in chosen if node.inputs[0]]  # names before any is replaced
+    chosen = [node for node in quantizable(graph) if signal_db(node, ranges) >= floor_db]
+    inputs = [str(node.inputs[0].name) for node in chosen if node.inputs[0]]  # Read before any is replaced.
     rounded: dict[str, ir.Value] = {}
     for node, x in zip(chosen, inputs, strict=True):
-        _quantise(graph, node, x, ranges, rounded)
-    return len(chosen), len(nodes)
+        _quantize(graph, node, x, ranges, rounded)
+    return len(chosen)
 
 
 def signal_db(node: ir.Node, ranges: Mapping[str, Range]) -> float:
-    """What the 8 bits of a layer's inputs, weights and output leave: signal over noise, were they independent."""
-    scale, _, values = _quantised_weights(node)
+    """Return the signal over noise in dB after rounding a layer's inputs, weights and output to 8 bits.
+
+    The roundings count as independent of each other.
+    """
+    scale, _, values = _quantized_weights(node)
     noise = float(np.mean(scale**2)) / 12 / float(np.mean(values**2)) if values.any() else 0.0
     noise += sum(ranges[str(value.name)].noise for value in _activations(node))
     return float(-10 * np.log10(noise)) if noise else float("inf")
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:
-    """What a layer rounds besides its weights. ONNX Runtime's matrix products sum in int32 and return float."""
+    """Return the tensors that a layer rounds besides its weights. Matrix products return float, unrounded."""
     values = [node.inputs[0], *(node.outputs if node.op_type == "Conv" else ())]
     return [value for value in values if value is not None]
 
 
-def _quantise(
+def _quantize(
     graph: ir.Model, node: ir.Node, x: str, ranges: Mapping[str, Range], rounded: dict[str, ir.Value]
 ) -> None:
-    """x: the name that the first input had; rounded: what has been through 8 bits, by such names."""
+    """Quantize one layer.
+
+    Args:
+        graph, node: the layer.
+        x: the name that its first input had at the start.
+        ranges: by the names that tensors had at the start.
+        rounded: tensors after 8 bits, by the same names. New ones are added.
+    """
     before, axis = Tape(), _OUTPUT_CHANNELS[node.op_type]
     if x not in rounded:
         rounded[x] = _round_trip(graph, before, node.inputs[0], x, ranges[x])
-    scale, quantised, _ = _quantised_weights(node)
+    scale, quantized, _ = _quantized_weights(node)
     replaced = [node.inputs[1]]
-    new = [rounded[x], _restored(graph, before, node.inputs[1], quantised, scale, axis)]
-    if node.op_type == "Conv" and len(node.inputs) == 3:  # 32 bits, in steps of what is summed
+    new = [rounded[x], _restored(graph, before, node.inputs[1], quantized, scale, axis)]
+    if node.op_type == "Conv" and len(node.inputs) == 3:  # in 32 bits, with the step of the sum
         step = scale * np.float32(ranges[x].scale)
         counted = np.rint(_array(node.inputs[2]) / step).astype(np.int32)
         replaced.append(node.inputs[2])
@@ -174,11 +198,11 @@ def _round_output(graph: ir.Model, y: ir.Value, ranges: Mapping[str, Range], rou
 
 
 def _round_trip(graph: ir.Model, tape: Tape, value: ir.Value | None, name: str, measured: Range) -> ir.Value:
-    """value => to 8 bits and back."""
+    """Round a value to 8 bits: value => the same in float32, after QuantizeLinear and DequantizeLinear."""
     assert value is not None
     parameters = [
-        _initialiser(graph, f"{name}.scale", np.array(measured.scale, np.float32)),
-        _initialiser(graph, f"{name}.zero_point", np.array(measured.zero_point, np.uint8)),
+        _initializer(graph, f"{name}.scale", np.array(measured.scale, np.float32)),
+        _initializer(graph, f"{name}.zero_point", np.array(measured.zero_point, np.uint8)),
     ]
     restored = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [value, *parameters]), *parameters])
     restored.shape, restored.dtype = value.shape, ir.DataType.FLOAT
@@ -188,20 +212,20 @@ def _round_trip(graph: ir.Model, tape: Tape, value: ir.Value | None, name: str, 
 def _restored(
     graph: ir.Model, tape: Tape, weight: ir.Value | None, integers: Array, scale: Array, axis: int
 ) -> ir.Value:
-    """A constant that is stored as integers."""
+    """Return a float32 value that is stored as integers."""
     assert weight is not None
     name = f"{weight.name}.{integers.dtype}"
     inputs = [
-        _initialiser(graph, name, integers),
-        _initialiser(graph, f"{name}.scale", scale.astype(np.float32)),
-        _initialiser(graph, f"{name}.zero_point", np.zeros(scale.shape, integers.dtype)),
+        _initializer(graph, name, integers),
+        _initializer(graph, f"{name}.scale", scale.astype(np.float32)),
+        _initializer(graph, f"{name}.zero_point", np.zeros(scale.shape, integers.dtype)),
     ]
     restored = tape.op("DequantizeLinear", inputs, {"axis": axis})
     restored.shape, restored.dtype = weight.shape, ir.DataType.FLOAT
     return restored
 
 
-def _initialiser(graph: ir.Model, name: str, array: Array) -> ir.Value:
+def _initializer(graph: ir.Model, name: str, array: Array) -> ir.Value:
     known = graph.graph.initializers.get(name)
     if known is None:
         known = ir.val(name, const_value=ir.tensor(array))
@@ -209,8 +233,8 @@ def _initialiser(graph: ir.Model, name: str, array: Array) -> ir.Value:
     return known
 
 
-def _quantised_weights(node: ir.Node) -> tuple[Array, Array, Array]:
-    """(scale of each output channel, int8 weights, float32 weights)."""
+def _quantized_weights(node: ir.Node) -> tuple[Array, Array, Array]:
+    """Return (scale of each output channel, int8 weights, float32 weights)."""
     values = _array(node.inputs[1])
     axis = _OUTPUT_CHANNELS[node.op_type]
     largest = np.abs(values).max(axis=tuple(i for i in range(values.ndim) if i != axis))

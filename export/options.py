@@ -1,4 +1,4 @@
-"""The options of an export: default, help and choices of each in one place. The command line is made from them."""
+"""The options of an export: default, help and choices of each in one place. The command line has a flag for each."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from export.errors import ExportError
 from tiue.settings import check, setting
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import AutoencoderTiny
 else:
-    AutoencoderTiny = Any  # Importing diffusers takes seconds that a command's help need not wait for.
+    AutoencoderTiny = Any  # Importing diffusers takes seconds, which the help should not take.
 
-# The least PSNR of latents and pictures where graphs or weights are not float32, and where they are int8.
+# The least PSNR of latents and images where graphs or weights are not float32, and where they are int8.
 PSNR_FLOOR_DB, INT8_FLOOR_DB = 35.0, 30.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `export_bundle`. Raises ExportError for values that are wrong or contradict each other."""
+    """Options of `export_bundle`. Values that are wrong or contradict each other raise ExportError."""
 
     name: str | None = setting(None, "the model's name", shown="the one in the checkpoint")
     target: tuple[str, ...] = setting(
@@ -34,27 +34,29 @@ class Options:
     )
     precision: str = setting(
         "fp32",
-        "the precision that graphs compute in; fp16 is for GPUs, and keeps in fp32 the parts that overflow; int8 is "
-        "for CPUs, and keeps in fp32 the parts that lose most",
+        "the precision that graphs compute in; fp16 is for GPUs and keeps fp32 where it would overflow; int8 is "
+        "for CPUs and keeps fp32 where it would lose most",
         choices=("fp32", "fp16", "int8"),
     )
     weights: str | None = setting(
         None,
-        "how files store weights: fp16 halves them, also where graphs compute in fp32",
+        "how files store weights; fp16 halves the files, also of graphs that compute in fp32",
         choices=("fp32", "fp16"),
         shown="as the graphs compute",
     )
     vae: tuple[str, ...] = setting(
         (),
-        "image decoders: tiny takes kl's place; of two, the first is the default",
+        "image decoders; tiny alone replaces the model's own; of two, the first is the default",
         choices=bundle.VAE_KINDS,
         metavar="KIND[,KIND]",
         shown="the model's own",
     )
-    text_encoder: str = setting("fp32", "int8 quarters the text encoder", choices=("fp32", "int8"))
-    overwrite: bool = setting(False, "replace the bundle that is there")
-    tiny_vae: AutoencoderTiny | None = None  # a decoder beside the model's own, or in its place
-    calibration_prompts: tuple[str, ...] = ()  # on which int8 measures the ranges of activations; () is 16 of all kinds
+    text_encoder: str = setting(
+        "fp32", "how the file of the text encoder stores weights; int8 quarters it", choices=("fp32", "int8")
+    )
+    overwrite: bool = setting(False, "replace a bundle that exists")
+    tiny_vae: AutoencoderTiny | None = None  # beside the model's own decoder, or in its place
+    calibration_prompts: tuple[str, ...] = ()  # for int8 to measure ranges on; () is 16 of all kinds
 
     def __post_init__(self) -> None:
         try:
@@ -85,7 +87,7 @@ class Options:
 
     @property
     def floor_db(self) -> float | None:
-        """The PSNR that latents and pictures must reach; None where they must match PyTorch to float32 rounding."""
+        """The PSNR that latents and images must reach; None where all outputs must match to float32 rounding."""
         if self.precision == "int8":
             return INT8_FLOOR_DB
         return None if (self.precision, self.stored, self.text_encoder) == ("fp32",) * 3 else PSNR_FLOOR_DB

@@ -1,8 +1,4 @@
-"""Silence what the exporters say that no user can act on, and nothing else."""
-
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+"""Silence the messages of PyTorch's and optimum's exporters that no user can act on, and nothing else."""
 
 import logging
 import warnings
@@ -12,25 +8,25 @@ from contextlib import contextmanager
 import torch
 
 _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    # torch.onnx copies its own pytree specifications.
+    # torch.onnx uses its own deprecated pytree specifications.
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-    # Axes that are equal by construction get one name, which is what we ask for.
+    # Axes that are equal by construction get one name, as intended.
     (r"# The axis name: .* will not be used", UserWarning),
-    # optimum-onnx uses the TorchScript exporter, and transformers branches on shapes that we hold constant.
+    # optimum-onnx uses the TorchScript exporter, and transformers branches on shapes that are constant here.
     (r"You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
     (r"The feature will be removed. Please remove usage of this function", DeprecationWarning),
-    (r"", torch.jit.TracerWarning),  # pyright: ignore[reportPrivateImportUsage]
+    (r"", torch.jit.TracerWarning),
 )
 _LOGGERS = (
-    "torch.onnx._internal.exporter._registration",  # "torchvision is not installed": we use none of it
-    "diffusers.configuration_utils",  # AutoencoderTiny's own configuration surprises it
+    "torch.onnx._internal.exporter._registration",  # "torchvision is not installed": nothing here uses it
+    "diffusers.configuration_utils",  # does not expect AutoencoderTiny's own configuration
     "root",  # onnxruntime.quantization recommends a preprocessing step that changes nothing here
 )
 
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Within the block, drop the exporters' known chatter."""
+    """Drop the known messages within the block."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         for message, category in _WARNINGS:

@@ -1,14 +1,10 @@
 """Reading what is exported: a student, a diffusers pipeline, or a file of weights with a pipeline for the rest."""
 
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
-
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
+from diffusers import AutoencoderTiny
 from safetensors import safe_open
 
 from export.errors import ExportError

@@ -1,11 +1,4 @@
-"""The text encoder's graph, by optimum-onnx, which knows how to trace every kind of it.
-
-The only module that imports optimum.
-"""
-
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+"""Tracing the text encoder with optimum-onnx, which knows every kind of it. Only this module imports optimum."""
 
 import copy
 from pathlib import Path
@@ -26,13 +19,25 @@ from tiue.text_encoder import uses_attention_mask
 
 
 def text_encoder_graph(components: Components, dtype: torch.dtype) -> ir.Model:
-    """input_ids int64 (B,L) [, attention_mask int64 (B,L)] => text float32 (B,L,D), computed in `dtype`."""
+    """Trace a text encoder.
+
+    Args:
+        components: of the student.
+        dtype: the precision to compute in.
+
+    Returns:
+        A graph: input_ids int64 (B, L) and, where the model uses it, attention_mask int64 (B, L)
+        => text float32 (B, L, D).
+
+    Raises:
+        ExportError: optimum-onnx does not know the type of the text encoder.
+    """
     model: Any = components.text_encoder
     names = [bundle.INPUT_IDS, *([bundle.ATTENTION_MASK] if uses_attention_mask(model) else [])]
     base = _text_config_class(model.config.model_type)
 
     class Config(base):
-        """optimum's configuration, reduced to the inputs that vary and the one output that is used."""
+        """Optimum's configuration, reduced to the inputs that vary and the one output in use."""
 
         @property
         def inputs(self) -> dict[str, dict[int, str]]:
@@ -49,7 +54,7 @@ def text_encoder_graph(components: Components, dtype: torch.dtype) -> ir.Model:
 
 
 def _text_config_class(model_type: str) -> Any:
-    # optimum files CLIP's text model, and only that, under another name and library.
+    # Optimum has CLIP's text model, and only that, under another name and library.
     library, name = ("diffusers", "clip-text") if model_type == "clip_text_model" else ("transformers", model_type)
     try:
         constructor: Any = TasksManager.get_exporter_config_constructor(

@@ -1,11 +1,7 @@
-"""How PyTorch's operators become ONNX's, where the exporter's own choice overflows or is not the fastest.
+"""Translations of PyTorch's operators to ONNX's, where PyTorch's own translation overflows or is not the fastest.
 
-A translation takes what the PyTorch operator takes, in its order, and returns the ONNX values that replace it.
+A translation takes the arguments of the PyTorch operator, in its order, and returns ONNX values.
 """
-
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from collections.abc import Callable, Mapping
 from math import sqrt
@@ -18,17 +14,17 @@ from onnxscript import opset18, values
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 FLOAT = ir.DataType.FLOAT
-op: Any = opset18  # its own types allow no Python values, which it takes
-# Between (N,C,H,W) and (N,H,W,C), the layout of CUDA's fast kernels.
+op: Any = opset18  # Its type hints forbid Python values, which it takes.
+# Between (N, C, H, W) and (N, H, W, C), the layout of CUDA's fast kernels.
 TO_CHANNELS_LAST = (0, 2, 3, 1)
 TO_CHANNELS_FIRST = (0, 3, 1, 2)
-SPLIT_HEADS = (0, 2, 1, 3)  # between (B,S,H,d) and (B,H,S,d), either way
+SPLIT_HEADS = (0, 2, 1, 3)  # between (B, S, H, d) and (B, H, S, d), either way
 
 Translations = Mapping[Any, Callable[..., Any]]
 
 
 def _contrib(name: str, inputs: tuple[str, ...], **attributes: onnx.defs.OpSchema.AttrType) -> Any:
-    """One of ONNX Runtime's operators, of which onnx knows no schema. All inputs but the first are optional."""
+    """Describe an operator of ONNX Runtime, which onnx has no schema for. All inputs but the first are optional."""
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
     types = ("tensor(float)", "tensor(float16)")
@@ -59,25 +55,25 @@ _GELU = _contrib("Gelu", ("x",))
 
 
 def _repeat(x: Any, repeats: Any) -> Any:
-    """One Tile, where the exporter puts an Expand that copies before it."""
+    """Translate to one Tile. PyTorch's own translation puts an Expand, which copies, before it."""
     return op.Tile(x, op.Concat(*(op.Reshape(n, op.Constant(value_ints=[1])) for n in repeats), axis=0))
 
 
 def _group_norm_in_float32(
     x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
-    """(N,C,H,W) or (N,C,S). Squares of float16 above 255 overflow, so the statistics are taken in float32."""
+    """Translate for x (N, C, H, W) or (N, C, S). Squares above 255 overflow float16, so statistics are in float32."""
     del cudnn_enabled
     grouped = op.Reshape(op.Cast(x, to=FLOAT), op.Constant(value_ints=[0, groups, -1]))
     ones, zeros = op.Constant(value_floats=[1.0] * groups), op.Constant(value_floats=[0.0] * groups)
-    normalised = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
+    normalized = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
     per_channel = op.Constant(value_ints=[-1, *[1] * (len(x.shape) - 2)])
     weight, bias = (op.Reshape(op.Cast(v, to=FLOAT), per_channel) for v in (weight, bias))
-    return op.Cast(op.Add(op.Mul(normalised, weight), bias), to=x.dtype)
+    return op.Cast(op.Add(op.Mul(normalized, weight), bias), to=x.dtype)
 
 
 def _attention_in_float32(query: Any, key: Any, value: Any, scale: float) -> Any:
-    """(B,H,S,d) each. The products of queries and keys of SD 2.x exceed float16; the probabilities do not."""
+    """Translate for (B, H, S, d). Products of queries and keys of SD 2.x exceed float16; the probabilities do not."""
     factor = op.Constant(value_float=scale)
     scores = op.MatMul(
         op.Mul(op.Cast(query, to=FLOAT), factor), op.Transpose(op.Cast(key, to=FLOAT), perm=[0, 1, 3, 2])
@@ -88,13 +84,13 @@ def _attention_in_float32(query: Any, key: Any, value: Any, scale: float) -> Any
 def _group_norm_fused(
     x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
-    """(N,C,H,W) or (N,C,S). The kernel wants channels last, four axes, and float32 parameters for either type."""
+    """Translate for x (N, C, H, W) or (N, C, S). The kernel takes channels last, four axes and float32 parameters."""
     del cudnn_enabled
     flat = len(x.shape) == 3
     perm = [0, 2, 1] if flat else list(TO_CHANNELS_LAST)
     last = op.Transpose(x, perm=perm)
     middle = op.Constant(value_ints=[2])
-    normalised = _GROUP_NORM(
+    normalized = _GROUP_NORM(
         op.Unsqueeze(last, middle) if flat else last,
         op.Cast(weight, to=FLOAT),
         op.Cast(bias, to=FLOAT),
@@ -104,12 +100,12 @@ def _group_norm_fused(
         channels_last=1,
     )
     if flat:
-        return op.Transpose(op.Squeeze(normalised, middle), perm=perm)
-    return op.Transpose(normalised, perm=list(TO_CHANNELS_FIRST))
+        return op.Transpose(op.Squeeze(normalized, middle), perm=perm)
+    return op.Transpose(normalized, perm=list(TO_CHANNELS_FIRST))
 
 
 def _attention_fused(query: Any, key: Any, value: Any, scale: float) -> Any:
-    """(B,H,S,d) each. Every kernel behind it adds in float32 and scales before it rounds to float16."""
+    """Translate for (B, H, S, d). Every kernel of the operator adds in float32 and scales before it rounds."""
     heads, size = query.shape[1], query.shape[3]
 
     def merged(x: Any) -> Any:
@@ -126,7 +122,7 @@ def _gelu_fused(x: Any, approximate: str = "none") -> Any:
 
 
 def _attention(define: Callable[..., Any]) -> Callable[..., Any]:
-    """The translation of PyTorch's attention by `define`, which is given queries, keys, values and their scale."""
+    """Make the translation of PyTorch's attention from a function of queries, keys, values and their scale."""
 
     def translate(
         query: Any,
@@ -153,13 +149,13 @@ FLOAT16: Translations = {
     _ATEN.group_norm.default: _group_norm_in_float32,
     _ATEN.scaled_dot_product_attention.default: _attention(_attention_in_float32),
 }
-# ONNX Runtime's operators, with CPU kernels: attention block by block, which never has all scores in memory.
+# ONNX Runtime's operators with CPU kernels. Attention goes block by block and never holds all scores in memory.
 CPU: Translations = {
     **PLAIN,
     _ATEN.scaled_dot_product_attention.default: _attention(_attention_fused),
     _ATEN.gelu.default: _gelu_fused,
 }
-# ONNX Runtime's operators, with CUDA kernels; `export.cuda` finishes what this begins.
+# ONNX Runtime's operators with CUDA kernels. `export.cuda` rewrites the traced graph further.
 CUDA: Translations = {
     **PLAIN,
     _ATEN.group_norm.default: _group_norm_fused,

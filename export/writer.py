@@ -1,8 +1,4 @@
-"""Writing graphs: stripped of what only the exporter's authors read, and external data for the large."""
-
-# torch, diffusers, transformers, optimum and onnxruntime are partly or not typed; ours is checked in full.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
+"""Writing graphs to files, without the notes of the tracer, and with the weights of large graphs beside them."""
 
 import hashlib
 from pathlib import Path
@@ -10,38 +6,45 @@ from typing import Any
 
 import onnx_ir as ir
 
-EXTERNAL_ABOVE = 10**9  # bytes of weights; a protobuf ends at 2 GiB, and one file is easier to handle
+# Bytes of weights. A protobuf file ends at 2 GiB; below this limit one file is easier to handle.
+EXTERNAL_ABOVE = 10**9
 SHARED_ABOVE = 1024  # bytes of a weight that is worth a reference to another file
-_PAGE = 65536  # weights begin where every system can map them into memory
+_PAGE = 65536  # Weights begin at a multiple, where every system can map them into memory.
 
 
 class GraphWriter:
     """Writes the graphs of one bundle.
 
-    Weights above EXTERNAL_ABOVE go to `<graph>.data` beside it. Of a bundle with several targets, large or not,
-    so that a weight that two graphs have in common is written once.
+    The weights of a graph go to `<graph>.data` beside it if they are larger than EXTERNAL_ABOVE, or if the graphs are
+    deduplicated.
     """
 
-    def __init__(self, directory: Path, share: bool):
+    def __init__(self, directory: Path, deduplicate: bool):
+        """Choose where to write.
+
+        Args:
+            directory: of the bundle.
+            deduplicate: write a weight that several graphs have only once, as a bundle with several targets needs.
+        """
         self.directory = directory
-        self.share = share
+        self.deduplicate = deduplicate
         self._written: dict[bytes, ir.ExternalTensor] = {}  # by content
 
     def write(self, graph: ir.Model, name: str) -> None:
-        """Write `graph` to the file `name` and its weights, if they are large, to `<name>.data`."""
+        """Write a graph to the file `name`. The graph is stripped, in place."""
         _strip(graph)
         weights = [value for value in graph.graph.initializers.values() if value.const_value is not None]
-        if self.share or sum(value.const_value.nbytes for value in weights) > EXTERNAL_ABOVE:  # type: ignore[union-attr]
+        if self.deduplicate or sum(value.const_value.nbytes for value in weights) > EXTERNAL_ABOVE:  # type: ignore[union-attr]
             self._move_out(weights, f"{name}.data")
         ir.save(graph, self.directory / name)
 
     def _move_out(self, weights: list[ir.Value], data_name: str) -> None:
-        new: dict[bytes, list[ir.Value]] = {}  # by content; a name will do where nothing is shared
+        new: dict[bytes, list[ir.Value]] = {}  # by content, or by name where nothing is deduplicated
         for value in weights:
             tensor: Any = value.const_value
             if tensor.nbytes < SHARED_ABOVE:
                 continue
-            key = _digest(tensor) if self.share else str(value.name).encode()
+            key = _digest(tensor) if self.deduplicate else str(value.name).encode()
             if key in self._written:
                 value.const_value = _reference(self._written[key], str(value.name), tensor.shape)
             else:
@@ -53,7 +56,7 @@ class GraphWriter:
         for (key, values), tensor in zip(new.items(), moved, strict=True):
             for value in values:
                 value.const_value = _reference(tensor, str(value.name), tensor.shape)
-            if self.share:
+            if self.deduplicate:
                 self._written[key] = tensor
 
 
@@ -68,7 +71,7 @@ def _reference(known: ir.ExternalTensor, name: str, shape: Any) -> ir.ExternalTe
 
 
 def _strip(graph: ir.Model) -> None:
-    """Remove the tracer's notes: a tenth of a small graph, with source paths of the machine that made it."""
+    """Remove the tracer's notes: a tenth of a small graph, with paths of the machine that made it."""
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()
     for node in graph.graph.all_nodes():

@@ -1,0 +1,121 @@
+"""The plan of an export: its targets, the files of its bundle, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from diffusers import AutoencoderKL, AutoencoderTiny
+from tiue_runtime import bundle
+
+from export.errors import ExportError
+from export.options import Options
+from export.source import check_tiny_vae
+from export.writer import EXTERNAL_ABOVE
+from tiue.checkpoint import Student
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one export makes. All that follows from the student and the options is decided here."""
+
+    student: Student
+    options: Options  # `target` is never empty here
+    manifest: bundle.Manifest  # lacks what is known later: the preview, the files and the memory of runs
+    vaes: Mapping[str, AutoencoderKL | AutoencoderTiny]  # by the name of the graph, the default first
+
+
+def make_plan(student: Student, options: Options) -> Plan:
+    """Plan an export.
+
+    Args:
+        student: the model to export.
+        options: an empty `target` or `vae` stands for the default.
+
+    Raises:
+        ExportError: the options do not fit the student.
+    """
+    options = replace(options, target=options.target or default_targets(student))
+    if options.tiny_vae is not None:
+        check_tiny_vae(options.tiny_vae, student.components)
+    kinds = _vae_kinds(student, options)
+    own, tiny = student.components.vae, options.tiny_vae
+    vaes = {
+        name: tiny if kind == bundle.TINY and tiny is not None else own
+        for kind, name in bundle.vae_graphs(kinds).items()
+    }
+    return Plan(student, options, _manifest(student, options, kinds), vaes)
+
+
+def default_targets(student: Student) -> tuple[str, ...]:
+    """Return the targets of an export whose options name none.
+
+    A large model also gets graphs for the CPU, where the portable graphs take much more memory.
+    """
+    size = sum(p.numel() * p.element_size() for p in student.components.unet.parameters())
+    return (bundle.PORTABLE, bundle.CPU) if size > EXTERNAL_ABOVE else (bundle.PORTABLE,)
+
+
+def latent_sizes(manifest: bundle.Manifest) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (h, w) of the default size and of about half of it, in latent pixels."""
+    multiple = manifest.size_multiple // manifest.pixels_per_latent
+    height = manifest.default_height // manifest.pixels_per_latent
+    width = manifest.default_width // manifest.pixels_per_latent
+    half_height, half_width = (max(side // multiple // 2, 1) * multiple for side in (height, width))
+    return (height, width), (half_height, half_width)
+
+
+def _vae_kinds(student: Student, options: Options) -> tuple[str, ...]:
+    """Return the kinds of image decoders, the default first."""
+    own = bundle.TINY if isinstance(student.components.vae, AutoencoderTiny) else bundle.KL
+    if own == bundle.TINY and options.vae:
+        raise ExportError("`vae`: the model's own VAE is tiny already")
+    return options.vae or (own,)
+
+
+def _variants(options: Options, vae_kinds: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the file of every graph of every target.
+
+    All targets share the text encoder, which special operators would not make faster.
+    """
+    variants: dict[str, dict[str, str]] = {}
+    for target in options.target:
+        suffix = "" if target == bundle.PORTABLE else f".{target}"
+        names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *bundle.vae_graphs(vae_kinds).values())
+        variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
+        variants[target][bundle.TEXT_ENCODER] = bundle.GRAPH_FILES[bundle.TEXT_ENCODER]
+    return variants
+
+
+def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) -> bundle.Manifest:
+    components = student.components
+    geometry = components.geometry
+    schedules: dict[int, bundle.Schedule] = {}
+    for steps, timesteps in sorted(student.schedules.items()):
+        s = components.noise_schedule.closed_form(timesteps)
+        schedules[steps] = bundle.Schedule(s.timesteps, s.noise_weight, s.step_weights)
+    decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
+    return bundle.Manifest(
+        name=options.name or components.name,
+        license=components.license,
+        created_from={
+            "base_model": student.base_model,
+            "tiue": version("tiue"),
+            "text_encoder": options.stored_text_encoder,
+        },
+        precision=options.precision,
+        weights="int8" if options.precision == "int8" else options.stored,
+        latent_channels=geometry.channels,
+        pixels_per_latent=geometry.pixels_per_latent,
+        default_height=geometry.height * geometry.pixels_per_latent,
+        default_width=geometry.width * geometry.pixels_per_latent,
+        size_multiple=geometry.multiple,
+        text_length=components.tokenizer.model_max_length,
+        encoder_timestep=student.encoder_timestep,
+        decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
+        schedules=schedules,
+        default_steps=max(schedules),
+        variants=_variants(options, vae_kinds),
+        vaes=vae_kinds,
+    )
