@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -54,10 +55,10 @@ def export_bundle(
         OSError: a file cannot be written.
     """
     plan = make_plan(student, options)
-    check_target(out, bundle.MANIFEST, overwrite=options.overwrite)
-    out = out.resolve()
+    check = partial(check_target, manifest=bundle.MANIFEST, overwrite=options.overwrite)
+    out = check(out)
     with building(out, progress) as directory:
-        check_target(out, bundle.MANIFEST, overwrite=options.overwrite)  # A killed export's bundle may have come back.
+        check(out)  # The bundle that a killed export had moved aside may have come back.
         writer = GraphWriter(directory, deduplicate=len(plan.options.target) > 1)
         calibration = Calibration(plan, progress) if options.precision == "int8" else None
         for target, graphs in _trace(plan, progress):
@@ -70,6 +71,7 @@ def export_bundle(
         report(comparison.rows)
         judge(comparison.rows, plan.options.floor_db)
         _describe(directory, plan, replace(plan.manifest, preview=preview, memory=fit_runs(comparison.runs)))
+        check(out)  # Another process may have made it.
         publish(directory, out)
     return bundle.Bundle.load(out)
 

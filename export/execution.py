@@ -37,7 +37,8 @@ class GraphSession:
     def __init__(self, path: Path, variant: str, graph: str):
         self.variant, self.graph = variant, graph
         self.runs: list[GraphRun] = []
-        with _one_line(graph):
+        self._problem = f"{graph} cannot be checked"
+        with in_one_line(self._problem):
             self._session = _open(path, variant)
         self.inputs = frozenset(value.name for value in self._session.get_inputs())
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -55,7 +56,7 @@ class GraphSession:
         Raises:
             ExportError: ONNX Runtime cannot run the graph.
         """
-        with _one_line(self.graph):
+        with in_one_line(self._problem):
             values, taken = measured(lambda: cast(list[Array], self._session.run(self._outputs, dict(feeds))))
         if taken:
             self.runs.append(GraphRun(self.variant, self.graph, rows, latents, taken))
@@ -89,9 +90,9 @@ def _open(path: Path, variant: str) -> ort.InferenceSession:
 
 
 @contextmanager
-def _one_line(graph: str) -> Generator[None]:
-    """Turn any exception of ONNX Runtime into an ExportError."""
+def in_one_line(problem: str) -> Generator[None]:
+    """Turn any exception of ONNX Runtime into an ExportError, which says `problem` and ONNX Runtime's first line."""
     try:
         yield
     except Exception as error:  # ONNX Runtime's exceptions share no other base.
-        raise ExportError(f"{graph} cannot be checked: {first_line(error)}") from error
+        raise ExportError(f"{problem}: {first_line(error)}") from error

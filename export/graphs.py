@@ -17,6 +17,7 @@ from export.errors import ExportError
 from export.quiet import quiet
 from export.translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
 from tiue.components import latent_scaling
+from tiue.files import one_line
 from tiue.hoist import HoistedDecoder, HoistedEncoder, alias_weights, hoist
 from tiue.unet import TiUE
 
@@ -204,7 +205,7 @@ def _trace(module: nn.Module, args: tuple[Any, ...], target: GraphTarget, **opti
                 **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = one_line(error.__cause__ or error)
         raise ExportError(f"{type(module).__name__} cannot be traced: {reason}") from error
     assert program is not None  # Only the older exporter, without dynamo=True, returns None.
     if target.name == bundle.CUDA:

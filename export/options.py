@@ -23,7 +23,7 @@ PSNR_FLOOR_DB, INT8_FLOOR_DB = 35.0, 30.0
 class Options:
     """Options of `export_bundle`. Values that are wrong or contradict each other raise ExportError."""
 
-    name: str | None = setting(None, "the model's name", shown="the one in the checkpoint")
+    name: str | None = setting(None, "the model's name", group="how to export", shown="the one in the checkpoint")
     target: tuple[str, ...] = setting(
         (),
         "portable runs anywhere; cpu and cuda have operators of ONNX Runtime for its CPU and CUDA providers, and share "
