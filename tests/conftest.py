@@ -2,23 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import onnx
-import onnx_ir as ir
 import pytest
 import torch
+import tracing
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
-from torch import nn
 
-from export import assemble as assembling
-from export import graphs
 from tiue.components import Components, load_components
-from tiue.files import fingerprint
-from tiue.unet import TiUE
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
     torch.set_num_threads(1)
@@ -62,39 +56,15 @@ def golden_components() -> Components:
     return load_components(GOLDEN_DIRECTORY)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture
 def traced_once() -> Iterator[None]:
-    """Tracing is most of the time of an export; what is traced the same way again comes from the first time."""
-    made: dict[str, list[bytes]] = {}
-
-    def once(trace: Callable[..., Any], described: Callable[..., str]) -> Callable[..., Any]:
-        def traced(*given: Any) -> Any:
-            key = f"{trace.__name__} {described(*given)}"
-            if key not in made:
-                found = trace(*given)
-                several = found if isinstance(found, tuple) else (found,)
-                made[key] = [ir.to_proto(graph).SerializeToString() for graph in several]
-                return found
-            again = tuple(ir.from_proto(onnx.load_from_string(graph)) for graph in made[key])
-            return again if len(again) > 1 else again[0]
-
-        return traced
-
-    def network(module: nn.Module) -> str:
-        return f"{fingerprint(module)} {module.config}"
-
-    def student(tiue: TiUE, *given: Any) -> str:
-        return f"{network(tiue.unet)} {tiue.encoder_timestep} {tiue.shared_up_blocks} {tiue.schedule} {given}"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembling, "unet_graphs", once(graphs.unet_graphs, student))
-        vae = once(graphs.vae_decoder_graph, lambda vae, form: f"{network(vae)} {form}")
-        patch.setattr(assembling, "vae_decoder_graph", vae)
+    """For a test that exports, and tests something else than tracing. See tracing.py."""
+    with tracing.traced_once():
         yield
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps the precision of a process's first run for all that follow; tests are runs of their own."""
+    """accelerate keeps the precision of a process's first run for all that follow. Every test is a run of its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -3,6 +3,21 @@
 # The same float32 sums in another order (batched or not, closed form or step by step); values of order 1.
 REORDERED = 1e-5
 
+# Bytes of the UNet's weights in the files of both halves, relative to the UNet: constants add a little.
+WEIGHTS_ONCE = 1.1
+
+# Bytes that graphs for the CPU add to those of the portable graphs: the weights that these keep in float32.
+EXTRA_FOR_CPU = 0.2
+
+# PSNR in dB that a graph in int8 stays below: above it, nothing was rounded to 8 bits.
+INT8_CEILING_DB = 60
+
+# Values of a picture in int8 whose sums were in another order: some activations round the other way.
+INT8_REORDERED = 2e-2
+
+# Bytes that a process was measured to take for an array of 128 MiB.
+MEASURED_128_MIB = (100e6, 200e6)
+
 # A golden picture's latents through ONNX Runtime: kernels differ too. 6e-6 is usual, and no eye sees 1e-3.
 GOLDEN_LATENTS = 1e-3
 
