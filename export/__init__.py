@@ -1,10 +1,10 @@
 """The exporter: from a student, or a diffusers pipeline, to an ONNX bundle that computes the same.
 
-    onnx                  the command line; options: its settings
-    source                reads what is to be exported
+    onnx                  the command line; export_options: its settings
+    source                reads the model
     assemble              the stages of an export, in order, with the modules that each uses:
       plan                  plan: targets, files, manifest
-      graphs, text_encoder  trace; translate: operators that PyTorch does not translate well
+      trace, trace_text     trace; translate: operators that PyTorch does not translate well
       cuda, int8, storage   rewrite; calibrate: the ranges of activations that int8 needs
       writer                write
       parity                check; parity_case: one size; execution, cuda_definitions: how graphs run here

@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 
 from export.calibrate import Calibration
 from export.card import model_card
+from export.export_options import Options
 from export.fit_preview import fit_preview
-from export.graphs import GraphTarget, forget_graphs, unet_graphs, vae_decoder_graph
-from export.options import Options
 from export.parity import Row, compare_with_pytorch, judge
 from export.plan import Plan, make_plan
 from export.publish import building, check_target, publish
 from export.storage import store_float16, store_int8
-from export.text_encoder import text_encoder_graph
+from export.trace import GraphTarget, forget_graphs, unet_graphs, vae_decoder_graph
+from export.trace_text import text_encoder_graph
 from export.working_memory import fit_runs, give_back
 from export.writer import GraphWriter
 from tiue.checkpoint import Student

@@ -16,7 +16,7 @@ from tiue.text_encoder import encode_text
 SIGNAL_DB = 28.0
 
 # Things, creatures, people, places and styles. The parity check uses other prompts.
-PROMPTS = (
+CALIBRATION_PROMPTS = (
     "a lighthouse on a cliff in a storm, oil painting",
     "portrait photo of an old fisherman with a white beard",
     "a bowl of ramen, top view",
@@ -43,16 +43,16 @@ class Calibration:
     alternate between the default size and halves of either side.
     """
 
-    def __init__(self, plan: Plan, report: Callable[[str], None]):
+    def __init__(self, plan: Plan, progress: Callable[[str], None]):
         """Choose prompts and noise.
 
         Args:
             plan: of the export.
-            report: told how many layers were quantized.
+            progress: told how many layers were quantized.
         """
         manifest = self._manifest = plan.manifest
-        self._report = report
-        prompts = plan.options.calibration_prompts or PROMPTS
+        self._progress = progress
+        prompts = plan.options.calibration_prompts or CALIBRATION_PROMPTS
         (height, width), (half_height, half_width) = latent_sizes(manifest)
         sizes = [(height, width), (half_height, width), (height, half_width)]
         self._noise: list[Array] = [
@@ -89,8 +89,8 @@ class Calibration:
         names = {str(value.name) for value in decoder.graph.inputs}
 
         def runs() -> Iterator[dict[str, Array]]:
-            for of_one in features:
-                kept = {name: value for name, value in of_one.items() if name in names}
+            for of_picture in features:
+                kept = {name: value for name, value in of_picture.items() if name in names}
                 for i in range(len(index)):
                     yield {**kept, bundle.STEP_INDEX: index[i : i + 1], bundle.STEP_WEIGHT: weight[i : i + 1]}
 
@@ -105,7 +105,7 @@ class Calibration:
     def _quantize(self, graph: ir.Model, runs: Iterable[Mapping[str, Array]]) -> list[dict[str, Array]]:
         """Quantize a graph by the activations of runs. Returns the outputs that the runs had in float."""
         ranges, made = calibrate(graph, runs)
-        of = len(quantizable(graph))
+        total = len(quantizable(graph))
         done = quantize(graph, ranges, SIGNAL_DB)
-        self._report(f"int8: {done} of {of} layers between the first and the last; others lose too much")
+        self._progress(f"int8: {done} of {total} layers between the first and the last; others lose too much")
         return made

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiue_runtime import bundle, noise
 
-from export.calibrate import PROMPTS
+from export.calibrate import CALIBRATION_PROMPTS
 from tiue.checkpoint import Student
 from tiue.components import decode_latents
 from tiue.text_encoder import encode_text
@@ -43,7 +43,7 @@ def fit_preview(
     model = student.tiue(manifest.default_steps)
     inputs: list[Any] = []
     targets: list[Any] = []
-    for seed, prompt in enumerate(PROMPTS[:_PICTURES]):
+    for seed, prompt in enumerate(CALIBRATION_PROMPTS[:_PICTURES]):
         z_t = torch.from_numpy(noise.gaussian(seed, (1, manifest.latent_channels, height, width)))
         z_0 = model(z_t, encode_text(student.components, [prompt])).float()
         image = decode_latents(vae, z_0).float() / 2 + 0.5
@@ -56,5 +56,10 @@ def fit_preview(
     error = np.mean((np.clip(with_bias @ solution, 0, 1) - y) ** 2)
     explained = 1 - error / max(np.mean((y - y.mean(axis=0)) ** 2), 1e-12)
     progress(f"fitted the preview: {-10 * np.log10(max(error, 1e-12)):.1f} dB, R2 {explained:.3f}")
-    *matrix, bias = (tuple(map(float, row)) for row in solution)
-    return bundle.Preview(tuple(matrix), bias)  # type: ignore[arg-type]
+    *matrix, bias = map(_rgb, solution)
+    return bundle.Preview(tuple(matrix), bias)
+
+
+def _rgb(row: Any) -> tuple[float, float, float]:
+    red, green, blue = map(float, row)
+    return red, green, blue

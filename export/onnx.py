@@ -16,7 +16,7 @@ if Path(__file__).resolve().parent in (Path(entry).resolve() for entry in sys.pa
 
 from tiue_runtime.bundle import MANIFEST
 
-from export.options import Options
+from export.export_options import Options
 from tiue.files import one_line
 from tiue.settings import add_flags, check, given, setting, with_flags
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from export.errors import ParityError
 from export.execution import Array, GraphSession, cuda_starts
-from export.options import INT8_FLOOR_DB, PSNR_FLOOR_DB
-from export.parity_case import PROMPTS, ParityCase
+from export.export_options import INT8_FLOOR_DB, PSNR_FLOOR_DB
+from export.parity_case import PARITY_PROMPTS, ParityCase
 from export.plan import Plan, latent_sizes
 from export.translate import TO_CHANNELS_FIRST
 from export.working_memory import GraphRun
@@ -125,7 +125,7 @@ def table(rows: list[Row], precision: str) -> str:
 
     Args:
         rows: of a comparison. Of the features of a case, only the one that is furthest off is shown.
-        precision: what the graphs compute in.
+        precision: of the graphs.
     """
     lines = [f"{'variant':<9} {'output':<30} {'batch, latents':<15} {'max |diff|':>10} {'of std':>9} {'PSNR dB':>8}"]
     worst: dict[tuple[str, str], Row] = {}  # features, by variant and case
@@ -169,8 +169,8 @@ def _cases(plan: Plan) -> list[ParityCase]:
 
 def _check_tokenizer(path: Path, plan: Plan) -> None:
     components = plan.student.components
-    ids, mask = tokenize(components, PROMPTS)
-    encodings = Tokenizer.from_file(str(path)).encode_batch(list(PROMPTS))
+    ids, mask = tokenize(components, PARITY_PROMPTS)
+    encodings = Tokenizer.from_file(str(path)).encode_batch(list(PARITY_PROMPTS))
     same = [e.ids for e in encodings] == ids.tolist() and len(encodings[0].ids) == plan.manifest.text_length
     if mask is not None:
         same = same and [e.attention_mask for e in encodings] == mask.tolist()

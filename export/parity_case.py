@@ -17,7 +17,7 @@ from tiue.components import decode_latents
 from tiue.hoist import hoist
 from tiue.text_encoder import encode_text, tokenize
 
-PROMPTS = ("a red heart", "", "Zwölf Boxkämpfer, a very long prompt " * 20)
+PARITY_PROMPTS = ("a red heart", "", "Zwölf Boxkämpfer, a very long prompt " * 20)
 
 
 class Output(NamedTuple):
@@ -46,7 +46,7 @@ class ParityCase:
         self.name = f"{batch}, {height}x{width}"
         self._plan = plan
         self._largest = largest
-        self._prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+        self._prompts = [PARITY_PROMPTS[i % len(PARITY_PROMPTS)] for i in range(batch)]
         channels = plan.manifest.latent_channels
         self._noise = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
         self._latents = height * width

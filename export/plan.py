@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from tiue_runtime import bundle
 
 from export.errors import ExportError
-from export.options import Options
+from export.export_options import Options
 from export.source import check_tiny_vae
 from export.writer import EXTERNAL_ABOVE
 from tiue.checkpoint import Student
@@ -18,11 +18,11 @@ from tiue.checkpoint import Student
 
 @dataclass(frozen=True)
 class Plan:
-    """What one export makes. All that follows from the student and the options is decided here."""
+    """The decisions that follow from the student and the options."""
 
     student: Student
     options: Options  # `target` is never empty here
-    manifest: bundle.Manifest  # lacks what is known later: the preview, the files and the memory of runs
+    manifest: bundle.Manifest  # without preview, files and memory of runs, which later stages add
     vaes: Mapping[str, AutoencoderKL | AutoencoderTiny]  # by the name of the graph, the default first
 
 

@@ -1,4 +1,4 @@
-"""Reading what is exported: a student, a diffusers pipeline, or a file of weights with a pipeline for the rest."""
+"""Reading the model: a student, a diffusers pipeline, or a file of weights with a pipeline for the rest."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tiue.recognize import is_original_layout, is_single_file, kind_of_weights
 from tiue.unet import check_shared_up_blocks
 from tiue.weights import WeightsError, read_headers
 
-DEFAULT_STEPS = 4  # of a pipeline directory, which does not say what it was trained for
+DEFAULT_STEPS = 4  # of a pipeline directory, which declares no training
 
 
 def load_source(
@@ -26,16 +26,16 @@ def load_source(
     base: str | Path | None = None,
     shared_up_blocks: int | None = None,
 ) -> Student:
-    """Load what there is to export and settle the schedules.
+    """Load the model to export, and choose its schedules.
 
     Args:
         path_or_id: a student.safetensors; a diffusers pipeline directory; with `base`, a safetensors file of UNet
             weights or a single file in the original layout (A1111's); or, where there is no such path, the Hugging Face
             Hub id (owner/name) of a pipeline to download.
-        steps: the step counts wanted. Of a student's schedules all by default; of a pipeline, DDIM's with 4
-            steps. A pipeline's encoder runs at the first timestep of the longest.
+        steps: the wanted step counts. By default, a student keeps all its schedules, and a pipeline gets DDIM's
+            schedule of 4 steps. A pipeline's encoder runs at the first timestep of its longest schedule.
         base: the pipeline directory, or Hub id, that has the rest of a UNet's model, and its configuration.
-        shared_up_blocks: of a source that does not declare it, 0 by default.
+        shared_up_blocks: number of up blocks that run once, of a model that does not declare it. 0 by default.
 
     Raises:
         ValueError: (CheckpointError, ComponentsError, ExportError) in one line.
@@ -45,12 +45,12 @@ def load_source(
         student = _load_file(source, steps, base, shared_up_blocks)
     else:
         if base is not None:
-            what = "is a pipeline" if is_directory(source) else "is no such file"
-            raise ExportError(f"`base` goes with a file of UNet weights, but {path_or_id} {what}")
+            found = "is a pipeline" if is_directory(source) else "is no such file"
+            raise ExportError(f"`base` goes with a file of UNet weights, but {path_or_id} {found}")
         if not is_directory(source) and not is_hub_id(str(path_or_id)):
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
         components = load_components(path_or_id, local_files_only=False)
-        student = _undeclared(components, steps, components.name, shared_up_blocks)
+        student = _with_ddim_schedules(components, steps, components.name, shared_up_blocks)
     try:
         check_fit(student.components)
         check_runs(student.components, replace(student, share_encoder=True).tiue())
@@ -71,29 +71,29 @@ def _load_file(
     if is_student:
         if base is not None:
             raise ExportError(f"`base` goes with a file of UNet weights, but {source} is a student, which has its own")
-        return _declared(load_student(source), steps, source, shared_up_blocks)
+        return _with_own_schedules(load_student(source), steps, source, shared_up_blocks)
     if kind := kind_of_weights(names):
         raise ExportError(f"{source} {kind}")
     if base is None:
         raise ExportError(_without_base(source, names))
     components = load_components(base, local_files_only=False, unet_file=source)
-    return _undeclared(components, steps, Path(base).resolve().name, shared_up_blocks)
+    return _with_ddim_schedules(components, steps, Path(base).resolve().name, shared_up_blocks)
 
 
 def _without_base(source: Path, names: Collection[str]) -> str:
     if is_original_layout(names):
-        what = "a single file in the original layout (A1111's)" if is_single_file(names) else "a UNet in that layout"
+        layout = "a single file in the original layout (A1111's)" if is_single_file(names) else "a UNet in that layout"
         return (
-            f"{source} is {what}, which has no configurations: `base` must name a diffusers pipeline directory of the "
-            "same family for them"
+            f"{source} is {layout}, which has no configurations: `base` must name a diffusers pipeline directory of "
+            "the same family for them"
         )
     return f"{source} is not a TiUE student; if it is a UNet's weights, `base` must name a pipeline with the rest"
 
 
-def _undeclared(
+def _with_ddim_schedules(
     components: Components, steps: Sequence[int] | None, base_model: str, shared_up_blocks: int | None
 ) -> Student:
-    """A student that does not say what it was trained for: DDIM's timesteps are taken for it."""
+    """Make a student of a model that declares no training. Its timesteps are DDIM's."""
     schedules = {n: components.noise_schedule.timesteps(n) for n in steps or [DEFAULT_STEPS]}
     check_shared_up_blocks(components.unet, shared_up_blocks or 0)
     return Student(
@@ -106,8 +106,10 @@ def _undeclared(
     )
 
 
-def _declared(student: Student, steps: Sequence[int] | None, path: Path, shared_up_blocks: int | None) -> Student:
-    """A student with those of its schedules that are wanted."""
+def _with_own_schedules(
+    student: Student, steps: Sequence[int] | None, path: Path, shared_up_blocks: int | None
+) -> Student:
+    """Keep the wanted schedules of a student. It must have been trained for them."""
     if shared_up_blocks not in (None, student.shared_up_blocks):
         raise ExportError(
             f"`shared_up_blocks` {shared_up_blocks}: {path} was trained with {student.shared_up_blocks} shared"
@@ -122,9 +124,9 @@ def _declared(student: Student, steps: Sequence[int] | None, path: Path, shared_
 def check_tiny_vae(tiny: AutoencoderTiny, components: Components) -> None:
     """Raise ExportError unless a tiny VAE is made for the model's latents."""
     own, other = components.vae.config, tiny.config
-    for what, theirs, ours in (
+    for quantity, theirs, ours in (
         ("latent channels", other["latent_channels"], own["latent_channels"]),
         ("levels", len(other["decoder_block_out_channels"]), len(own["block_out_channels"])),
     ):
         if theirs != ours:
-            raise ExportError(f"the tiny VAE has {theirs} {what}, the model's VAE {ours}")
+            raise ExportError(f"the tiny VAE has {theirs} {quantity}, the model's VAE {ours}")

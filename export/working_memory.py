@@ -56,8 +56,8 @@ def fit_runs(runs: Sequence[GraphRun]) -> dict[str, dict[str, MemoryUse]]:
         if run.variant != CUDA and run.graph not in (TEXT_ENCODER, UNET_ENCODER):
             by_graph.setdefault((run.variant, run.graph), []).append(run)
     estimates: dict[str, dict[str, MemoryUse]] = {}
-    for (variant, graph), of_one in by_graph.items():
-        estimates.setdefault(variant, {})[graph] = fit(of_one)
+    for (variant, graph), runs_of_graph in by_graph.items():
+        estimates.setdefault(variant, {})[graph] = fit(runs_of_graph)
     return estimates
 
 

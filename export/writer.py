@@ -33,8 +33,9 @@ class GraphWriter:
     def write(self, graph: ir.Model, name: str) -> None:
         """Write a graph to the file `name`. The graph is stripped, in place."""
         _strip(graph)
-        weights = [value for value in graph.graph.initializers.values() if value.const_value is not None]
-        if self.deduplicate or sum(value.const_value.nbytes for value in weights) > EXTERNAL_ABOVE:  # type: ignore[union-attr]
+        weights = list(graph.graph.initializers.values())
+        size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
+        if self.deduplicate or size > EXTERNAL_ABOVE:
             self._move_out(weights, f"{name}.data")
         ir.save(graph, self.directory / name)
 
@@ -42,7 +43,7 @@ class GraphWriter:
         new: dict[bytes, list[ir.Value]] = {}  # by content, or by name where nothing is deduplicated
         for value in weights:
             tensor: Any = value.const_value
-            if tensor.nbytes < SHARED_ABOVE:
+            if tensor is None or tensor.nbytes < SHARED_ABOVE:
                 continue
             key = _digest(tensor) if self.deduplicate else str(value.name).encode()
             if key in self._written:

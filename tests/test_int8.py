@@ -12,9 +12,9 @@ from tolerances import INT8_CEILING_DB, INT8_REORDERED, REORDERED
 from tracing import traced_once
 
 from export.errors import ExportError
+from export.export_options import INT8_FLOOR_DB, Options
 from export.int8 import calibrate, quantizable, quantize, signal_db
 from export.onnx import main
-from export.options import INT8_FLOOR_DB, Options
 from tiue.checkpoint import Student, save_student
 
 RNG = np.random.default_rng(0)

@@ -21,15 +21,14 @@ from tiue_runtime import DeviceError, Pipeline, bundle
 from tolerances import EXTRA_FOR_CPU, MEASURED_128_MIB, REORDERED
 from torch import nn
 
-from export import cuda, cuda_definitions, graphs, plan, translate
-from export import working_memory as memory
+from export import cuda, cuda_definitions, plan, trace, translate, working_memory
 from export import writer as files
 from export.parity import PSNR_FLOOR_DB
 from tiue.checkpoint import Student
 from tiue.hoist import hoist
 
-CUDA32 = graphs.GraphTarget(bundle.CUDA, torch.float32)
-HALF = graphs.GraphTarget(bundle.PORTABLE, torch.float16)
+CUDA32 = trace.GraphTarget(bundle.CUDA, torch.float32)
+HALF = trace.GraphTarget(bundle.PORTABLE, torch.float16)
 
 
 def psnr(made, expected):
@@ -53,7 +52,7 @@ def test_every_operator_with_a_cuda_kernel_is_fused(linear):
     """At the widths of SD's first level, since two of the kernels exist only for SD's widths."""
     unet = tiny.unet(block_out_channels=(320, 320), norm_num_groups=32, use_linear_projection=linear)
     tiue = Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(4)
-    encoder, decoder = graphs.unet_graphs(tiue, SCHEDULES[4], 20, CUDA32)
+    encoder, decoder = trace.unet_graphs(tiue, SCHEDULES[4], 20, CUDA32)
     both = operators(encoder) + operators(decoder)
     halves = nn.ModuleList(hoist(tiue, SCHEDULES[4]))
     assert both["NhwcConv"] == len(of_type(halves, nn.Conv2d))
@@ -77,7 +76,7 @@ def has_pixels(node):
 
 def test_the_vae_is_fused():
     vae = tiny.sd15().vae
-    made = operators(graphs.vae_decoder_graph(vae, CUDA32))
+    made = operators(trace.vae_decoder_graph(vae, CUDA32))
     assert made["NhwcConv"] == len(of_type(vae.decoder, nn.Conv2d)) + 1  # post_quant_conv
     assert made["GroupNorm"] + made["SkipGroupNorm"] == len(of_type(vae.decoder, nn.GroupNorm))
     assert made["MultiHeadAttention"] == len(of_type(vae.decoder, Attention))
@@ -87,7 +86,7 @@ def test_the_vae_is_fused():
 def test_onnx_runtime_takes_the_cuda_graph_but_for_its_kernels(tmp_path):
     """Its schemas are checked before its kernels are looked up."""
     path = tmp_path / "vae.onnx"
-    ir.save(graphs.vae_decoder_graph(tiny.sd15().vae, CUDA32), path)
+    ir.save(trace.vae_decoder_graph(tiny.sd15().vae, CUDA32), path)
     with pytest.raises(Exception, match=r"Could not find an implementation for \w*(NhwcConv|GroupNorm)"):
         ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -109,7 +108,7 @@ def test_a_convolution_follows_no_unknown_layout():
 
 
 def test_lowering_counts_what_it_replaces():
-    graph = graphs.vae_decoder_graph(tiny.v_prediction().vae, CUDA32)
+    graph = trace.vae_decoder_graph(tiny.v_prediction().vae, CUDA32)
     expected = operators(graph)["NhwcConv"]
     assert cuda_definitions.lower(graph) == expected > 0
     assert cuda_definitions.lower(graph) == 0
@@ -150,7 +149,7 @@ def test_attention_beyond_float16():
 
 
 def test_attention_beyond_float16_is_lost_without_float32(monkeypatch):
-    monkeypatch.setattr(graphs, "FLOAT16", translate.PLAIN)
+    monkeypatch.setattr(trace, "FLOAT16", translate.PLAIN)
     made, _ = latents(loud_unet(), HALF)
     assert not np.isfinite(made).all()
 
@@ -161,7 +160,7 @@ def latents(unet, target):
     tiue = Student(tiny.with_unet(unet), 751, SCHEDULES).tiue(2)
     generator = torch.Generator().manual_seed(0)
     noise, text = torch.randn(2, 4, 4, 2, generator=generator), torch.randn(2, 20, 16, generator=generator)
-    encoder, decoder = graphs.unet_graphs(tiue, SCHEDULES[2], 20, target)
+    encoder, decoder = trace.unet_graphs(tiue, SCHEDULES[2], 20, target)
     feeds = {bundle.LATENTS: noise.numpy(), bundle.TEXT: text.numpy()}
     feeds |= {bundle.STEP_INDEX: np.arange(2), bundle.STEP_WEIGHT: np.array(tiue.schedule.step_weights, np.float32)}
     feeds |= evaluate(encoder, feeds)
@@ -173,10 +172,10 @@ def latents(unet, target):
 @torch.no_grad()
 def test_a_vae_beyond_float16(tail_in_float32, monkeypatch):
     if not tail_in_float32:
-        monkeypatch.setattr(graphs, "overflowing", lambda vae: ())
+        monkeypatch.setattr(trace, "overflowing", lambda vae: ())
     vae = loud_vae()
     z = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(0))
-    made = evaluate(graphs.vae_decoder_graph(vae, HALF), {bundle.LATENTS: z.numpy()})[bundle.IMAGE]
+    made = evaluate(trace.vae_decoder_graph(vae, HALF), {bundle.LATENTS: z.numpy()})[bundle.IMAGE]
     if tail_in_float32:
         assert psnr(made, vae.decode(z / vae.config.scaling_factor, return_dict=False)[0].numpy()) > PSNR_FLOOR_DB
     else:
@@ -192,7 +191,7 @@ def test_the_vaes_scaling_is_folded(pads, shift):
     vae = AutoencoderKL(**own | {"use_post_quant_conv": not pads, "shift_factor": shift}).eval()
     z_0 = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(0))
     expected = vae.decode(z_0 / vae.config.scaling_factor + (shift or 0.0), return_dict=False)[0]
-    decoder = graphs.VaeDecoder(vae, torch.float32)
+    decoder = trace.VaeDecoder(vae, torch.float32)
     assert (decoder.scale == 1.0) == (not (pads and shift))
     assert (decoder(z_0) - expected).abs().max() < REORDERED
 
@@ -316,19 +315,20 @@ def test_working_memory_is_measured(rich):
 
 def test_memory_fit():
     def run(rows, latents, taken, variant=bundle.CPU, graph=bundle.UNET_DECODER):
-        return memory.GraphRun(variant, graph, rows, latents, taken)
+        return working_memory.GraphRun(variant, graph, rows, latents, taken)
 
     exact = [run(rows, hw, rows * (3 * hw + 2 * hw**2)) for rows, hw in ((1, 10), (4, 10), (1, 40))]
-    use = memory.fit(exact)
+    use = working_memory.fit(exact)
     assert (use.per_latent, use.per_latent_squared) == pytest.approx((3, 2))
-    shrinking = memory.fit([run(1, 10, 100), run(1, 40, 200)])  # less than in proportion: no term may be negative
+    # Less than in proportion: no term may be negative.
+    shrinking = working_memory.fit([run(1, 10, 100), run(1, 40, 200)])
     assert shrinking.per_latent_squared == 0 and shrinking.per_latent > 0
     others = [run(1, 10, 7, variant=bundle.CUDA), run(1, 10, 7, graph=bundle.UNET_ENCODER)]
-    assert memory.fit_runs([*others, *exact]) == {bundle.CPU: {bundle.UNET_DECODER: use}}
+    assert working_memory.fit_runs([*others, *exact]) == {bundle.CPU: {bundle.UNET_DECODER: use}}
 
 
 def test_measured_memory_is_that_of_the_run():
-    _, taken = memory.measured(lambda: np.ones(2**24).sum())
+    _, taken = working_memory.measured(lambda: np.ones(2**24).sum())
     if sys.platform == "linux":
         least, most = MEASURED_128_MIB
         assert least < taken < most

@@ -79,6 +79,12 @@ def test_ruff_refuses_the_same(folder, module):
     assert check(f"import {module}\n") == 1 and check("import os\n") == 0
 
 
+def test_no_two_modules_of_the_packages_have_the_same_name():
+    names = [path.stem for path in sources(f"{RUNTIME}/**/*.py", "tiue/**/*.py", "export/*.py")]
+    allowed = {"__init__", "__main__", "cli", "errors"}
+    assert not {name for name in names if names.count(name) > 1} - allowed
+
+
 def test_kinds_of_devices_are_compared_in_one_module():
     """Everything else asks the row of KINDS, so that another kind is one more row."""
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from torch import nn
 
-from export import assemble, graphs
+from export import assemble, trace
 from tiue.files import fingerprint
 from tiue.unet import TiUE
 
@@ -20,16 +20,16 @@ _TRACED: dict[str, list[bytes]] = {}
 def traced_once() -> Iterator[None]:
     """Within the block, an export takes graphs from the cache if the same graph was traced in such a block before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "unet_graphs", _once(graphs.unet_graphs, _student))
-        patch.setattr(assemble, "vae_decoder_graph", _once(graphs.vae_decoder_graph, _vae))
+        patch.setattr(assemble, "unet_graphs", _once(trace.unet_graphs, _student))
+        patch.setattr(assemble, "vae_decoder_graph", _once(trace.vae_decoder_graph, _vae))
         yield
 
 
-def _once(trace: Callable[..., Any], describe: Callable[..., str]) -> Callable[..., Any]:
+def _once(make: Callable[..., Any], describe: Callable[..., str]) -> Callable[..., Any]:
     def traced(*given: Any) -> Any:
-        key = f"{trace.__name__} {describe(*given)}"
+        key = f"{make.__name__} {describe(*given)}"
         if key not in _TRACED:
-            found = trace(*given)
+            found = make(*given)
             several = found if isinstance(found, tuple) else (found,)
             _TRACED[key] = [ir.to_proto(graph).SerializeToString() for graph in several]
             return found

@@ -125,7 +125,7 @@ def unet_graphs(
         tiue: the student.
         decoder_timesteps: the timesteps that step_index selects from.
         text_length: L.
-        target: what the graphs are for.
+        target: the device and the precision of the graphs.
 
     Returns:
         (unet_encoder, unet_decoder)

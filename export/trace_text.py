@@ -12,8 +12,8 @@ from optimum.exporters.tasks import TasksManager
 from tiue_runtime import bundle
 
 from export.errors import ExportError
-from export.graphs import OPSET
 from export.quiet import quiet
+from export.trace import OPSET
 from tiue.components import Components
 from tiue.text_encoder import uses_attention_mask
 
