@@ -1,16 +1,16 @@
-"""The check that contenders compute the same: one network's predictions, and pictures that differ only by rounding."""
+"""Check that contenders compute the same: one network's predictions, and pictures that differ by rounding alone."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Relative root-mean-square difference of first noise predictions. Different networks differ by about 1.4. float16 and
-# float32 differ by less than 0.01.
+# The largest relative root-mean-square difference of first noise predictions. Predictions of another network differ by
+# about 1.4. Those in float16 differ from those in float32 by less than 0.01.
 SAME_NETWORK = 0.05
-# dB. Other weights or another sampler give about 15, float16 above 50, float32 above 90.
+# The least PSNR in dB. Other weights or another sampler give about 15, float16 above 50, float32 above 90.
 SAME_PICTURE = 30.0
-# The value for equal arrays, because JSON has no infinity.
+# The PSNR of equal arrays, because JSON has no infinity.
 _EQUAL = 200.0
 
 Float32 = NDArray[np.float32]
@@ -22,27 +22,33 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Compared:
-    """The difference between an output and another contender's."""
+    """The distance of an output from that of another contender."""
 
     reference: str  # the other contender
     value: float  # relative root-mean-square difference of "eps"; dB of "latents" and "picture"
 
 
 class Agreement:
-    """The first output of each kind and group. The others of the group are compared with it."""
+    """Compares outputs: the first of each kind and group is the reference for the others of the group."""
 
     def __init__(self) -> None:
         self._references: dict[tuple[str, ...], tuple[str, Float32]] = {}
         self._timesteps: tuple[str, list[int]] | None = None
 
     def check(self, name: str, what: str, group: tuple[str, ...], array: Float32) -> Compared | None:
-        """Compare a contender's "eps", "latents" or "picture" with the first of its group.
+        """Compare an output of a contender with the reference of its group.
+
+        Args:
+            name: the contender.
+            what: "eps", "latents" or "picture".
+            group: outputs of the same `what` and group must agree.
+            array: the output, float32 of any shape.
 
         Returns:
-            The difference, or None for the first.
+            The distance, or None for the first of a group.
 
         Raises:
-            BenchmarkError: the difference is too large.
+            BenchmarkError: the output has another shape, or is too far from the reference.
         """
         reference, expected = self._references.setdefault((what, *group), (name, array))
         if reference == name:
@@ -54,7 +60,7 @@ class Agreement:
             if not difference < SAME_NETWORK:
                 raise BenchmarkError(
                     f"{name}: its first noise prediction is {difference:.2f} (relative) from {reference}'s, so they "
-                    "are different networks. Remove the files made from other weights, or name another --work"
+                    "are different networks. Remove files made from other weights, or use another work directory"
                 )
             return Compared(reference, difference)
         decibels = psnr(array, expected)
@@ -66,7 +72,7 @@ class Agreement:
         return Compared(reference, decibels)
 
     def check_timesteps(self, name: str, timesteps: list[int]) -> None:
-        """Raise BenchmarkError if timesteps are not the first contender's. An empty list is unknown, and accepted."""
+        """Raise BenchmarkError if timesteps differ from the first contender's. An empty list means unknown ones."""
         if timesteps:
             reference, expected = self._timesteps = self._timesteps or (name, timesteps)
             if timesteps != expected:
@@ -74,7 +80,7 @@ class Agreement:
 
 
 def psnr(array: Float32, expected: Float32) -> float:
-    """Return the peak signal-to-noise ratio in dB. The peak is the range of `expected`. At most 200, as for equals."""
+    """Return the peak signal-to-noise ratio in dB, at most 200. The peak is the range of `expected`."""
     error = float(np.mean((array.astype(np.float64) - expected) ** 2))
     peak = float(expected.max() - expected.min())
     if not (error and peak):

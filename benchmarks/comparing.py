@@ -1,4 +1,4 @@
-"""Running contenders in turns, each in its own process."""
+"""Run contenders in turns, each in a process of its own, and time them."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ from benchmarks.installed import Installed
 from benchmarks.machine import GPUS, Memory, gpu_used_bytes, watching
 
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 0  # of the first picture; the next has SEED + 1
+SEED = 0  # seed of the first picture; the next has SEED + 1
 
 
 class CannotRun(Exception):
@@ -29,14 +29,14 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of all contenders."""
+    """The conditions that are equal for all contenders."""
 
     threads: int
-    shape: tuple[int, int, int]  # of one image's latents
+    shape: tuple[int, int, int]  # (C, h, w) of one picture's latents
     pixels_per_latent: int
-    steps: int
-    batches: tuple[int, ...]
-    runs: int
+    steps: int  # N
+    batches: tuple[int, ...]  # pictures per request
+    runs: int  # timed rounds
 
     @property
     def size(self) -> tuple[int, int]:
@@ -46,15 +46,15 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender: its arguments of `contender.make`, and the groups in which it is compared."""
+    """A contender: arguments of `contender.make` besides the conditions, and the groups that it is compared in."""
 
     kind: str
     directory: Path
     options: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     python: str = sys.executable
-    algorithm: str = "tiue"  # Contenders of the same algorithm must agree in latents; all must agree in predictions.
-    vae: str = "kl"  # Contenders of the same algorithm and kind of image decoder must agree in pictures.
+    algorithm: str = "tiue"  # contenders of one algorithm must make the same latents; all make the same predictions
+    vae: str = "kl"  # contenders of one algorithm and one kind of image decoder must make the same pictures
     installed: Installed = field(default_factory=Installed)
 
 
@@ -64,16 +64,16 @@ class Measured:
 
     device: str
     installed: Installed
-    weights_bytes: int  # files of the directory that it loads
-    loaded_peak_bytes: int = 0  # resident memory, as peak_bytes
-    peak_bytes: int = 0
-    anonymous_peak_bytes: int = 0  # without pages of files; read 20 times a second, on Linux
-    gpu_bytes: int = 0  # growth of the GPU's used memory while only this contender was working
+    weights_bytes: int  # size of the files in the directory that it loads
+    loaded_peak_bytes: int = 0  # most memory resident, when the model is loaded
+    peak_bytes: int = 0  # most memory resident, in all
+    anonymous_peak_bytes: int = 0  # the same without pages of files; sampled 20 times a second, on Linux
+    gpu_bytes: int = 0  # growth of the GPU's used memory while this contender alone was at work
     load_seconds: list[float] = field(default_factory=list)  # from starting Python to loaded, files cached
     cold_seconds: list[float] = field(default_factory=list)  # from starting Python to the first picture as PNG
-    first_seconds: dict[int, list[float]] = field(default_factory=dict)  # by batch, like `seconds` and `stages`
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    stages: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+    first_seconds: dict[int, list[float]] = field(default_factory=dict)  # of the first request, by batch
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # of timed requests, by batch
+    stages: dict[int, list[dict[str, float]]] = field(default_factory=dict)  # of the same, by batch, then by stage
     compared: dict[str, Compared] = field(default_factory=dict)  # by "eps", "latents", "picture"
     timesteps: list[int] = field(default_factory=list)  # empty if they are unknown
 
@@ -83,8 +83,8 @@ class Comparison:
     """The results of all entries."""
 
     measured: dict[str, Measured]
-    skipped: dict[str, str]  # contender => the reason why it could not run
-    wrong: dict[str, str]  # contender => the fault in its output
+    skipped: dict[str, str]  # reasons why contenders could not run
+    wrong: dict[str, str]  # how outputs of contenders differ from the reference
 
 
 def compare(
@@ -95,19 +95,14 @@ def compare(
     progress: Callable[[str], None],
     after_round: Callable[[Comparison], None] = lambda _: None,
 ) -> Comparison:
-    """Check and time every entry.
-
-    A contender that disagrees with the first of its group is not timed.
+    """Check and time every entry. A contender whose output is wrong is not timed.
 
     Args:
-        entries: by name.
-        conditions: of all.
-        apart: run one process at a time, and start it again for each timed run, instead of all processes together.
-        progress: called with messages.
-        after_round: called after each round with the results so far.
-
-    Returns:
-        The results.
+        entries: the contenders, by name.
+        conditions: the same for all.
+        apart: run one process at a time, started anew for each timed run. Otherwise all run side by side.
+        progress: called with a line of text for each stage.
+        after_round: called with the results so far, after each round.
     """
     agreement, skipped, wrong = Agreement(), dict[str, str](), dict[str, str]()
     measured = {
@@ -172,7 +167,7 @@ class _Process:
         given = {"kind": entry.kind, "directory": str(entry.directory), "options": dict(entry.options)}
         given |= {"device": entry.device, "threads": conditions.threads}
         self._command = [entry.python, "-m", "benchmarks.contender", json.dumps(given)]
-        for file in _files(entry.directory):  # Read files now, so that the first contender does not pay for the disk.
+        for file in _files(entry.directory):  # Read from the disk now, so that no contender pays for being the first.
             with file.open("rb") as stream:
                 while stream.read(2**24):
                     pass
@@ -200,7 +195,7 @@ class _Process:
         self._log.close()
 
     def first_pictures(self) -> None:
-        """Request the first picture of each batch size, which is slower. Keep the very first one, also as PNG."""
+        """Make the first picture of each batch size, which is slower. The very first is written as PNG, and kept."""
         for i, batch in enumerate(self._conditions.batches):
             more = {} if i else {"png": str(self._scratch / "picture.png"), "save": str(self._scratch / "picture.npy")}
             reply = self._ask("picture", batch, **more)
@@ -212,7 +207,7 @@ class _Process:
             self._measured.first_seconds.setdefault(batch, []).append(reply["seconds"])
 
     def check(self, agreement: Agreement) -> None:
-        """Compare the first noise prediction, the latents and the very first picture with the other contenders'."""
+        """Compare the first noise prediction, the latents and the very first picture with those of other contenders."""
         algorithm = self._entry.algorithm
         for what, group in (("eps", ()), ("latents", (algorithm,))):
             file = self._scratch / f"{what}.npy"
@@ -224,7 +219,7 @@ class _Process:
         self._compare(agreement, "picture", self._scratch / "picture.npy", algorithm, self._entry.vae)
 
     def timed_pictures(self) -> None:
-        """Make one request for each batch size."""
+        """Make and time one request for each batch size."""
         for batch in self._conditions.batches:
             reply = self._ask("picture", batch)
             self._measured.seconds.setdefault(batch, []).append(reply["seconds"])
@@ -239,7 +234,7 @@ class _Process:
         request = {"do": what, "noise": str(_noise(self._scratch, batch)), "steps": self._conditions.steps}
         assert self._process.stdin is not None
         with self._watching_gpu():
-            with suppress(BrokenPipeError):  # It has ended, and the missing reply shows that.
+            with suppress(BrokenPipeError):  # The process has ended: `_reply` reports it.
                 print(json.dumps(request | more), file=self._process.stdin, flush=True)
             reply = self._reply()
         if not reply["finite"]:
@@ -272,7 +267,7 @@ class _Process:
 
 
 def _said(measured: Measured) -> str:
-    parts = [f"timesteps {measured.timesteps}"] if measured.timesteps else ["its predictions cannot be looked at"]
+    parts = [f"timesteps {measured.timesteps}"] if measured.timesteps else ["unknown predictions"]
     for what, compared in measured.compared.items():
         value = f"{compared.value:.0e}" if what == "eps" else f"{compared.value:.0f} dB"
         parts.append(f"{what} {value} from {compared.reference}'s")

@@ -1,8 +1,8 @@
-"""One contender in its own process, so that its peak memory can be measured: JSON lines in, JSON lines out.
+"""One contender in a process of its own, so that its peak memory is measured alone: JSON lines in, JSON lines out.
 
 Requests: {"do": "picture" | "latents" | "eps", "noise": a .npy path, "steps"[, "save": a .npy path][, "png": a path]}.
-Replies hold seconds, peak_bytes and the result. The first reply comes before any request, when the model is loaded.
-The interpreter needs numpy, Pillow and the imports of the contender.
+Replies hold seconds, peak_bytes, and the result. The first reply comes before any request, when the model is loaded.
+The interpreter needs numpy, Pillow, and the imports of the contender itself.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.eager import Student
+from benchmarks.eager import EagerStudent
 from benchmarks.machine import peak_bytes
 from benchmarks.native import OpenVino, StableDiffusionCpp
 from benchmarks.peers import PROMPT, diffusers, optimum
@@ -25,18 +25,24 @@ Float32 = NDArray[np.float32]
 
 
 class Contender(Protocol):
-    """Something that makes pictures from our noise."""
+    """A program that makes pictures from given noise."""
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """Turn z_T (B, C, h, w) into images (B, H, W, 3) in [0, 1], and seconds by stage: text..., unet..., vae..."""
+        """Make pictures: z_T (B, C, h, w) => images (B, H, W, 3) in [0, 1], and seconds by stage.
+
+        Names of stages begin with text, unet or vae.
+        """
         ...
 
     def latents(self, latents: Float32, steps: int) -> Float32 | None:
-        """Turn z_T (B, C, h, w) into z_0 (B, C, h, w), or None if z_0 is not accessible."""
+        """Denoise: z_T (B, C, h, w) => z_0 (B, C, h, w), or None if the program hides it."""
         ...
 
     def first_eps(self, latents: Float32, steps: int) -> tuple[Float32 | None, list[int]]:
-        """Return the UNet's prediction at the first timestep (B, C, h, w), and all timesteps; None, [] if unknown."""
+        """Return the UNet's prediction at the first timestep (B, C, h, w), and all timesteps.
+
+        Both are None and [] if the program hides them.
+        """
         ...
 
 
@@ -48,7 +54,13 @@ class Tiue:
     ):
         """Load a bundle.
 
-        memory: of each request. vae: by default the peers' kind. options: further ones of `Pipeline.load`.
+        Args:
+            directory: the bundle.
+            device: as in `Pipeline.load`.
+            threads: of the CPU.
+            memory: of each request.
+            vae: the kind of image decoder; by default that of the peers.
+            **options: other options of `Pipeline.load`.
         """
         from tiue_runtime import Pipeline
 
@@ -58,7 +70,7 @@ class Tiue:
         self._recorded: set[tuple[int, ...]] = set()
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """See Contender. With cuda_graphs, the first picture of a shape also records it.
+        """See Contender. With cuda_graphs, the first request of a shape also records it.
 
         Raises:
             MemoryError: memory sufficed only for a slower mode.
@@ -74,7 +86,7 @@ class Tiue:
             PROMPT, num_images=len(latents), latents=latents, steps=steps, memory=self._memory, output_type="np"
         )
         if result.memory != {"low": "sequential", "auto": result.memory}.get(self._memory, self._memory):
-            raise MemoryError(f"asked for memory={self._memory!r}, which ran out: {result.memory!r} was used")
+            raise MemoryError(f"expected memory={self._memory!r}, got {result.memory!r}: memory ran out")
         return result.images, {name: seconds for name, seconds in result.timings.items() if name != "total"}
 
     def latents(self, latents: Float32, steps: int) -> Float32:
@@ -88,7 +100,7 @@ class Tiue:
         from tiue_runtime import Cancelled
 
         previews: list[Float32] = []
-        with suppress(Cancelled):  # The callback cancels after the first step.
+        with suppress(Cancelled):  # `cancel` stops the request after the first step.
             self._pipe(
                 PROMPT,
                 num_images=len(latents),
@@ -105,18 +117,18 @@ class Tiue:
 
 
 def make(kind: str, directory: Path, device: str, threads: int, options: dict[str, Any]) -> Contender:
-    """Load a contender. kind: one of `kinds.KINDS`."""
+    """Load a contender. `kind` is a key of `kinds.KINDS`."""
     if kind == "tiue":
         return Tiue(directory, device, threads, **options)
     if kind == "torch":
-        return Student(directory, device, threads, **options)
+        return EagerStudent(directory, device, threads, **options)
     if kind == "diffusers":
         return diffusers(directory, threads, device, **options)
     return {"optimum": optimum, "openvino": OpenVino, "sdcpp": StableDiffusionCpp}[kind](directory, threads, **options)
 
 
 def answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
-    """Answer a request."""
+    """Answer one request."""
     noise, steps = np.load(request["noise"]), request["steps"]
     reply: dict[str, Any] = {}
     start = time.perf_counter()
@@ -142,9 +154,15 @@ def _about(array: Float32) -> dict[str, Any]:
 
 
 def main(argument: str, requests: TextIO, replies: TextIO) -> int:
-    """Answer all requests. argument: JSON with kind, directory, device, threads, options."""
+    """Serve requests until their stream ends. Returns 0.
+
+    Args:
+        argument: JSON with kind, directory, device, threads and options.
+        requests: one JSON object a line.
+        replies: the same.
+    """
     given = json.loads(argument)
-    # Some libraries start threads of their own. The process's set of cores limits all of them.
+    # Some libraries start threads of their own. All of them respect a limit on cores.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given["threads"]])
     given["directory"] = Path(given["directory"])
@@ -160,7 +178,7 @@ def main(argument: str, requests: TextIO, replies: TextIO) -> int:
 
 
 if __name__ == "__main__":
-    # Prints of libraries to stdout must not mix with the replies.
+    # Output of libraries on stdout must not mix with the replies, so it goes to stderr.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.exit(main(sys.argv[1], sys.stdin, out))

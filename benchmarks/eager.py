@@ -1,4 +1,4 @@
-"""The algorithm in PyTorch, without export: `tiue.unet.TiUE` around the pipeline's UNet."""
+"""The algorithm in eager PyTorch: `tiue.unet.TiUE` around the UNet of a pipeline, without an export."""
 
 import os
 import shutil
@@ -16,15 +16,28 @@ from benchmarks.peers import PROMPT
 Float32 = NDArray[np.float32]
 
 
-class Student:
-    """The text encoder and VAE of a diffusers pipeline, and its UNet as a TiUE. float16 on CUDA (not yet run there)."""
+class EagerStudent:
+    """The parts of a diffusers pipeline, with its UNet as a TiUE.
+
+    It computes in float32 on the CPU, and in float16 on CUDA, where it has not run yet.
+    """
 
     def __init__(self, directory: Path, device: str, threads: int, *, compile: bool = False):
-        """Load a pipeline. compile: use torch.compile. Raises RuntimeError if its C++ compiler is missing."""
+        """Load a pipeline.
+
+        Args:
+            directory: a diffusers pipeline directory.
+            device: "cpu" or "cuda".
+            threads: of the CPU.
+            compile: run the TiUE through torch.compile.
+
+        Raises:
+            RuntimeError: torch.compile finds no C++ compiler.
+        """
         compiler = os.environ.get("CXX", "g++")
         if compile and not shutil.which(compiler):
             raise RuntimeError(f"torch.compile needs a C++ compiler: expected {compiler} (or CXX) on PATH, found none")
-        # Every start compiles again, because results of an earlier one would turn the cold start into a warm one.
+        # Every start compiles anew. Files of an earlier start would turn the cold start into a warm one.
         self._cache = tempfile.TemporaryDirectory()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
 
@@ -45,16 +58,18 @@ class Student:
         """See contender.Contender."""
         import torch
 
+        from tiue.components import decode_latents
+
         seconds: dict[str, float] = {}
         with torch.inference_mode():
             z, _ = self._predict(latents, steps, seconds)
             start = time.perf_counter()
-            vae = self._components.vae
-            image = vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+            image = decode_latents(self._components.vae, z)
             self._synchronize()
             seconds["vae_decoder"] = time.perf_counter() - start
-            # (B, 3, H, W) in [-1, 1] => (B, H, W, 3) in [0, 1]
-            image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+            image = (
+                (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+            )  # (B, 3, H, W) in [-1, 1] => (B, H, W, 3) in [0, 1]
             return image.float().cpu().numpy(), seconds
 
     def latents(self, latents: Float32, steps: int) -> Float32:
@@ -73,7 +88,7 @@ class Student:
             return eps[0].float().cpu().numpy(), self._predictor(steps)[1]
 
     def _predict(self, latents: Float32, steps: int, seconds: dict[str, float]) -> Any:
-        """Return (z_0, eps). Add the time of each part to `seconds`."""
+        """Return (z_0, eps), and write the time of each part into `seconds`."""
         import torch
 
         from tiue.text_encoder import encode_text
@@ -93,10 +108,9 @@ class Student:
         if steps not in self._predictors:
             import torch
 
-            from tiue.schedule import closed_form
             from tiue.unet import TiUE
 
-            schedule = closed_form(self._components.scheduler_config, steps)
+            schedule = self._components.noise_schedule.closed_form(steps)
             tiue = TiUE(self._components.unet, schedule, encoder_timestep=schedule.timesteps[0])
             predict = torch.compile(tiue.predict) if self._compile else tiue.predict
             self._predictors[steps] = predict, list(schedule.timesteps)

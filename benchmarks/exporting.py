@@ -1,8 +1,8 @@
-"""Cost of an export by stage: `python -m benchmarks.exporting --ckpt DIR --out BUNDLE [export's flags]`.
+"""Measure an export, stage by stage: `python -m benchmarks.exporting --ckpt DIR --out BUNDLE [export's flags]`.
 
-Runs `python -m export.onnx` with the same arguments and shows its output. Then prints for every stage the seconds, the
-peak of resident memory, and the peak of its anonymous part. The rest are pages of files, which the system can drop.
-Memory is read 20 times a second from outside, on Linux.
+It runs `python -m export.onnx` with the same arguments, and prints that program's output. Then it prints the seconds of
+every stage, the most memory resident, and the anonymous part of it. The rest are pages of files, which the system can
+drop. Memory is read 20 times a second from outside, on Linux.
 """
 
 import subprocess
@@ -22,12 +22,12 @@ class _Stage:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the export. Returns its status."""
+    """Run and measure the export. Returns its status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = [sys.executable, "-m", "export.onnx", *arguments]
     stages = [_Stage("starting")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None  # It is a pipe.
+    assert process.stderr is not None  # stderr=PIPE makes a stream.
     with ExitStack() as watched:
         watched.enter_context(watching(process.pid, stages[0].memory))
         for line in process.stderr:

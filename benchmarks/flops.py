@@ -1,4 +1,4 @@
-"""Floating-point operations of the UNet's halves, counted from shapes alone, without weights or computing."""
+"""Count the floating point operations of the UNet's halves, from shapes alone, without weights."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,18 @@ _TEXT_LENGTH = 77
 
 
 def unet_flops(pipeline: Path, shape: tuple[int, int, int], batch: int, steps: int) -> tuple[int, int]:
-    """Count the operations of a UNet before anything is hoisted.
+    """Count the operations of both halves, before anything is hoisted.
 
     A multiplication and an addition count as two. Only matrix products, convolutions and attention are counted.
 
     Args:
-        pipeline: a diffusers directory.
-        shape: of one image's latents, (C, h, w).
-        batch: number of images.
+        pipeline: a diffusers pipeline directory.
+        shape: (C, h, w) of one picture's latents.
+        batch: B.
         steps: N.
 
     Returns:
-        The operations of the encoder, run once, and of the decoder at all N timesteps.
+        The operations of one encoder run, and of the decoder at all N timesteps.
     """
     unet_config, scheduler_config = (
         json.loads((pipeline / name).read_text(encoding="utf-8"))

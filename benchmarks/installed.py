@@ -1,4 +1,4 @@
-"""The size of an installation: the files of distributions and of all their requirements, in any environment."""
+"""Measure an installation: the files of distributions and of all their requirements, in any environment."""
 
 import json
 import subprocess
@@ -14,24 +14,23 @@ from packaging.utils import canonicalize_name
 
 @dataclass(frozen=True)
 class Installed:
-    """The installed requirements of a contender."""
+    """The distributions that a contender needs, as they are installed."""
 
     bytes: int = 0
     python: str = ""
-    versions: dict[str, str] = field(default_factory=dict)  # of every counted distribution
-    absent: list[str] = field(default_factory=list)  # requirements that are not installed, so not in the size
+    versions: dict[str, str] = field(default_factory=dict)  # versions of all distributions that were counted
+    absent: list[str] = field(default_factory=list)  # required but not installed; `bytes` lacks them
 
 
 def measure(python: str, roots: Iterable[str]) -> Installed:
-    """Count distributions and all their requirements in the path of an interpreter.
+    """Measure distributions and their requirements in the path of an interpreter.
+
+    Roots that are not installed are left out, because only one of ONNX Runtime's wheels is. Markers are evaluated for
+    the interpreter that runs this function.
 
     Args:
         python: the interpreter.
-        roots: requirements, for example "onnxruntime-gpu[cuda]". Those that are not installed are left out, because
-            only one of ONNX Runtime's wheels is. Markers are evaluated for the interpreter that runs this function.
-
-    Returns:
-        Bytes and versions.
+        roots: requirements, for example "onnxruntime-gpu[cuda]".
 
     Raises:
         OSError, subprocess.CalledProcessError: `python` does not run.
@@ -44,7 +43,7 @@ def measure(python: str, roots: Iterable[str]) -> Installed:
         known.setdefault(canonicalize_name(distribution.name), distribution)
     found: dict[str, Distribution] = {}
     absent: set[str] = set()
-    done: set[tuple[str, str]] = set()  # (name, extra), "" for no extra
+    done: set[tuple[str, str]] = set()  # (name, extra); the extra is "" for the distribution itself
     todo = [requirement for root in roots if canonicalize_name((requirement := Requirement(root)).name) in known]
     while todo:
         requirement = todo.pop()
@@ -62,7 +61,7 @@ def measure(python: str, roots: Iterable[str]) -> Installed:
 
 
 def _size(distribution: Distribution) -> int:
-    """Return the bytes of a distribution's files. An editable one counts the packages to which it points."""
+    """Return the bytes of a distribution's files. For an editable one, add the packages that it points to."""
     paths = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):

@@ -1,4 +1,4 @@
-"""The kinds of contenders. The files that each needs are made once."""
+"""The kinds of contenders, and the files that each kind loads, which are made once."""
 
 import json
 import os
@@ -17,24 +17,24 @@ from benchmarks.machine import GPUS, gpu_query
 from benchmarks.peers import ddim_steps, noise_levels
 
 _TORCH = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
-# Only one of these is installed. CUDA's libraries come with extras.
+# One of these wheels is installed. CUDA's libraries come by extras.
 _ORT = ("onnxruntime", "onnxruntime-gpu[cuda,cudnn]", "onnxruntime-openvino")
 _EXPORTS = {
     "fp32": ["--target", "portable,cpu"],
     "fp16": ["--target", "portable,cuda", "--precision", "fp16"],
     "int8": ["--target", "portable,cpu", "--precision", "int8"],
 }
-_STEPS = 4  # the default step count of bundles
+_STEPS = 4  # the step count of a bundle by default
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The common properties of the contenders of a kind."""
+    """The properties that all contenders of a kind share."""
 
-    algorithm: str  # Contenders of the same algorithm must make the same pictures.
+    algorithm: str  # contenders of one algorithm must make the same pictures
     loads: str  # "pipeline", "optimum" or "bundle"
-    needs: tuple[str, ...]  # distributions, whose requirements count as well
-    devices: tuple[str, ...]
+    needs: tuple[str, ...]  # distributions, which are measured together with their requirements
+    devices: tuple[str, ...]  # kinds of devices that it is measured on
 
 
 KINDS = {
@@ -49,7 +49,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """A contender as text: KIND or KIND:option=value,option=value. This module reads the options device and bundle."""
+    """A contender as a user names it: KIND or KIND:option=value,option=value.
+
+    The options `device` and `bundle` are read here. The contender gets the others.
+    """
 
     name: str
     kind: str
@@ -57,7 +60,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> "Spec":
-        """Read one of --contenders. Raises BenchmarkError."""
+        """Read one argument of --contenders. Raises BenchmarkError."""
         kind, colon, given = text.partition(":")
         pairs = [item.partition("=")[::2] for item in given.split(",")] if colon else []
         if kind not in KINDS or not all(name and value for name, value in pairs):
@@ -68,31 +71,31 @@ class Spec:
 
 @dataclass(frozen=True)
 class Workplace:
-    """The directories of pipelines and bundles. Those that do not exist are made."""
+    """The directory of all files, which are made when they are missing."""
 
     model: str  # one of pipelines.PIPELINES
     work: Path
     bundles: Mapping[str, Path]  # by the value of the option bundle=; others are work/MODEL-bundle-NAME
     pythons: Mapping[str, str]  # interpreters, by contender or by kind
-    device: str  # the default of contenders
+    device: str  # of contenders that name none
     progress: Callable[[str], None]
 
     @property
     def pipeline(self) -> Path:
-        """The diffusers directory."""
+        """The diffusers pipeline directory."""
         return self.work / self.model
 
     def geometry(self, size: int | None) -> tuple[tuple[int, int, int], int]:
-        """Make the pipeline, and read its geometry.
+        """Make the pipeline, and return the geometry of a picture.
 
         Args:
-            size: pixels, height and width, or None for the model's own.
+            size: height and width in pixels, or None for the pipeline's own size.
 
         Returns:
-            The shape of one image's latents (C, h, w), and pixels per latent.
+            The shape (C, h, w) of latents, and the pixels per latent.
 
         Raises:
-            BenchmarkError: the pipeline cannot be made, or the size does not fit.
+            BenchmarkError: the size is not a multiple of the pipeline's, or the pipeline could not be made.
         """
         self._make(self.pipeline, "benchmarks.pipelines", self.model, self.pipeline)
         unet, vae = (json.loads((self.pipeline / part / "config.json").read_text()) for part in ("unet", "vae"))
@@ -109,15 +112,12 @@ class Workplace:
 
         Args:
             spec: the contender.
-            conditions: of all contenders.
-            tiny: whether bundles must have a tiny VAE.
-            steps: further step counts of bundles.
-
-        Returns:
-            The contender, ready to start.
+            conditions: of the benchmark.
+            tiny: whether bundles get a tiny VAE.
+            steps: further step counts for bundles.
 
         Raises:
-            CannotRun: the message is the reason.
+            CannotRun: the contender cannot be measured; the message is the reason.
         """
         kind, options = KINDS[spec.kind], dict(spec.options)
         device = options.pop("device", self.device)
@@ -165,12 +165,12 @@ class Workplace:
             raise CannotRun(str(error)) from error
 
     def _make(self, directory: Path, *command: object) -> None:
-        """Run a command in its own process, so that its memory is freed. Raises BenchmarkError."""
+        """Run a command in a process of its own, so that its memory is freed. Raises BenchmarkError."""
         if directory.exists():
             return
         self.progress(f"making {directory}")
         words = [sys.executable, "-m", *map(str, command)]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # optimum looks up even local directories on the Hub.
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # optimum would ask the Hub about local directories.
         done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True)
         if done.returncode:
             raise BenchmarkError(f"{' '.join(words[1:])}: {' '.join(done.stderr.splitlines()[-1:])}")
@@ -189,6 +189,6 @@ def _check_device(device: str, kind: Kind) -> None:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)  # for example true, 4
+        return json.loads(text)  # for example true or 4
     except ValueError:
         return text

@@ -1,27 +1,30 @@
-"""`python -m benchmarks.latency --model sd21-base --size 512`: TiUE and other programs that run the same UNet.
+"""`python -m benchmarks.latency --model sd21-base --size 512`: TiUE beside other programs that run the same UNet.
 
-Same UNet (random weights), same noise, same timesteps, no guidance, same threads. Contenders, each KIND or
-KIND:option=value,option=value, with device= of any of them (default: --device):
+UNet, noise, timesteps and number of threads are the same for all contenders, and there is no guidance. A contender is
+KIND or KIND:option=value,option=value. All kinds take device= (default: --device).
 
-- tiue: a bundle in tiue_runtime. bundle=fp32|fp16|int8 or the name of a --bundle; vae=kl|tiny;
+- tiue: a bundle through tiue_runtime. bundle=fp32|fp16|int8, or a name given with --bundle; vae=kl|tiny;
   memory=parallel|sequential|low; variant=, precision=, cuda_graphs=true as in `Pipeline.load`.
-- torch: the same algorithm in PyTorch, `tiue.unet.TiUE`, eager. compile=true: torch.compile, which takes minutes for
-  the first picture.
-- diffusers: StableDiffusionPipeline. It runs the full UNet at every timestep, like all of the following.
-- optimum: ORTStableDiffusionPipeline, ONNX Runtime. Idle threads do not spin, as in tiue_runtime. spinning=true: they
-  spin, which is ONNX Runtime's default.
-- openvino: OpenVINO without ONNX Runtime, on optimum's graphs; precision=fp32|bf16.
+- torch: the same algorithm in PyTorch, `tiue.unet.TiUE`, eager. compile=true runs it through torch.compile, which takes
+  minutes at the first picture.
+- diffusers: StableDiffusionPipeline. It runs the full UNet at every timestep, and so do the following.
+- optimum: ORTStableDiffusionPipeline on ONNX Runtime. Its idle threads do not spin, as in tiue_runtime. spinning=true
+  lets them spin, which is ONNX Runtime's default.
+- openvino: OpenVINO by itself on optimum's graphs; precision=fp32|bf16.
 - sdcpp: stable-diffusion.cpp; precision=fp32|fp16.
 
-Every contender runs in its own process, with its own interpreter if --python names one. Contenders take turns after
-every run. With --apart, only one process exists at a time, for machines whose memory does not hold all. Before the
-timing, outputs are compared: first noise predictions must be one network's, and latents and pictures of the same
-algorithm must agree. A contender that cannot run is left out, with the reason. A contender with wrong output is not
-timed, and the command fails.
+Every contender runs in a process of its own, by the interpreter that --python names. Contenders take turns run by run.
+With --apart, only one process exists at a time, for models of which memory cannot hold several.
 
-All files are made once in --work and then used again: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32 (-tiny
-with a tiny VAE). Random weights make noise, but cost as much as trained ones. emoji is the default model with its
-trained weights. Nothing has been run on a GPU so far. The GPU must have no other work, or "GPU, GiB" is wrong.
+Outputs are compared before anything is timed. The first noise predictions must be those of one network. Latents and
+pictures must agree within an algorithm. A contender that cannot run is left out with the reason. A contender whose
+output is wrong is not timed, and the command fails.
+
+All files are made once in --work, and used again: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32 (with -tiny if
+it has a tiny VAE). Random weights make noise, but cost the same as trained ones. emoji is the default model, with its
+trained weights.
+
+Nothing has run on a GPU so far. There, no other program may use the GPU, or "GPU, GiB" is wrong.
 """
 
 import argparse
@@ -49,13 +52,17 @@ _ON_CUDA = (
     "tiue:variant=portable tiue:variant=portable,cuda_graphs=true tiue:variant=cuda tiue:variant=cuda,cuda_graphs=true "
     "torch diffusers"
 )
-# The distributions in the printed table. The JSON lists all of each contender.
+# The distributions that are printed. The JSON has all distributions of each contender.
 _NAMED = ("python", "tiue-runtime", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "openvino")
 _NAMED += ("optimum-onnx", "torch", "diffusers", "transformers", "stable-diffusion-cpp-python")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. Returns 0; 1 if outputs disagree; 2 if nothing could be measured. Prints the reason."""
+    """Run the benchmark.
+
+    Returns:
+        0; 1 if outputs disagree; 2 if nothing could be measured. A failure prints the reason in one line.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
@@ -94,7 +101,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def prepare(place: Workplace, specs: Sequence[Spec], conditions: Conditions) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Make the files that contenders load. Returns contenders that can start, and the reasons why others cannot."""
+    """Make the files that contenders load.
+
+    Returns:
+        The contenders that can start, and the reasons of the others, both by name.
+    """
     tiny = any(spec.options.get("vae") == "tiny" for spec in specs)
     entries, skipped = dict[str, Entry](), dict[str, str]()
     for spec in specs:
@@ -107,7 +118,7 @@ def prepare(place: Workplace, specs: Sequence[Spec], conditions: Conditions) -> 
 
 
 def surroundings(conditions: Conditions, measured: Mapping[str, Measured]) -> dict[str, str]:
-    """Machine, threads, versions and date."""
+    """Return the conditions of a measurement: machine, threads, versions and date."""
     versions = {
         f"{name} {number}"
         for m in measured.values()
@@ -130,7 +141,7 @@ def surroundings(conditions: Conditions, measured: Mapping[str, Measured]) -> di
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency",
-        description="Time and memory of a TiUE bundle, and of other programs with the same UNet.",
+        description="Measure time and memory of a TiUE bundle beside other programs that run the same UNet.",
     )
     parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
     parser.add_argument("--size", type=int, help="pixels, height and width (default: the model's)")
@@ -138,16 +149,14 @@ def _parser() -> argparse.ArgumentParser:
         "--contenders",
         nargs="+",
         metavar="KIND[:OPTION=VALUE,...]",
-        help=f"of the kinds {', '.join(KINDS)}; see above (default on the CPU: {_ON_CPU}; on cuda: {_ON_CUDA})",
+        help=f"contenders of the kinds {', '.join(KINDS)} (default on the CPU: {_ON_CPU}; on cuda: {_ON_CUDA})",
     )
     add_places(parser)
     parser.add_argument("--steps", type=int, default=4, help="timesteps (default: 4)")
-    parser.add_argument("--batches", type=int, nargs="+", help="pictures per request (default: 1; on cuda 1 and 4)")
-    parser.add_argument(
-        "--runs", type=int, default=3, help="rounds of timed requests, after the first pictures (default: 3)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default of contenders")
-    parser.add_argument("--apart", action="store_true", help="never two contenders in memory at once")
+    parser.add_argument("--batches", type=int, nargs="+", help="pictures per request (default: 1; on cuda: 1 and 4)")
+    parser.add_argument("--runs", type=int, default=3, help="rounds of timed requests, after the first (default: 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of contenders that name none")
+    parser.add_argument("--apart", action="store_true", help="keep only one contender in memory at a time")
     parser.add_argument(
         "--out", type=Path, metavar="PREFIX", help="also write PREFIX.json, .md and .png, after each round"
     )
@@ -156,14 +165,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_places(parser: argparse.ArgumentParser) -> None:
     """Add the flags for directories, interpreters and threads."""
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="directory of all files made")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/benchmarks"), help="directory of all files that are made once"
+    )
     parser.add_argument(
         "--bundle",
         action="append",
         type=_named,
         default=[],
         metavar="NAME=DIR",
-        help="a bundle exported from WORK/MODEL, for bundle=NAME (default of fp32: WORK/MODEL-bundle-fp32)",
+        help="a bundle exported from WORK/MODEL, for bundle=NAME (default for fp32: WORK/MODEL-bundle-fp32)",
     )
     parser.add_argument(
         "--python",
@@ -171,7 +182,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
         type=_named,
         default=[],
         metavar="NAME=PATH",
-        help="the interpreter of a contender or a kind (default: this one)",
+        help="the interpreter of a contender, or of all contenders of a kind (default: this one)",
     )
     parser.add_argument("--threads", type=int, default=thread_count(), help="CPU threads (default: all)")
 
@@ -184,13 +195,13 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def workplace(arguments: argparse.Namespace, device: str = "cpu") -> Workplace:
-    """Make the Workplace from the flags of `add_places`."""
+    """Make the Workplace that the flags of `add_places` describe."""
     bundles = {name: Path(path).absolute() for name, path in arguments.bundle}
     return Workplace(arguments.model, arguments.work.absolute(), bundles, dict(arguments.python), device, progress)
 
 
 def progress(message: str) -> None:
-    """Print a message on stderr."""
+    """Print a line of progress on stderr."""
     print(f"{message} ...", file=sys.stderr, flush=True)
 
 

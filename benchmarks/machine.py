@@ -9,25 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-GPUS = ("cuda", "tensorrt")  # prefixes of the names of GPU devices
+GPUS = ("cuda", "tensorrt")  # beginnings of the names of devices that are GPUs
 _INTERVAL = 0.05  # seconds between two readings of another process's memory
 
 
 @dataclass
 class Memory:
-    """Peaks in bytes. Resident memory that is not anonymous consists of pages of files, which the system can drop."""
+    """Peaks in bytes. Memory that is not anonymous consists of pages of files, which the system can drop."""
 
     resident: int = 0
     anonymous: int = 0
 
     def note(self, pid: int) -> None:
-        """Raise the peaks to a process's current memory. Does nothing without /proc, or after the process has ended."""
+        """Raise the peaks to the present memory of a process. Without /proc, or after its end, do nothing."""
         try:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:
             return
         fields = dict(line.split(":", 1) for line in lines)
-        if "RssAnon" in fields:  # It is absent if the process has ended.
+        if "RssAnon" in fields:  # A process that has ended has no such line.
             resident, anonymous = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
             self.resident = max(self.resident, resident)
             self.anonymous = max(self.anonymous, anonymous)
@@ -35,7 +35,7 @@ class Memory:
 
 @contextmanager
 def watching(pid: int, memory: Memory) -> Iterator[None]:
-    """Record a process's memory 20 times a second, from outside, on Linux."""
+    """Note the memory of a process 20 times a second, from outside, on Linux."""
     done = threading.Event()
 
     def watch() -> None:
@@ -53,19 +53,19 @@ def watching(pid: int, memory: Memory) -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    """Return the peak of this process's resident memory: VmHWM, or getrusage's value if there is no /proc."""
+    """Return the most memory that this process has had resident: VmHWM, or getrusage's value without /proc."""
     status = Path("/proc/self/status")
     if status.is_file():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    import resource  # It exists on Unix only.
+    import resource  # This module exists on Unix only.
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def cpu_name() -> str:
-    """Return the processor's name."""
+    """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -73,11 +73,11 @@ def cpu_name() -> str:
 
 
 def gpu_query(field: str) -> str:
-    """Return one of nvidia-smi's --query-gpu fields, of the first GPU. Raises OSError without nvidia-smi."""
+    """Return a field of the first GPU, named as in nvidia-smi's --query-gpu. Raises OSError without nvidia-smi."""
     command = ["nvidia-smi", "-i", "0", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def gpu_used_bytes() -> int:
-    """Return the used memory of the first GPU, in bytes, of all processes."""
+    """Return the memory in use on the first GPU, by all processes."""
     return int(gpu_query("memory.used")) * 2**20

@@ -1,4 +1,4 @@
-"""Peers without PyTorch that run the full UNet at every step: OpenVINO and stable-diffusion.cpp."""
+"""Peers without PyTorch: OpenVINO by itself, and stable-diffusion.cpp. Both run the full UNet at every step."""
 
 import ctypes
 import json
@@ -32,18 +32,18 @@ class OpenVino:
         ddim: Sequence[tuple[int, float, float]],
         precision: str = "fp32",
     ):
-        """Load and compile for a batch of 1. Other batches are compiled when they are first requested.
+        """Load and compile for a batch of 1. Another batch is compiled at its first request.
 
         Args:
-            directory: written by `peers.export_optimum`.
+            directory: the output of `peers.export_optimum`.
             threads: of the CPU.
-            pipeline: the exported pipeline, whose tokenizer and configurations are read.
-            shape: of one image's latents, (C, h, w).
+            pipeline: the diffusers directory of that export. Its tokenizer and configurations are read.
+            shape: (C, h, w) of one picture's latents.
             ddim: the steps, from `peers.ddim_steps`.
-            precision: of OpenVINO's arithmetic, "fp32" or "bf16".
+            precision: the precision that OpenVINO computes in, "fp32" or "bf16".
 
         Raises:
-            RuntimeError: OpenVINO does not grant the precision on this CPU.
+            RuntimeError: the CPU does not compute in that precision.
         """
         import openvino
 
@@ -61,7 +61,7 @@ class OpenVino:
             granted = compiled.get_property("INFERENCE_PRECISION_HINT")
             if granted != getattr(openvino.Type, options["INFERENCE_PRECISION_HINT"]):
                 raise RuntimeError(
-                    f"precision: expected {precision}, OpenVINO grants {granted.to_string()} on this CPU"
+                    f"precision: expected {precision}, got {granted.to_string()} from OpenVINO on this CPU"
                 )
             return compiled
 
@@ -109,7 +109,7 @@ class OpenVino:
         return _run(self._at(latents.shape)[0], feed)
 
     def _at(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """Return the UNet and the VAE decoder, compiled for latents of a shape (B, C, h, w)."""
+        """Return the UNet and the VAE decoder for latents (B, C, h, w)."""
         if shape not in self._compiled:
             text = (shape[0], self._ids.shape[1], self._text_width)
             unet = self._compile("unet", {"sample": shape, "timestep": (), "encoder_hidden_states": text})
@@ -118,22 +118,27 @@ class OpenVino:
 
 
 class StableDiffusionCpp:
-    """stable-diffusion.cpp on the CPU, by stable-diffusion-cpp-python, which reads diffusers directories.
+    """stable-diffusion.cpp on the CPU, through stable-diffusion-cpp-python, which reads diffusers directories itself.
 
-    Its Euler sampler equals DDIM in other units. It gets the noise levels of our timesteps, and draws our noise from
-    the seed. Its pictures still differ: it starts from pure noise, but DDIM takes the noise as z_T, and it ends at
-    noise 0. Its predictions are not accessible.
+    Its Euler method, in its units, is DDIM. It gets the noise levels of our timesteps, and makes the same noise from
+    the seed. Its pictures differ from DDIM's all the same: it starts from pure noise, where DDIM takes the noise itself
+    as z_t, and it ends at noise 0. It hides its predictions.
     """
 
     def __init__(self, directory: Path, threads: int, *, sigmas: Sequence[float], seed: int, precision: str = "fp32"):
         """Load a pipeline.
 
-        sigmas: noise levels of the timesteps, sqrt(1/abar - 1). precision: of the weights, "fp32" or "fp16".
+        Args:
+            directory: a diffusers pipeline directory.
+            threads: of the CPU.
+            sigmas: noise levels of the timesteps, sqrt(1/abar - 1).
+            seed: of the first picture.
+            precision: of the weights, "fp32" or "fp16".
         """
         import stable_diffusion_cpp as library
 
         self._said: list[str] = []
-        # Keep a reference, because ctypes does not.
+        # ctypes does not keep the callback alive, so this object does.
         self._log = library.sd_log_callback(lambda level, text, _: self._said.append(text.decode(errors="replace")))
         self._model = library.StableDiffusion(
             model_path=str(directory),
@@ -146,7 +151,7 @@ class StableDiffusionCpp:
         self._sigmas, self._seed = sigmas, seed
 
     def picture(self, latents: Float32, steps: int) -> tuple[Float32, dict[str, float]]:
-        """See contender.Contender. Only the shape of `latents` is used. The stages' times come from its log."""
+        """See contender.Contender. Only the shape of `latents` is used. The stages are read from the log."""
         self._said.clear()
         images = self._model.generate_image(
             PROMPT,
@@ -166,10 +171,10 @@ class StableDiffusionCpp:
         return np.stack([np.asarray(image.convert("RGB"), np.float32) / 255 for image in images]), seconds
 
     def latents(self, latents: Float32, steps: int) -> None:
-        """Return None: they are not accessible."""
+        """Return None: the program hides its latents."""
 
     def first_eps(self, latents: Float32, steps: int) -> tuple[None, list[int]]:
-        """Return None and []: they are not accessible."""
+        """Return nothing: the program hides its predictions."""
         return None, []
 
 
@@ -180,7 +185,7 @@ def _one_of(name: str, value: str, allowed: dict[str, str]) -> str:
 
 
 def _run(compiled: Any, feed: dict[str, Any]) -> Float32:
-    """Run a graph. Returns a copy of its first output, because the next run overwrites the buffer."""
+    """Return a copy of the first output. The next run reuses its buffer."""
     return compiled(feed)[0].copy()
 
 

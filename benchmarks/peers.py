@@ -1,6 +1,6 @@
-"""The peers: optimum's ONNX Runtime pipeline and diffusers' own. Both run the same full UNet at every step.
+"""Peers with PyTorch: optimum's ONNX Runtime pipeline, and diffusers' own. Both run the full UNet at every step.
 
-`python -m benchmarks.peers PIPELINE OUT` exports optimum's directory.
+`python -m benchmarks.peers PIPELINE OUT` exports the directory that optimum loads.
 """
 
 import argparse
@@ -26,12 +26,16 @@ logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
 
 
 def export_optimum(pipeline: Path, out: Path) -> dict[str, float]:
-    """Export a pipeline directory with optimum, offline. `out` appears when it is complete.
+    """Export a pipeline directory as optimum does, offline.
 
-    The VAE's encoder is left out. Text to image does not use it, and the peer should load no more than it needs.
+    The VAE's encoder is left out, because text to image does not use it, and the peer shall load no more than it needs.
+
+    Args:
+        pipeline: a diffusers pipeline directory.
+        out: where to write. It appears when it is complete.
 
     Returns:
-        {"seconds", "peak_bytes"} of the export, also written to out/export.json.
+        {"seconds", "peak_bytes"} of the export, which are also in out/export.json.
     """
     from optimum.exporters.onnx import main_export
 
@@ -60,10 +64,16 @@ def export_optimum(pipeline: Path, out: Path) -> dict[str, float]:
 
 
 class Peer:
-    """A diffusers-style pipeline with DDIM steps and no guidance, timed by part."""
+    """A pipeline in the style of diffusers, with DDIM steps and without guidance, timed by part."""
 
     def __init__(self, pipe: Any, parts: dict[str, Any], synchronize: Callable[[], None]):
-        """Wrap a pipeline. parts: stage => object whose `forward` is timed. The UNet's stage is "unet"."""
+        """Wrap a pipeline.
+
+        Args:
+            pipe: the pipeline.
+            parts: objects whose `forward` is timed, by stage. The UNet's stage is "unet".
+            synchronize: waits until the device has finished.
+        """
         self._pipe = pipe
         self._pipe.set_progress_bar_config(disable=True)
         self._seconds: dict[str, float] = {}
@@ -74,16 +84,16 @@ class Peer:
             part.forward = self._timed(name, part.forward)
 
     def picture(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """Turn z_T (B, C, h, w) into images (B, H, W, 3) in [0, 1], and seconds by stage."""
+        """See contender.Contender."""
         self._seconds.clear()
         return self._run(latents, steps, "np"), dict(self._seconds)
 
     def latents(self, latents: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
-        """Turn z_T (B, C, h, w) into z_0 (B, C, h, w)."""
+        """See contender.Contender."""
         return self._run(latents, steps, "latent").float().cpu().numpy()
 
     def first_eps(self, latents: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32], list[int]]:
-        """Return the UNet's prediction at the first timestep (B, C, h, w), and all timesteps."""
+        """See contender.Contender."""
         self._only_eps = True
         try:
             self._run(latents, steps, "latent")
@@ -114,7 +124,7 @@ class Peer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             if name == "unet" and self._only_eps:
                 self._eps = result[0].float().cpu().numpy()
-                self._pipe._interrupt = True  # diffusers' switch to skip the remaining steps
+                self._pipe._interrupt = True  # With this switch, diffusers skips the remaining steps.
             return result
 
         return timed
@@ -124,10 +134,10 @@ def optimum(directory: Path, threads: int, *, spinning: bool = False) -> Peer:
     """Load optimum's ORTStableDiffusionPipeline on the CPU.
 
     Args:
-        directory: written by `export_optimum`.
+        directory: the output of `export_optimum`.
         threads: of the CPU.
-        spinning: whether idle threads spin. This is ONNX Runtime's default, but tiue_runtime turns it off: when other
-            processes need the cores, spinning costs a factor of 2.
+        spinning: whether idle threads spin, as by ONNX Runtime's default. They do not in tiue_runtime, and so not here
+            by default. Where other processes want the cores, spinning costs a factor of 2.
     """
     import torch
     from onnxruntime import SessionOptions
@@ -145,7 +155,7 @@ def optimum(directory: Path, threads: int, *, spinning: bool = False) -> Peer:
 
 
 def diffusers(directory: Path, threads: int, device: str) -> Peer:
-    """Load diffusers' StableDiffusionPipeline: float16 on CUDA, float32 on the CPU. Not yet run on CUDA."""
+    """Load diffusers' StableDiffusionPipeline: float32 on the CPU, float16 on CUDA, where it has not run yet."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -163,7 +173,7 @@ def diffusers(directory: Path, threads: int, device: str) -> Peer:
 
 
 def ddim_steps(directory: Path, steps: int) -> list[tuple[int, float, float]]:
-    """Return (t, a, b) of every step z <- a z + b eps, measured on diffusers' DDIMScheduler, whose steps are linear."""
+    """Return (t, a, b) of every step z <- a z + b eps. diffusers' DDIMScheduler computes them; its steps are linear."""
     import torch
 
     scheduler = _ddim(directory)
@@ -185,13 +195,15 @@ def noise_levels(directory: Path, timesteps: Sequence[int]) -> list[float]:
 def _ddim(directory: Path) -> Any:
     from diffusers import DDIMScheduler
 
-    # DDIM clips by default, and the configurations of other schedulers need not have the option.
+    # DDIM clips by default, and configurations of other schedulers may lack the option.
     return DDIMScheduler.from_pretrained(directory, subfolder="scheduler", clip_sample=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export. Returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Export optimum's directory.")
+    """Run the command. Returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description="Export the directory that optimum loads."
+    )
     parser.add_argument("pipeline", type=Path, help="a diffusers pipeline directory")
     parser.add_argument("out", type=Path, help="directory to write; must not exist")
     arguments = parser.parse_args(argv)

@@ -1,11 +1,11 @@
 """`python -m benchmarks.pipelines sd15 DIR`: Stable Diffusion pipelines of the true sizes, with random weights.
 
 Configurations, parameter names, shapes and file layout are those of the published models. Memory, speed and loading can
-thus be measured and tested without the published weights. The pictures are noise.
+therefore be measured and tested without the weights. Pictures from these pipelines are noise.
 
 The tokenizer has CLIP's size (49408), length (77), special tokens, padding and order (bytes, bytes that end a word,
-48894 merges). The merges are invented, because CLIP's own vocabulary is a download. Words take about twice as many
-tokens as in CLIP. Timings do not change, because every prompt is padded to 77.
+48894 merges). The merges are invented from letters, because CLIP's own vocabulary would be a download. Words take about
+twice as many tokens as in CLIP. Every prompt is padded to 77, so no timing changes.
 
 `emoji` is the default model with its trained weights, as a diffusers pipeline.
 """
@@ -46,12 +46,12 @@ _SD_VAE = {
 _SD_CLIP = {
     "vocab_size": _VOCABULARY_SIZE,
     "max_position_embeddings": _TEXT_LENGTH,
-    # The values of the published configurations, which are not the tokenizer's ids.
+    # The published configurations have these ids, which are not the tokenizer's.
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
-# All options of the three schedulers. Each scheduler ignores the options of the others.
+# The options of all three schedulers. Each scheduler ignores those of the others.
 _SD_SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -69,13 +69,13 @@ _SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMSc
 
 @dataclass(frozen=True)
 class Layout:
-    """The differences of one model from the others of the family."""
+    """The differences of one family member from the others."""
 
     unet: dict[str, Any]
     text_encoder: dict[str, Any]
     vae: dict[str, Any]
     pad_token: str  # of the tokenizer
-    scheduler: str  # of the published pipeline, a key of _SCHEDULERS
+    scheduler: str  # a key of _SCHEDULERS, as in the published pipeline
     prediction_type: str = "epsilon"
 
 
@@ -162,8 +162,8 @@ license: apache-2.0
 ---
 # {model}, random weights
 
-The configuration of {model} with weights drawn at random (seed {seed}) by `benchmarks.pipelines`: for measuring
-speed and memory. Its pictures are noise, and no weight of the published model is in it.
+The configuration of {model} with random weights (seed {seed}) by `benchmarks.pipelines`, for measurements of speed and
+memory. Its pictures are noise. It contains no weight of the published model.
 """
 
 
@@ -178,29 +178,29 @@ def write_pipeline(
 ) -> Path:
     """Write a diffusers pipeline directory. For "taesd", write the directory of an AutoencoderTiny alone.
 
-    Parts are made and written one at a time. The largest takes 3.5 GB of memory. "emoji" is the content of the shipped
-    student and takes no options.
+    Parts are made and written one at a time. The largest takes 3.5 GB of memory. "emoji" is the shipped student, and
+    takes no options.
 
     Args:
         model: one of MODELS.
-        directory: must not exist. It appears when complete.
+        directory: must not exist. It appears when it is complete.
         dtype: of the stored weights, "fp32" or "fp16".
-        max_shard_size: for example "1GB". Larger parts are split into files of at most this size. None: one file each.
-        scheduler: "pndm", "ddim" or "ddpm". None: the published pipeline's.
+        max_shard_size: split larger parts into files of at most this size, for example "1GB". None: one file each.
+        scheduler: "pndm", "ddim" or "ddpm". None: that of the published pipeline.
         seed: of every part's weights.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: an option is wrong.
+        ValueError: an argument has another value.
         FileExistsError: the directory exists.
     """
     _one_of("model", model, MODELS)
     _one_of("dtype", dtype, ("fp32", "fp16"))
     _one_of("scheduler", scheduler, (None, *_SCHEDULERS))
     if model == "emoji" and (dtype, max_shard_size, scheduler, seed) != ("fp32", None, None, 0):
-        raise ValueError("emoji: expected no options, its weights are not random")
+        raise ValueError("emoji: expected no options, because its weights are not random")
     target = Path(directory).absolute()
     if target.exists():
         raise FileExistsError(f"{directory} exists; choose another")
@@ -219,11 +219,11 @@ def write_pipeline(
 
 
 def random_teacher(model: str, work: Path, changes: Mapping[str, Any]) -> Any:
-    """Load a model of MODELS, with a UNet of changed configuration. Its weights are the same each time.
+    """Load a model, with a UNet of changed configuration and random weights, which are the same each time.
 
     Args:
         model: one of MODELS.
-        work: the directory in which the pipeline is written once.
+        work: where the pipeline is written, once.
         changes: to the UNet's configuration.
 
     Returns:
@@ -334,7 +334,7 @@ def _write_tokenizer(directory: Path, pad_token: str) -> None:
 
 
 def _merges() -> Iterator[tuple[str, str]]:
-    """Yield merges that make words of two letters, then three, then four, from a beginning and a letter."""
+    """Yield merges that make words of two letters, then three, then four; whole words come first."""
     letters = string.ascii_lowercase
     for length in (1, 2, 3):
         for end in ("</w>", ""):
@@ -360,13 +360,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         choices=MODELS,
-        help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: of two levels; emoji: the default model",
+        help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: two levels; emoji: the default model",
     )
-    parser.add_argument("directory", help="directory to write; must not exist")
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored weights")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="split larger parts into files, for example 1GB")
-    parser.add_argument("--scheduler", choices=_SCHEDULERS, help="default: the published pipeline's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("directory", help="where to write; it must not exist")
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="type of the stored weights")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="split larger parts into files of this size, for example 1GB"
+    )
+    parser.add_argument(
+        "--scheduler",
+        choices=_SCHEDULERS,
+        help="class in the scheduler's configuration (default: that of the published pipeline)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     given = vars(parser.parse_args(argv))
     try:
         print(f"wrote {write_pipeline(given.pop('model'), given.pop('directory'), **given)}")

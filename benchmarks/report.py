@@ -1,4 +1,4 @@
-"""Measurements as a table, as JSON and as pictures."""
+"""Reports of a comparison: a table, JSON, and a chart."""
 
 import io
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 from benchmarks.comparing import Measured
 
-SCHEMA = "tiue-latency/1"  # the name of the JSON's format, whose fields are those of comparing.Measured
-# Colours in the order of the stages. They differ in grey and for the colour-blind.
+SCHEMA = "tiue-latency/1"  # format of the JSON, whose fields are those of comparing.Measured
+# The stages, in the order of work. Their colours differ in grey, and for colour-blind readers.
 STAGES = {"text": "#bbbbbb", "unet": "#4477aa", "vae": "#ee9944", "other": "#333333"}
 _LEGEND = {"text": "text encoder", "unet": "UNet", "vae": "VAE", "other": "the rest"}
 
 
 def stages(measured: Measured, batch: int) -> dict[str, float]:
-    """Return the median seconds of the text encoder, the UNet and the VAE, and the rest of the median picture."""
+    """Return median seconds by stage: text encoder, UNet, VAE, and the rest of the median picture."""
     runs = measured.stages[batch]
     sums = [{s: sum(t for name, t in run.items() if name.partition("_")[0] == s) for s in STAGES} for run in runs]
     medians = {stage: statistics.median(run[stage] for run in sums) for stage in STAGES}
@@ -26,9 +26,10 @@ def stages(measured: Measured, batch: int) -> dict[str, float]:
 
 
 def table(measured: Mapping[str, Measured], skipped: Mapping[str, str]) -> str:
-    """Make a Markdown table, fastest first, followed by the contenders that were left out.
+    """Return a Markdown table, the fastest contender first, with the skipped ones below it.
 
-    The last column has the relative difference of first noise predictions, and the lower PSNR of latents and picture.
+    The last column has two figures: the relative difference of the first noise prediction, and the PSNR of latents or
+    picture, whichever is lower.
     """
     gpu = any(m.gpu_bytes for m in measured.values())
     heads = ["contender", "batch", "picture, s (least .. most)", "text", "UNet", "VAE", "load, s", "cold start, s"]
@@ -59,7 +60,7 @@ def table(measured: Mapping[str, Measured], skipped: Mapping[str, str]) -> str:
 
 
 def ranked(measured: Mapping[str, Measured]) -> list[tuple[str, int]]:
-    """Return contender and batch, sorted by batch, then by median seconds."""
+    """Return pairs of contender and batch, sorted by batch, then by median seconds."""
     pairs = [(name, batch) for name, m in measured.items() for batch in m.seconds]
     return sorted(pairs, key=lambda pair: (pair[1], statistics.median(measured[pair[0]].seconds[pair[1]])))
 
@@ -75,7 +76,7 @@ def save(out: Path, about: Mapping[str, Any], measured: Mapping[str, Measured], 
 
 
 def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
-    """Make a PNG: one bar per contender at the smallest batch, with its stages' medians. The fastest is on top."""
+    """Return a chart as PNG: one bar per contender at the smallest batch, made of its stages, the fastest on top."""
     from matplotlib.figure import Figure
 
     batch = min(batch for m in measured.values() for batch in m.seconds)
@@ -87,7 +88,7 @@ def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
     for stage, colour in STAGES.items():
         widths = [stages(measured[name], batch)[stage] for name in names]
         if max(widths) < longest / 200:
-            continue  # It is unknown.
+            continue  # The bar would be too short to see.
         axes.barh(names, widths, left=left, color=colour, height=0.7, label=_LEGEND[stage])
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width > longest / 14:
@@ -110,7 +111,7 @@ def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
 
 
 def png(figure: Any) -> bytes:
-    """Return a matplotlib figure as the content of a PNG."""
+    """Return the PNG file of a matplotlib figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
@@ -125,7 +126,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _agrees(measured: Measured) -> str:
-    """Return the differences as text: of the prediction, and the lower PSNR of latents and picture."""
+    """Return the last column of `table`."""
     compared = measured.compared
     decibels = [compared[what].value for what in ("latents", "picture") if what in compared]
     found = [f"{compared['eps'].value:.0e}"] if "eps" in compared else []

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.scaling --model sd21-base --out docs/scaling`: cost by pictures, timesteps and pixels.
+"""`python -m benchmarks.scaling --model sd21-base --out docs/scaling`: the cost by batch, timesteps and resolution.
 
-Three series vary the batch, N and the resolution. They meet in one point: batch 1, 4 timesteps, --size. Each point runs
-in its own process, so that its peak memory can be measured. The table has the UNet's time and a prediction of it: the
-time at the common point, scaled by floating-point operations. `flops` counts these before anything is hoisted.
+Three series go through one point: batch 1, 4 timesteps, --size. They vary the batch, N and the resolution. Each point
+has a process of its own, so that its peak memory is measured alone. The time is that of the UNet. Beside it stands a
+predicted time: the time of the common point, in proportion to floating point operations (see `flops`).
 """
 
 import argparse
@@ -28,7 +28,7 @@ SCHEMA = "tiue-scaling/1"
 
 @dataclass(frozen=True)
 class Point:
-    """The size of a request."""
+    """One request: pictures, timesteps and pixels."""
 
     batch: int
     steps: int
@@ -41,14 +41,14 @@ _LABELS = {"batch": "pictures per request", "steps": "timesteps N", "size": "pix
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a point."""
+    """The cost of one point."""
 
     measured: Measured
     encoder_flops: int
     decoder_flops: int
 
     def unet_seconds(self, point: Point) -> float:
-        """Median."""
+        """Return the median seconds of the UNet."""
         return stages(self.measured, point.batch)["unet"]
 
 
@@ -72,9 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     points = dict.fromkeys(Point(**asdict(base) | {field: x}) for field, values in series.items() for x in values)
     costs, skipped, about = dict[Point, Cost](), dict[str, str](), dict[str, str]()
-    for point in sorted(
-        points, key=lambda p: p != base
-    ):  # The common point comes first, because the others are compared with it.
+    for point in sorted(points, key=lambda p: p != base):  # The common point comes first.
         shape, _ = place.geometry(point.size)
         conditions = Conditions(arguments.threads, shape, pixels, point.steps, (point.batch,), arguments.runs)
         entry = place.entry(spec, conditions, tiny=spec.options.get("vae") == "tiny", steps=series["steps"])
@@ -98,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predicted(costs: Mapping[Point, Cost], base: Point, point: Point) -> float:
-    """Return the UNet's seconds, predicted from the common point in proportion to its operations."""
+    """Return the seconds of the UNet in proportion to its operations."""
     flops = {p: costs[p].encoder_flops + costs[p].decoder_flops for p in (base, point)}
     return costs[base].unet_seconds(base) * flops[point] / flops[base]
 
@@ -147,15 +145,23 @@ def _panels(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling",
-        description="Time and memory of TiUE by batch, timesteps and resolution, in one figure.",
+        description="Measure time and memory of TiUE by batch, timesteps and resolution, and plot them in one figure.",
     )
     parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
-    parser.add_argument("--contender", default="tiue", help="as in benchmarks.latency (default: tiue)")
+    parser.add_argument("--contender", default="tiue", help="a contender as in benchmarks.latency (default: tiue)")
     add_places(parser)
-    parser.add_argument("--size", type=int, help="pixels in the series of batch and timesteps (default: the model's)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 640, 768], help="default: 256 ... 768")
+    parser.add_argument("--size", type=int, help="pixels of the common point (default: the model's)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="pictures per request (default: 1 2 4 8)"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="timesteps (default: 1 2 4 8)")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[256, 384, 512, 640, 768],
+        help="pixels, height and width (default: 256 384 512 640 768)",
+    )
     parser.add_argument(
         "--runs", type=int, default=2, help="timed requests at each point, after a first one (default: 2)"
     )

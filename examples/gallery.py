@@ -1,4 +1,4 @@
-"""Several prompts and seeds in one request, pasted into one sheet."""
+"""Make pictures of several prompts and seeds in one request, and paste them into one sheet."""
 
 from PIL import Image
 from tiue_runtime import Pipeline

@@ -1,4 +1,4 @@
-"""One picture, with the default model: python examples/picture.py "a red heart"."""
+"""Make one picture with the default model: python examples/picture.py "a red heart"."""
 
 import sys
 

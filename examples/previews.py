@@ -9,8 +9,8 @@ deadline = time.monotonic() + 10
 
 
 def show(step, steps, preview):
-    """Print progress after each timestep. preview: an estimate of the final latents (B, C, h, w)."""
-    print(f"step {step} of {steps}, latents' spread {preview.std():.2f}")
+    """Print a line after each timestep. `preview` holds the latents (B, C, h, w) that are expected so far."""
+    print(f"step {step} of {steps}, standard deviation of the latents {preview.std():.2f}")
 
 
 try:

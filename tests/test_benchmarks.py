@@ -92,9 +92,9 @@ def test_same_seed_same_weights_and_no_directory_is_overwritten(tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Where the pipeline and the bundle of mini21 are."""
+    """The directory with the pipeline and the bundle of mini21."""
     directory = tmp_path_factory.mktemp("benchmarks")
-    # Two processes less, each of which would import torch, than if the benchmark made everything.
+    # The benchmark would start two processes for these, each of which would import torch.
     pipeline = pipelines.write_pipeline("mini21", directory / "mini21")
     assert export_main(["--ckpt", str(pipeline), "--out", str(directory / "mini21-bundle-fp32")]) == 0
     return directory
@@ -108,13 +108,13 @@ def test_latency_end_to_end(work, tmp_path, capsys):
     out = tmp_path / "figures"
     contenders = "tiue tiue:memory=low torch diffusers openvino tiue:vae=tiny"
     flags = flags_for(work, "--contenders", contenders, "--python", "openvino=/absent", "--out", out)
-    flags += ["--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]  # which has no tiny VAE
+    flags += ["--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]  # This bundle has no tiny VAE.
     assert latency.main(flags) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "128x128, 4 DDIM timesteps" in printed
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["schema"] == "tiue-latency/1" and report["about"]["cpu"]
-    assert report["skipped"].keys() == {"openvino", "tiue:vae=tiny"}  # and never silently
+    assert report["skipped"].keys() == {"openvino", "tiue:vae=tiny"}  # Both are reported below.
     assert (
         "Left out: openvino: no such interpreter: /absent" in printed and "Left out: tiue:vae=tiny: it said" in printed
     )
@@ -133,7 +133,7 @@ def test_latency_end_to_end(work, tmp_path, capsys):
     for name in ("tiue:memory=low", "torch"):
         assert all(measured[name]["compared"][what]["reference"] == "tiue" for what in ("latents", "picture"))
         assert all(measured[name]["compared"][what]["value"] > 90 for what in ("latents", "picture"))
-    # It has no torch to load, nor to install.
+    # tiue neither loads nor installs torch.
     assert measured["tiue"]["peak_bytes"] < measured["torch"]["peak_bytes"]
     assert 0 < measured["tiue"]["installed"]["bytes"] < measured["torch"]["installed"]["bytes"]
     with Image.open(tmp_path / "figures.png") as chart:
@@ -151,7 +151,7 @@ def test_optimum_agrees_with_diffusers(work, tmp_path):
 
 
 def broken(bundle, directory, graph):
-    """A copy of a bundle where a graph's convolutions have the opposite sign."""
+    """Copy a bundle, and turn the sign of all convolutions of one graph."""
     shutil.copytree(bundle, directory)
     model = onnx.load(directory / f"{graph}.onnx")
     for weight in model.graph.initializer:
@@ -167,7 +167,7 @@ def broken(bundle, directory, graph):
         ("vae_decoder", r"its picture is -?\d+\.\d dB from tiue's, expected more than 30"),
     ],
 )
-def test_what_draws_something_else_fails(work, tmp_path, capsys, graph, said):
+def test_a_contender_that_computes_something_else_fails(work, tmp_path, capsys, graph, said):
     broken(work / "mini21-bundle-fp32", tmp_path / "broken", graph)
     flags = flags_for(work, "--contenders", "tiue tiue:bundle=other", "--bundle", f"other={tmp_path / 'broken'}")
     assert latency.main([*flags, "--out", str(tmp_path / "out")]) == 1
@@ -176,14 +176,14 @@ def test_what_draws_something_else_fails(work, tmp_path, capsys, graph, said):
     assert [*report["contenders"]] == ["tiue"] and re.search(f"WRONG: .*{said}", report["skipped"]["tiue:bundle=other"])
 
 
-def test_apart_starts_a_process_for_every_round(work):
+def test_with_apart_every_round_starts_a_process(work):
     entries = {"ours": Entry("tiue", work / "mini21-bundle-fp32")}
     conditions = Conditions(1, (4, 16, 16), 8, steps=4, batches=(1,), runs=2)
     ours = compare(entries, conditions, apart=True, progress=print).measured["ours"]
     assert len(ours.load_seconds) == len(ours.cold_seconds) == len(ours.seconds[1]) == 2
 
 
-def test_installed_counts_what_is_required_and_extras_asked_for(tmp_path, monkeypatch):
+def test_installed_counts_requirements_and_the_extras_asked_for(tmp_path, monkeypatch):
     def distribution(name, size, *requires):
         (tmp_path / f"{name}.py").write_bytes(b"#" * size)
         info = tmp_path / f"{name}-1.0.dist-info"
@@ -208,7 +208,7 @@ def test_flops_of_both_halves_are_the_whole(work):
         unet = UNet2DConditionModel.from_config(config)
         with FlopCounterMode(display=False) as whole:
             unet(torch.empty(2, 4, 16, 24), 1, torch.empty(2, 77, config["cross_attention_dim"]))
-        with FlopCounterMode(display=False) as embedding:  # which both halves need
+        with FlopCounterMode(display=False) as embedding:  # Both halves compute it.
             unet.time_embedding(torch.empty(2, config["block_out_channels"][0]))
     encoder, decoder = unet_flops(work / "mini21", (4, 16, 24), batch=2, steps=1)
     assert encoder + decoder == whole.get_total_flops() + embedding.get_total_flops()
@@ -225,7 +225,7 @@ def test_scaling_end_to_end(work, tmp_path, capsys):
     assert points.keys() == {(1, 4, 128), (2, 4, 128), (1, 4, 64)}
     assert all(p["unet_seconds"] > 0 and p["measured"]["peak_bytes"] > 0 for p in points.values())
     assert points[2, 4, 128]["decoder_flops"] == 2 * points[1, 4, 128]["decoder_flops"]
-    assert [*report["skipped"]] == ["Point(batch=1, steps=2, size=128)"]  # the bundle has no such schedule
+    assert [*report["skipped"]] == ["Point(batch=1, steps=2, size=128)"]  # The bundle has no such schedule.
     with Image.open(tmp_path / "scaling.png") as figure:
         assert figure.format == "PNG" and figure.size[0] > 1000
 
@@ -252,7 +252,7 @@ def test_cuda_graphs_record_each_shape_once(monkeypatch):
     assert calls == [{"num_images": 1, **shape}, 1, {"num_images": 4, **shape}, 4, 1, 4]
 
 
-def test_what_cannot_be_measured_is_said_in_one_line(work, capsys, monkeypatch):
+def test_a_measurement_that_is_impossible_is_refused_in_one_line(work, capsys, monkeypatch):
     flags = flags_for(work)
     for more, said in (
         (["--size", "100"], "expected a multiple of 16, got 100"),
