@@ -23,7 +23,7 @@ from tiue_runtime.host.machine import thread_count
 from benchmarks.machine import Memory, cpu_name, gpu_query, watching
 from benchmarks.pipelines import random_teacher
 
-_OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "(defaults)": {},
     "--batch-size 1": {"batch_size": 1},
     "--gradient-checkpointing": {"gradient_checkpointing": True},
@@ -34,14 +34,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--optimizer adam8bit": {"optimizer": "adam8bit"},
     "--mixed-precision bf16": {"mixed_precision": "bf16"},  # takes minutes on a CPU without bf16 instructions
 }
-_ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}}
+ON_A_GPU = {"--ema-on-cpu": {"ema_on_cpu": True}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, and print a table in GB."""
     arguments = _parser().parse_args(argv)
     changes = {"block_out_channels": arguments.widths, "sample_size": arguments.latents}
-    options = _OPTIONS | (_ON_A_GPU if arguments.gpu else {})
+    options = OPTIONS | (ON_A_GPU if arguments.gpu else {})
     print("| | measured, GB | estimated, GB | seconds an update |\n|---|---|---|---|", flush=True)
     for name, settings in options.items():
         settings = {"batch_size": arguments.batch} | settings

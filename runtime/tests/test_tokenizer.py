@@ -260,21 +260,37 @@ def test_no_damaged_charsmap_that_is_accepted_makes_the_library_panic(change_tok
     assert not capfd.readouterr().err
 
 
+def encoding_with(monkeypatch, bundle, encode):
+    """A tokenizer of a bundle, whose library encodes texts by a function of the library's tokenizer and the text."""
+
+    class Library:
+        def __init__(self, text):
+            self._tokenizer = Tokenizer.from_str(text)
+            self.truncation = self._tokenizer.truncation
+
+        from_str = classmethod(lambda cls, text: cls(text))
+
+        def encode(self, text):
+            return encode(self._tokenizer, text)
+
+    monkeypatch.setattr("tiue_runtime.tokenizer.Tokenizer", Library)
+    return PromptTokenizer(bundle / "tokenizer.json", LENGTH)
+
+
 def test_a_panic_of_the_library_is_a_bundle_error(tiny, monkeypatch):
     broken = base64.b64decode(charsmap(dict.fromkeys(range(256), 1023 << 10 | 1 << 8)))
-    tokenizer = PromptTokenizer(tiny / "tokenizer.json", LENGTH)
-    monkeypatch.setattr(tokenizer, "_encode", normalizers.Precompiled(broken).normalize_str)
+    tokenizer = encoding_with(
+        monkeypatch, tiny, lambda library, text: normalizers.Precompiled(broken).normalize_str(text)
+    )
     with pytest.raises(BundleError, match="the tokenizer failed"):
         tokenizer(["a red heart"])
 
 
 def test_an_interrupt_is_no_failure_of_the_tokenizer(tiny, monkeypatch):
-    tokenizer = PromptTokenizer(tiny / "tokenizer.json", LENGTH)
-
-    def interrupt(prompt):
+    def interrupt(library, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizer, "_encode", interrupt)
+    tokenizer = encoding_with(monkeypatch, tiny, interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenizer(["a"])
 
@@ -344,11 +360,9 @@ def test_long_prompts_give_the_tokens_of_the_whole_prompt(tmp_path, family):
         assert made.cut[0] == (prompt[min(starts) :].strip() if starts else "")
 
 
-def test_long_prompts_are_not_encoded_whole(tiny):
-    tokenizer = PromptTokenizer(tiny / "tokenizer.json", LENGTH)
+def test_long_prompts_are_not_encoded_whole(tiny, monkeypatch):
     read = []
-    library, tokenizer._tokenizer = tokenizer._tokenizer, type("Counting", (), {})()
-    tokenizer._tokenizer.encode = lambda text: read.append(len(text)) or library.encode(text)
+    tokenizer = encoding_with(monkeypatch, tiny, lambda library, text: read.append(len(text)) or library.encode(text))
     made = tokenizer(["a red heart " * 10**6])
     assert sum(read) <= CHARACTERS_PER_TOKEN * LENGTH and len(made.cut[0]) > 10**7
     assert np.array_equal(made.input_ids, tokenizer(["a red heart " * 3]).input_ids)
