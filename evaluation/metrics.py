@@ -2,6 +2,10 @@
 
 Features are float arrays (n, D), one row a picture. "Real" features are those of reference pictures, "made" features
 those of the pictures that are judged.
+
+Intervals are of bootstrap samples, which hold some pictures twice. Figures that look at pairs of pictures would take
+the two for near neighbours, so those are written as means over pictures (precision, recall, density, coverage,
+novelty), or with weights that leave such pairs out (the kernel distance).
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
+from scipy.linalg import eigh, svdvals
 from scipy.spatial.distance import cdist
 
 Features = NDArray[np.floating]
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in their papers
-SUBSET = 1000  # the largest number of pictures in a subset of the kernel distance, as in its paper
+SAMPLES = 200  # of a bootstrap
+_ROWS = 1000  # of a kernel's matrix that are computed at once
 
 
 @dataclass(frozen=True)
@@ -42,38 +47,49 @@ def frechet(real: Features, made: Features) -> float:
         ValueError: a set has fewer than two pictures, or the sets have features of different lengths.
     """
     _check(real, made, least=2)
-    first, second = _gaussian(real), _gaussian(made)
-    # tr((S_1 S_2)^(1/2)) is the sum of the square roots of the eigenvalues of S_1^(1/2) S_2 S_1^(1/2).
-    values, vectors = eigh(first[1])
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(eigh(root @ second[1] @ root, eigvals_only=True).clip(min=0)).sum()
-    distance = np.square(first[0] - second[0]).sum() + np.trace(first[1]) + np.trace(second[1]) - 2 * cross
-    return float(max(distance, 0.0))
+    first, second = real.astype(np.float64), made.astype(np.float64)
+    shift = first.mean(axis=0) - second.mean(axis=0)
+    x, y = _scaled(first), _scaled(second)  # S_1 = x^T x, S_2 = y^T y
+    if min(len(x), len(y)) < x.shape[1]:
+        # tr((S_1 S_2)^(1/2)) is the sum of the singular values of x y^T, which is smaller where pictures are few.
+        cross = svdvals(x @ y.T).sum()
+    else:
+        # It is also the sum of the square roots of the eigenvalues of S_1^(1/2) S_2 S_1^(1/2).
+        values, vectors = eigh(x.T @ x)
+        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+        cross = np.sqrt(eigh(root @ (y.T @ y) @ root, eigvals_only=True).clip(min=0)).sum()
+    return float(max(np.square(shift).sum() + np.square(x).sum() + np.square(y).sum() - 2 * cross, 0.0))
 
 
-def kernel_distance(real: Features, made: Features, subsets: int = 50, seed: int = 0) -> float:
+def kernel_distance(real: Features, made: Features) -> float:
     """Compute the kernel inception distance: the unbiased squared MMD under the kernel (x.y / D + 1)^3.
 
-    Binkowski et al., arXiv 1801.01401. The mean over random subsets of at most SUBSET pictures.
+    Binkowski et al., arXiv 1801.01401, over all pairs of pictures.
     """
-    _check(real, made, least=2)
+    return float(_kernel_distances(real, made, np.ones((1, len(real))), np.ones((1, len(made))))[0])
+
+
+def kernel_interval(
+    real: Features, made: Features, group: NDArray[np.integer] | None = None, samples: int = SAMPLES, seed: int = 0
+) -> Interval:
+    """Compute the kernel distance and its interval; arguments are those of `bootstrap`."""
     random = np.random.default_rng(seed)
-    size = min(len(real), len(made), SUBSET)
-    found = []
-    for _ in range(subsets if size < max(len(real), len(made)) else 1):
-        x = real[random.choice(len(real), size, replace=False)].astype(np.float64)
-        y = made[random.choice(len(made), size, replace=False)].astype(np.float64)
-        xx, yy, xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
-        pairs = size * (size - 1)
-        found.append((xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / pairs - 2 * xy.mean())
-    return float(np.mean(found))
+    own = np.arange(len(made)) if group is None else group
+    of_real = [_counts(_again(np.arange(len(real)), random), len(real)) for _ in range(samples)]
+    of_made = [_counts(_again(own, random), len(made)) for _ in range(samples)]
+    ones = np.ones((1, len(real))), np.ones((1, len(made)))
+    found = _kernel_distances(real, made, *(np.vstack([o, *a]) for o, a in zip(ones, (of_real, of_made), strict=True)))
+    return _interval(float(found[0]), found[1:])
 
 
-def precision_recall(real: Features, made: Features, k: int = NEIGHBOURS) -> dict[str, float]:
-    """Compute precision, recall, density and coverage from distances to the k-th neighbour.
+def precision_recall(real: Features, made: Features, k: int = NEIGHBOURS) -> dict[str, NDArray[np.float64]]:
+    """Compute precision, recall, density and coverage, each as the mean over the values that are returned.
 
     Precision and recall: Kynkaanniemi et al., arXiv 1904.06991. Density and coverage: Naeem et al., arXiv 2002.09797.
     Precision and density say how real the pictures are, recall and coverage how much of the reference they cover.
+
+    Returns:
+        precision and density: a value for each made picture; recall and coverage: one for each real picture.
 
     Raises:
         ValueError: a set has no more than k pictures.
@@ -83,22 +99,26 @@ def precision_recall(real: Features, made: Features, k: int = NEIGHBOURS) -> dic
     distances = cdist(real, made)
     inside_real = distances < around_real[:, None]
     return {
-        "precision": float(inside_real.any(axis=0).mean()),
-        "recall": float((distances < around_made[None, :]).any(axis=1).mean()),
-        "density": float(inside_real.sum(axis=0).mean() / k),
-        "coverage": float((distances.min(axis=1) < around_real).mean()),
+        "precision": inside_real.any(axis=0).astype(np.float64),
+        "recall": (distances < around_made[None, :]).any(axis=1).astype(np.float64),
+        "density": inside_real.sum(axis=0) / k,
+        "coverage": (distances.min(axis=1) < around_real).astype(np.float64),
     }
 
 
-def retrieval(image: Features, text: Features, asked: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Tell for each picture whether the nearest of all texts, by cosine, is the one that was asked for.
+def rank_of_asked(image: Features, text: Features, asked: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Count for each picture the texts that are nearer to it, by cosine, than the one that was asked for.
 
     Args:
         image: embeddings of pictures (n, D).
         text: embeddings of all concepts (K, D), in the same space.
         asked: the concept of each picture (n,), an index into text.
+
+    Returns:
+        Ranks (n,): 0 where the asked concept is found first.
     """
-    return (_unit(image) @ _unit(text).T).argmax(axis=1) == asked
+    cosines = unit(image) @ unit(text).T
+    return (cosines > cosines[np.arange(len(image)), asked][:, None]).sum(axis=1)
 
 
 def diversity(made: Features, prompt: NDArray[np.integer]) -> NDArray[np.float64]:
@@ -121,9 +141,15 @@ def diversity(made: Features, prompt: NDArray[np.integer]) -> NDArray[np.float64
 
 
 def novelty(made: Features, training: Features) -> NDArray[np.float64]:
-    """Compute the distance of each picture to the nearest training picture, (n,)."""
+    """Compute the distance of each picture to the nearest training picture, (n,).
+
+    The unit is the median distance of a training picture to the nearest other one: 1 is as far as training pictures
+    are from each other, 0 is a copy.
+    """
     _check(training, made, least=1)
-    return cdist(made, training).min(axis=1)
+    if len(training) < 2:
+        raise ValueError(f"training: expected at least 2 pictures, got {len(training)}")
+    return cdist(made, training).min(axis=1) / max(float(np.median(_radii(training, 1))), 1e-12)
 
 
 def evenness(counts: NDArray[np.integer]) -> float:
@@ -135,36 +161,94 @@ def evenness(counts: NDArray[np.integer]) -> float:
     return float(-(shares * np.log(shares)).sum() / np.log(len(counts)))
 
 
-def bootstrap(figure: Callable[..., float], *sets: NDArray[np.generic], samples: int = 200, seed: int = 0) -> Interval:
+def bootstrap(
+    figure: Callable[..., float],
+    *sets: NDArray[np.generic],
+    groups: tuple[NDArray[np.integer] | None, ...] = (),
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Interval:
     """Compute `figure(*sets)` and its 95 % interval over sets that are sampled again with replacement.
+
+    A figure that is biased for few pictures, such as a Frechet distance, is more so in bootstrap samples, which have
+    fewer different ones. The interval therefore has the width of theirs, and their mean is moved to the figure.
 
     Args:
         figure: a function of the sets, such as `frechet`.
         sets: arrays whose first axis counts pictures. Each is sampled by itself.
+        groups: for each set, numbers (n,) of groups that are drawn as a whole, such as the pictures of one prompt,
+            which resemble each other; None or nothing where each picture is its own.
         samples: bootstrap samples.
+        seed: of the samples.
     """
     random = np.random.default_rng(seed)
-    again = [figure(*(rows[random.integers(len(rows), size=len(rows))] for rows in sets)) for _ in range(samples)]
-    low, high = np.quantile(again, [0.025, 0.975])
-    return Interval(figure(*sets), float(low), float(high))
+    own = [
+        np.arange(len(rows)) if i >= len(groups) or groups[i] is None else np.asarray(groups[i])
+        for i, rows in enumerate(sets)
+    ]
+    found = [
+        figure(*(rows[_again(group, random)] for rows, group in zip(sets, own, strict=True))) for _ in range(samples)
+    ]
+    return _interval(figure(*sets), np.array(found))
 
 
-def _gaussian(features: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    rows = features.astype(np.float64)
-    return rows.mean(axis=0), np.atleast_2d(np.cov(rows, rowvar=False))
+def unit(rows: Features) -> Features:
+    """Scale rows to length 1."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 
-def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def _interval(value: float, found: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(found, [0.025, 0.975]) + value - found.mean()
+    return Interval(value, float(low), float(high))
+
+
+def _again(group: NDArray[np.integer], random: np.random.Generator) -> NDArray[np.int64]:
+    """Draw as many groups as there are, with replacement => numbers of pictures."""
+    _, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
+    order, ends = np.argsort(inverse, kind="stable"), np.cumsum(counts)
+    drawn = random.integers(len(counts), size=len(counts))
+    return np.concatenate([order[ends[i] - counts[i] : ends[i]] for i in drawn])
+
+
+def _counts(rows: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    return np.bincount(rows, minlength=count).astype(np.float64)
+
+
+def _scaled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (rows - rows.mean(axis=0)) / np.sqrt(len(rows) - 1)
+
+
+def _kernel_distances(
+    real: Features, made: Features, of_real: NDArray[np.float64], of_made: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Compute a kernel distance for every row of weights (S, n) and (S, m), which count how often a picture is there.
+
+    A picture is never paired with itself, nor with its copies in a bootstrap sample.
+    """
+    _check(real, made, least=2)
+
+    def pairs(
+        x: Features, y: Features, of_x: NDArray[np.float64], of_y: NDArray[np.float64], same: bool
+    ) -> NDArray[np.float64]:
+        total = np.zeros(len(of_x))
+        for start in range(0, len(x), _ROWS):
+            part = slice(start, start + _ROWS)
+            kernel = (x[part].astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
+            if same:
+                kernel[np.arange(len(kernel)), np.arange(start, start + len(kernel))] = 0
+            total += ((of_x[:, part] @ kernel) * of_y).sum(axis=1)
+        return total
+
+    def within(x: Features, of_x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return pairs(x, x, of_x, of_x, same=True) / (of_x.sum(axis=1) ** 2 - np.square(of_x).sum(axis=1))
+
+    across = pairs(real, made, of_real, of_made, same=False) / (of_real.sum(axis=1) * of_made.sum(axis=1))
+    return within(real, of_real) + within(made, of_made) - 2 * across
 
 
 def _radii(features: Features, k: int) -> NDArray[np.float64]:
     """Distances to the k-th neighbour, not counting the picture itself."""
     return np.partition(cdist(features, features), k, axis=1)[:, k]
-
-
-def _unit(rows: Features) -> Features:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def _check(real: Features, made: Features, least: int) -> None:

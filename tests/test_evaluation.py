@@ -31,6 +31,18 @@ def test_the_frechet_distance_of_known_gaussians():
     assert metrics.frechet(rows, 3 * rows + 2) == pytest.approx(metrics.frechet(3 * rows + 2, rows))
 
 
+def test_the_frechet_distance_of_fewer_pictures_than_features():
+    real, made = gaussian(12, length=30), gaussian(8, mean=0.5, length=30)
+    padded = np.hstack([real, np.zeros((12, 1))]), np.hstack([made, np.zeros((8, 1))])
+    many = np.tile(real, (9, 1)), np.tile(made, (9, 1))  # the same Gaussians but for n / (n - 1), in more rows
+    scaled = [
+        rows.mean(0) + (rows - rows.mean(0)) * np.sqrt((n * 9 - 1) / ((n - 1) * 9))
+        for rows, n in zip(many, (12, 8), strict=True)
+    ]
+    assert metrics.frechet(real, made) == pytest.approx(metrics.frechet(*scaled), rel=1e-6)
+    assert metrics.frechet(real, made) == pytest.approx(metrics.frechet(*padded), rel=1e-6)
+
+
 def test_the_kernel_distance_is_unbiased():
     same = [metrics.kernel_distance(gaussian(200), gaussian(200)) for _ in range(20)]
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(len(same))
@@ -38,21 +50,48 @@ def test_the_kernel_distance_is_unbiased():
     # Two pictures each, by hand: k(a, b) = (a b + 1)^3.
     real, made = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
     assert metrics.kernel_distance(real, made) == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4)
+    assert metrics.kernel_distance(real, real) == pytest.approx(1 + 1 - 2 * (1 + 1 + 1 + 8) / 4)
+
+
+def test_the_kernel_distance_of_many_pictures_is_computed_in_parts(monkeypatch):
+    real, made = gaussian(23), gaussian(17)
+    whole = metrics.kernel_distance(real, made)
+    monkeypatch.setattr(metrics, "_ROWS", 5)
+    assert metrics.kernel_distance(real, made) == pytest.approx(whole, rel=1e-9)
+
+
+def test_copies_in_a_bootstrap_sample_do_not_count_as_near_pictures():
+    real, made = gaussian(60), gaussian(60, mean=1)
+    found = metrics.kernel_interval(real, made)
+    assert found.value == metrics.kernel_distance(real, made)
+    again = [metrics.kernel_distance(gaussian(60), gaussian(60, mean=1)) for _ in range(100)]
+    assert found.high - found.low == pytest.approx(4 * np.std(again), rel=0.5)
+
+
+def means(real: np.ndarray, made: np.ndarray) -> dict[str, float]:
+    return {name: values.mean() for name, values in metrics.precision_recall(real, made).items()}
 
 
 def test_precision_and_recall_tell_realism_from_variety():
     real = gaussian(400)
-    assert all(0.8 < value < 1.2 for value in metrics.precision_recall(real, gaussian(400)).values())
-    narrow = metrics.precision_recall(real, gaussian(400, scale=0.1))
+    assert all(0.8 < value < 1.2 for value in means(real, gaussian(400)).values())
+    narrow = means(real, gaussian(400, scale=0.1))
     assert narrow["precision"] == 1 and narrow["recall"] < 0.1 and narrow["coverage"] < 0.5
-    elsewhere = metrics.precision_recall(real, gaussian(400, mean=50))
+    elsewhere = means(real, gaussian(400, mean=50))
     assert set(elsewhere.values()) == {0.0}
 
 
-def test_retrieval_by_cosine():
+def test_precision_and_recall_by_hand():
+    real, made = np.array([[0.0], [1.0], [3.0]]), np.array([[0.5], [9.0], [9.5]])
+    found = metrics.precision_recall(real, made, k=1)  # radii 1, 1, 2 and 8.5, 0.5, 0.5
+    assert found["precision"].tolist() == [1, 0, 0] and found["density"].tolist() == [2, 0, 0]
+    assert found["recall"].tolist() == [1, 1, 1] and found["coverage"].tolist() == [1, 1, 0]
+
+
+def test_the_rank_of_what_was_asked_is_by_cosine():
     text = np.eye(3)
     image = np.array([[5.0, 1, 0], [0, 0.1, 0.05], [0, 1, 0]])
-    assert metrics.retrieval(image, text, np.array([0, 1, 2])).tolist() == [True, True, False]
+    assert metrics.rank_of_asked(image, text, np.array([0, 1, 2])).tolist() == [0, 0, 1]
 
 
 def test_diversity_by_prompt():
@@ -60,8 +99,9 @@ def test_diversity_by_prompt():
     assert metrics.diversity(made, np.array([0, 0, 1, 1, 2])).tolist() == [2.0, 0.0]
 
 
-def test_novelty_is_the_distance_to_the_nearest_training_picture():
-    assert metrics.novelty(np.array([[0.0], [10.0]]), np.array([[1.0], [4.0]])).tolist() == [1.0, 6.0]
+def test_novelty_is_relative_to_distances_between_training_pictures():
+    training = np.array([[1.0], [4.0], [7.0]])
+    assert metrics.novelty(np.array([[0.0], [10.0], [4.0]]), training).tolist() == [1 / 3, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("counts", "expected"), [([4, 4], 1), ([8, 0], 0), ([1, 1, 0, 0], 0.5), ([0, 0], 0), ([3], 0)])
@@ -77,6 +117,19 @@ def test_a_bootstrap_interval_holds_the_truth_about_as_often_as_it_says():
         assert found.low <= found.value <= found.high
         held += found.low <= 0 <= found.high
     assert 85 <= held <= 100
+
+
+def test_the_pictures_of_one_prompt_are_drawn_together():
+    prompt = np.repeat(np.arange(20), 10)
+    values = np.random.default_rng(0).standard_normal(20)[prompt]  # all of a prompt are alike: 20 facts, not 200
+    alone = metrics.bootstrap(lambda x: float(x.mean()), values)
+    together = metrics.bootstrap(lambda x: float(x.mean()), values, groups=(prompt,))
+    assert together.high - together.low == pytest.approx(np.sqrt(10) * (alone.high - alone.low), rel=0.2)
+
+
+def test_an_interval_holds_a_figure_that_is_biased_for_few_pictures():
+    found = metrics.bootstrap(metrics.frechet, gaussian(40, length=8), gaussian(40, length=8), samples=50)
+    assert found.low < found.value < found.high
 
 
 @pytest.mark.parametrize(

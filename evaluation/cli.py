@@ -1,0 +1,204 @@
+"""The command line of the evaluation: make pictures, turn them into features, compare, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.features import KINDS, Embeddings, Extractor, load_extractors
+from evaluation.figures import Asked, ask, compare, retrieve, styles_of
+from evaluation.painters import Painter, bundle_painter, pipeline_painter, student_painter
+from evaluation.reference import Reference, load_reference
+from tiue.files import one_line, write_text
+from tiue.prompts import load_prompts
+from tiue.settings import add_flags, check, given, setting, with_flags
+
+_DESCRIPTION = """\
+Say how good the pictures of a bundle, a pipeline or a student are: how near to reference pictures, how varied, and
+whether they show what was asked. docs/evaluation.md says what each figure means."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of an evaluation.
+
+    Raises:
+        ValueError: a setting is of another type or out of range.
+    """
+
+    features: tuple[str, ...] = setting(
+        (), f"networks that look at the pictures: {', '.join(KINDS)}", metavar="KIND=PATH[,KIND=PATH]", shown="none"
+    )
+    seeds: int = setting(4, "pictures of each prompt", group="the pictures", at_least=1)
+    first_seed: int = setting(1, "seed of the first picture of each prompt", at_least=0)
+    steps: int | None = setting(None, "steps", at_least=1, shown="the model's; 25 for a pipeline")
+    guidance: float = setting(7.5, "classifier-free guidance of a pipeline; 1: none", at_least=0)
+    spacing: str | None = setting(
+        None, "where a pipeline's timesteps lie", choices=["leading", "trailing", "linspace"], shown="the pipeline's"
+    )
+    batch: int = setting(8, "prompts at once", at_least=1)
+    reference_size: int = setting(512, "height and width that reference pictures of a folder get, pixels", at_least=8)
+    samples: int = setting(200, "bootstrap samples of the intervals", group="the figures", at_least=2)
+
+    def __post_init__(self):
+        check(self)
+        if not self.features:
+            raise ValueError(f"`features` must name a network as KIND=PATH, with {', '.join(KINDS)}, got none")
+
+
+def evaluate(
+    painter: Painter, prompts: Sequence[str], reference: Reference, config: EvaluationConfig, save: Path | None = None
+) -> dict[str, Any]:
+    """Evaluate a painter.
+
+    Args:
+        painter: from prompts to pictures; see `evaluation.painters`.
+        prompts: the prompts.
+        reference: pictures to compare with.
+        config: the settings.
+        save: a folder for the pictures, as PROMPT-SEED.png with the prompt's number.
+
+    Returns:
+        The report, made of what JSON can hold: "features" has the figures by kind of network.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractors = load_extractors(config.features, device)
+    asked = ask(prompts, reference.captions, reference.styles)
+    made = _made(painter, prompts, extractors, config, save)
+    prompt = np.repeat(np.arange(len(prompts)), config.seeds)
+    report: dict[str, Any] = {
+        "settings": asdict(config),
+        "prompts": len(prompts),
+        "pictures": len(prompt),
+        "reference pictures": len(reference.pictures),
+        "candidates": len(asked.candidates),
+        "features": {},
+    }
+    for extractor in extractors:
+        real = _features(reference, extractor)
+        report["features"][extractor.name] = _figures(
+            extractor, real, made[extractor.name], prompt, asked, config.samples
+        )
+    return report
+
+
+def _made(
+    painter: Painter, prompts: Sequence[str], extractors: list[Extractor], config: EvaluationConfig, save: Path | None
+) -> dict[str, Embeddings]:
+    """Make the pictures and keep their features only."""
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    parts: dict[str, list[Embeddings]] = {extractor.name: [] for extractor in extractors}
+    for start in tqdm(range(0, len(prompts), config.batch), desc="pictures", disable=not sys.stderr.isatty()):
+        pictures = painter(prompts[start : start + config.batch], seeds)
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(pictures):
+                number, seed = start + i // len(seeds), seeds[i % len(seeds)]
+                Image.fromarray(picture).save(save / f"{number:05}-{seed}.png")
+        for extractor in extractors:
+            parts[extractor.name].append(extractor.pictures(pictures))
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _features(reference: Reference, extractor: Extractor, batch: int = 64) -> Embeddings:
+    total = -(-len(reference.pictures) // batch)
+    batches = tqdm(
+        reference.batches(batch), desc=f"{extractor.name}: reference", total=total, disable=not sys.stderr.isatty()
+    )
+    return np.concatenate([extractor.pictures(pictures) for pictures in batches])
+
+
+def _figures(
+    extractor: Extractor, real: Embeddings, made: Embeddings, prompt: np.ndarray, asked: Asked, samples: int
+) -> dict[str, Any]:
+    figures, counts = compare(real, made, prompt, samples), {}
+    if extractor.reads:
+        figures |= retrieve(extractor, made, prompt, asked, samples)
+        counts, of_styles = styles_of(extractor, made, prompt, asked, samples)
+        figures |= of_styles
+    result: dict[str, Any] = {name: asdict(interval) for name, interval in figures.items()}
+    return result | ({"pictures by style": counts} if counts else {})
+
+
+def table(report: dict[str, Any]) -> str:
+    """Lay a report out as text: a row for each figure, a column for each network."""
+    columns = report["features"]
+    names = list(dict.fromkeys(n for figures in columns.values() for n, f in figures.items() if "value" in f))
+    cells = [["", *columns]]
+    cells += [[name, *(_cell(figures.get(name)) for figures in columns.values())] for name in names]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    for kind, figures in columns.items():
+        if counts := figures.get("pictures by style"):
+            rows.append(f"{kind}: " + ", ".join(f"{style} {count}" for style, count in counts.items()))
+    return "\n".join(rows)
+
+
+def _cell(figure: dict[str, float] | None) -> str:
+    return "" if figure is None else "{value:.4g} ({low:.4g} to {high:.4g})".format(**figure)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser: flags for files, then one for every setting."""
+    result = argparse.ArgumentParser(prog="python -m evaluation", description=_DESCRIPTION)
+    judged = result.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of tiue-runtime")
+    judged.add_argument(
+        "--pipeline", type=Path, metavar="DIR", help="a diffusers pipeline directory, for example a teacher"
+    )
+    judged.add_argument("--student", type=Path, metavar="FILE", help="a student.safetensors")
+    result.add_argument(
+        "--prompts", required=True, type=Path, metavar="PATH", help="captions: .txt (one a line), .jsonl or .parquet"
+    )
+    result.add_argument(
+        "--reference",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="pictures to compare with: a folder, or an NPZ with captions.json and styles.json beside it",
+    )
+    result.add_argument("--out", type=Path, required=True, metavar="FILE", help="the report, as JSON")
+    result.add_argument("--save", type=Path, metavar="DIR", help="keep the pictures in this folder")
+    add_flags(result, EvaluationConfig)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; on failure, print one line that says why.
+
+    Returns:
+        0; 2 if it cannot run.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        config = EvaluationConfig(**given(arguments, EvaluationConfig))
+        prompts = load_prompts(arguments.prompts)
+        reference = load_reference(arguments.reference, config.reference_size)
+        report = evaluate(_painter(arguments, config), prompts, reference, config, arguments.save)
+        judged = arguments.bundle or arguments.pipeline or arguments.student
+        files = {"judged": str(judged), "prompt file": str(arguments.prompts), "reference": str(arguments.reference)}
+        write_text(arguments.out, json.dumps(files | report, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"python -m evaluation: {with_flags(one_line(error), EvaluationConfig)}", file=sys.stderr)
+        return 2
+    print(table(report))
+    return 0
+
+
+def _painter(arguments: argparse.Namespace, config: EvaluationConfig) -> Painter:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.bundle:
+        return bundle_painter(arguments.bundle, config.steps)
+    if arguments.student:
+        return student_painter(arguments.student, device, config.steps)
+    return pipeline_painter(arguments.pipeline, device, config.steps or 25, config.guidance, config.spacing)
