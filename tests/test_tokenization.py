@@ -50,6 +50,7 @@ PROMPTS = [
     "\U0001f3f4\U000e0067\U000e0062\U000e007f",  # tag characters
     "cafe\u0301",  # combining marks
     "e\u0301\u0323 a\u0300\u0316",
+    "a\u0345cat",  # a letter only where case does not count
     "a\u034fcat",  # combining grapheme joiner
     "\u1100\u1161\u11a8",  # letters of a Korean syllable
     "\u65e5\u672c\u8a9e",

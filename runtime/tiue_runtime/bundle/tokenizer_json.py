@@ -31,6 +31,7 @@ _IGNORED = r"[\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}'.:·’]"  # noqa: RUF001
 _FINAL_SIGMA = rf"(?<={_CASED}|{_CASED}{_IGNORED}|{_CASED}{_IGNORED}{_IGNORED})Σ(?!{_IGNORED}*{_CASED})"
 _REPLACEMENTS = (
     ({"Regex": r"\s+"}, " "),
+    ({"Regex": "[\\s\u0345]+"}, " "),
     ({"Regex": r"[\p{Cn}\p{Cf}]"}, ""),
     ({"Regex": _FINAL_SIGMA}, "ς"),
     ({"Regex": " {2,}"}, "▁"),
