@@ -57,7 +57,7 @@ def bundle(folder: Path, about: dict[str, Any]) -> str:
                 if memory == "low" and pipe is not None:
                     _check_refused_again(pipe, found, about, error)
     if refused:
-        if drawn and not about.get("stale") and len(drawn) != 2 and not _may_differ(refused):
+        if drawn and not about.get("stale") and len(drawn) != 2 and not _may_depend_on_shapes(refused):
             raise Wrong(f"one way to draw works, another one does not: {refused[0]}")
         raise refused[0]
     if about.get("refuse"):
@@ -73,6 +73,13 @@ def _may_differ(refused: list[Any]) -> bool:
     from tiue_runtime import Cancelled, OutOfMemoryError
 
     return any(isinstance(error, OutOfMemoryError | Cancelled) for error in refused)
+
+
+def _may_depend_on_shapes(refused: list[Any]) -> bool:
+    """Whether a graph may run in one memory mode and fail in another, where it gets other shapes."""
+    from tiue_runtime import InferenceError
+
+    return _may_differ(refused) or any(isinstance(error, InferenceError) for error in refused)
 
 
 def _draw(pipe: Any, found: Any, about: dict[str, Any]) -> Any:
