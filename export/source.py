@@ -12,6 +12,7 @@ from tiue.checkpoint import Student, load_student
 from tiue.components import Components, ComponentsError, check_fit, load_components
 from tiue.files import is_directory, is_file
 from tiue.hub import is_hub_id
+from tiue.pipeline_directory import WITH_WEIGHTS
 from tiue.plausible import check_runs
 from tiue.recognize import is_original_layout, is_single_file, kind_of_weights
 from tiue.unet import check_shared_up_blocks
@@ -51,12 +52,21 @@ def load_source(
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
         components = load_components(path_or_id, local_files_only=False)
         student = _with_ddim_schedules(components, steps, components.name, shared_up_blocks)
+    _check_finite(path_or_id, student.components)
     try:
         check_fit(student.components)
         check_runs(student.components, replace(student, share_encoder=True).tiue())
     except ComponentsError as error:
         raise ExportError(f"{path_or_id}: {error}") from error
     return student
+
+
+def _check_finite(path_or_id: str | Path, components: Components) -> None:
+    """Raise ExportError for a weight of which nothing can be computed. Merged models sometimes have such weights."""
+    for part in WITH_WEIGHTS:
+        for name, tensor in getattr(components, part).state_dict().items():
+            if not tensor.isfinite().all():
+                raise ExportError(f"{path_or_id}: {part}.{name} holds infinity or NaN: the weights are damaged")
 
 
 def _load_file(

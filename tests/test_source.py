@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -354,3 +355,16 @@ def test_shared_up_blocks(directory, student_file, no_hub):
         load_source(directory, shared_up_blocks=2)
     with pytest.raises(ExportError, match=r"`shared_up_blocks` 1: .* was trained with 0 shared"):
         load_source(student_file, shared_up_blocks=1)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, part, value):
+    directory = tiny.save_pipeline(tiny.sd15(), tmp_path)
+    (path,) = (directory / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ExportError, match=rf"{part}\.{re.escape(name)} holds infinity or NaN"):
+        load_source(directory)
