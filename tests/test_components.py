@@ -403,6 +403,13 @@ def test_configurations_that_make_no_sense_are_refused_at_once(directory, tmp_pa
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("length", ["<|endoftext|>", [77], {}, 77.5, 0, -1, True])
+def test_a_length_that_is_no_number_is_refused(directory, length):
+    tiny.edit_json(directory / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(ValueError, match="model_max_length is .*: expected a whole number"):
+        load_source(directory)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "x/" * 3000, "x" * 300 + ".safetensors", "a\0b"])
 def test_names_that_no_system_has_are_no_files(name):
     for load in (load_source, load_components, load_tiny_vae, load_student):

@@ -129,6 +129,8 @@ def check_fit(components: Components) -> None:
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ComponentsError("a VAE with latents_mean or latents_std is not supported")
     length = components.tokenizer.model_max_length
+    if type(length) is not int or length < 1:
+        raise ComponentsError(f"the tokenizer's model_max_length is {length!r:.100}: expected a whole number")
     limit = getattr(text, "max_position_embeddings", None)  # T5 has no limit
     if limit is not None and length > limit:
         raise ComponentsError(f"the tokenizer's model_max_length is {length}, the text encoder takes at most {limit}")

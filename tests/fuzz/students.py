@@ -95,7 +95,7 @@ def _damaged(draw: Draw, name: str, data: bytes) -> tuple[bytes, str]:
     if name.endswith(".json"):
         try:
             content = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return data, "was changed before"
         data, edits = edited_json(draw, content)
         return data, "; ".join(edits)
@@ -103,7 +103,7 @@ def _damaged(draw: Draw, name: str, data: bytes) -> tuple[bytes, str]:
         (size,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + size])
         edit = _other_tensor(draw, header)
-    except (ValueError, struct.error):
+    except (ValueError, RecursionError, struct.error):
         return data, "was changed before"
     return written(dump(header).encode(errors="replace"), data[8 + size :]), edit
 
