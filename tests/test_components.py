@@ -406,7 +406,7 @@ def test_configurations_that_make_no_sense_are_refused_at_once(directory, tmp_pa
 @pytest.mark.parametrize("length", ["<|endoftext|>", [77], {}, 77.5, 0, -1, True])
 def test_a_length_that_is_no_number_is_refused(directory, length):
     tiny.edit_json(directory / "tokenizer" / "tokenizer_config.json", model_max_length=length)
-    with pytest.raises(ValueError, match="model_max_length is .*: expected a whole number"):
+    with pytest.raises(ValueError, match=r"model_max_length is .*: expected a whole number"):
         load_source(directory)
 
 
