@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config
 from evaluation import cli, features, figures, metrics
 from evaluation.encoder import augment, contrastive, network, sentences
 from evaluation.encoder.__main__ import main as encoder_main
+from evaluation.encoder.encoder_config import Shape
 from evaluation.features import load_extractors
 from evaluation.painters import bundle_painter, pipeline_painter, student_painter
 from evaluation.reference import Reference, load_reference
@@ -74,7 +75,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    shape = network.Shape(resolution=16, widths=(8, 16), embedding=12, text_hidden=8)
+    shape = Shape(resolution=16, widths=(8, 16), embedding=12, text_hidden=8)
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
     network.save_encoder(path, shape, network.Encoder(shape).state_dict())
     return path

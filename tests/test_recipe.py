@@ -82,7 +82,7 @@ def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, m
     assert history[0]["steps"] == PRESETS["smoke"].regression_steps
     assert history[1]["distilled"]["iterations"] == PRESETS["smoke"].distill.iterations
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures.keys() == {"held-out drawings", "teacher", "warm start", "distilled"}
+    assert figures.keys() == {"unseen drawings", "teacher", "warm start", "distilled"}
     assert all(0 <= f["top1"] <= f["top5"] <= 1 and f["frechet"] >= 0 for f in figures.values())
     assert (tmp_path / "grid.png").exists() and (tmp_path / "losses.png").exists()
     assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)

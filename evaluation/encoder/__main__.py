@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tiue_runtime.host.machine import has_bf16
 
-from evaluation.encoder.contrastive import EncoderConfig, EncoderTraining, Texts, held_out
+from evaluation.encoder.contrastive import EncoderTraining, Texts, held_out
+from evaluation.encoder.encoder_config import EncoderConfig
 from evaluation.encoder.network import Encoder, load_encoder
 from evaluation.encoder.sentences import Sentences
 from evaluation.metrics import bootstrap, rank_of_asked, unit

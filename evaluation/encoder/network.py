@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,28 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evaluation.encoder.encoder_config import Shape
 from evaluation.encoder.sentences import WIDTH, Sentences
 from tiue.files import one_line, written_whole
 
 _GROUPS = 8  # of the normalizations
 _BATCH = 128
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of an encoder.
-
-    Attributes:
-        resolution: pixels, height and width of what it sees.
-        widths: channels of its stages. Each stage halves height and width.
-        embedding: length of an embedding.
-        text_hidden: width of the hidden layer that maps the text encoder's vectors.
-    """
-
-    resolution: int = 64
-    widths: tuple[int, ...] = (32, 64, 128, 256)
-    embedding: int = 256
-    text_hidden: int = 512
 
 
 class Encoder(nn.Module):

@@ -97,6 +97,7 @@ def _render_all(directory: Path, archive: Path, captions_file: Path, resolution:
             rows.append((image, index, number, is_held_out(entry["hexcode"], style)))
     images, concept, style, held_out = zip(*rows, strict=True)
     np.savez(archive, images=images, concept=concept, style=style, held_out=held_out)
+    captions_file.with_name("styles.json").write_text(json.dumps(list(STYLES)))  # for python -m evaluation
     captions_file.write_text(json.dumps(captions, indent=0))
 
 

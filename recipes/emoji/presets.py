@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from evaluation.encoder.encoder_config import EncoderConfig
 from tiue.distill.config import DistillConfig, read_preset
 
 DISTILL = DistillConfig(**read_preset("emoji"))
+ENCODER = EncoderConfig()
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ class Preset:
 
     distill: DistillConfig = DISTILL
 
-    judge_steps: int = 1200  # of the classifier that measures pictures
-    judge_batch: int = 64
+    encoder: EncoderConfig = ENCODER  # it measures pictures
 
 
 CPU = Preset("cpu")
@@ -69,8 +70,7 @@ PRESETS = {
         regression_steps=2,
         regression_batch=4,
         distill=replace(DISTILL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
-        judge_steps=2,
-        judge_batch=8,
+        encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
     # All 1,030 concepts, for one data-centre GPU in less than an hour.
     "gpu": replace(

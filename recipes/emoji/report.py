@@ -18,10 +18,9 @@ from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 from torch import Tensor
 
-from evaluation.metrics import frechet
 from recipes.emoji.autoencoder import decode
 from recipes.emoji.data import Drawings
-from recipes.emoji.measure import Classifier, classifier, judge
+from recipes.emoji.measure import load_judge
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import autocast, device
 from recipes.emoji.student import sample_teacher
@@ -58,20 +57,19 @@ GRID_PROMPTS = [
 
 def report(preset: Preset, drawings: Drawings, out: Path) -> None:
     """Measure drawings, teacher and both students. Write figures.json, losses.png and grid.png into `out`."""
-    judging = classifier(preset, drawings, out / "judge.safetensors")
+    judge = load_judge(preset, drawings, out / "encoder")
     pipeline = load_teacher(out / "polished")
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
     warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distill/student.safetensors"))
     warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # the polished VAE, as the others have
     contenders = {
-        "held-out drawings": (drawings.images[drawings.held_out], drawings.concept[drawings.held_out]),
+        "unseen drawings": (drawings.images[judge.unseen], drawings.concept[judge.unseen]),
         "teacher": (sample_pictures(pipeline, captions, preset.guidance), concept),
         "warm start": (sample_student(warm, captions), concept),
         "distilled": (sample_student(distilled, captions), concept),
     }
-    _, real = judge(judging, drawings.images, drawings.concept)
-    figures = {name: measure(judging, real, *pictures) for name, pictures in contenders.items()}
+    figures = {name: judge.measure(*pictures) for name, pictures in contenders.items()}
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     plot_losses(out, out / "losses.png")
     grid(pipeline, Pipeline.load(out / "bundle"), drawings, GRID_PROMPTS, preset.guidance, out / "grid.png")
@@ -112,12 +110,6 @@ def sample_pictures(
         latents = sample_teacher(pipeline, text, null, noise, TEACHER_STEPS, guidance)
         images.append(decode(pipeline.vae, latents))
     return torch.cat(images).numpy()
-
-
-def measure(model: Classifier, real: np.ndarray, images: np.ndarray, concept: np.ndarray) -> dict[str, float]:
-    """Return top1, top5 (fractions) and the Frechet distance to the features `real` of all drawings."""
-    scores, features = judge(model, images, concept)
-    return scores | {"frechet": frechet(features, real)}
 
 
 def grid(

@@ -3,7 +3,7 @@
 A teacher is made from the shipped student: its UNet learns to denoise the drawings again. Two students then start from
 that teacher's weights and are distilled, one with the KL term and one without. All else is equal.
 
-Writes drift.json (the last losses, and the figures of the recipe's classifier) and drift.png (mean and variance of the
+Writes drift.json (the last losses, and the figures of the recipe's judge) and drift.png (mean and variance of the
 predicted noise over the iterations). Also writes pictures.png and the directories of both runs.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from recipes.emoji import data
-from recipes.emoji.measure import classifier, judge
+from recipes.emoji.measure import load_judge
 from recipes.emoji.presets import PRESETS, Preset
-from recipes.emoji.report import asked, measure, plot_students, sample_student
+from recipes.emoji.report import asked, plot_students, sample_student
 from recipes.emoji.stage import device, minimize, precision
 from recipes.emoji.student import all_captions, random_captions
 from recipes.emoji.studies.sharing import SHIPPED
@@ -72,10 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     figures = {name: {column: float(np.mean(log[column][-10:])) for column in log} for name, log in logs.items()}
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
-    judging = classifier(preset, drawings, out / "judge.safetensors")
-    _, real = judge(judging, drawings.images, drawings.concept)
+    judge = load_judge(preset, drawings, out / "encoder")
     for name, student in students.items():
-        figures.setdefault(name, {}).update(measure(judging, real, sample_student(student, captions), concept))
+        figures.setdefault(name, {}).update(judge.measure(sample_student(student, captions), concept))
     (out / "drift.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
     return 0

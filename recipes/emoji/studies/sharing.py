@@ -3,7 +3,7 @@
 The shipped default model is trained further to reproduce its own pictures from the same captions and noise. This is
 done twice: unchanged, and with one up block shared. The first is the control, because bfloat16 and averaging also have
 a cost.
-Writes sharing.json and sharing.png: distances to the shipped student's latents, and the classifier's figures as in the
+Writes sharing.json and sharing.png: distances to the shipped student's latents, and the judge's figures as in the
 recipe's report.
 """
 
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.emoji import data
-from recipes.emoji.measure import classifier, judge
+from recipes.emoji.measure import load_judge
 from recipes.emoji.presets import PRESETS
-from recipes.emoji.report import GRID_PROMPTS, asked, measure, plot_students, sample_student
+from recipes.emoji.report import GRID_PROMPTS, asked, plot_students, sample_student
 from recipes.emoji.stage import device, minimize
 from recipes.emoji.student import all_captions
 from tiue.checkpoint import Student, load_student, save_student
@@ -58,12 +58,11 @@ def main(argv: list[str] | None = None) -> int:
 
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
-    judging = classifier(preset, drawings, out / "judge.safetensors")
-    _, real = judge(judging, drawings.images, drawings.concept)
+    judge = load_judge(preset, drawings, out / "encoder")
     target = _latents(shipped, captions[:DISTANCE_PAIRS])
     figures = {}
     for name, student in contenders.items():
-        figures[name] = measure(judging, real, sample_student(student, captions), concept)
+        figures[name] = judge.measure(sample_student(student, captions), concept)
         error = F.mse_loss(_latents(student, captions[:DISTANCE_PAIRS]), target) / target.var()
         figures[name] |= {"latents": error.sqrt().item(), "milliseconds": 1e3 * _seconds(student)}
     (out / "sharing.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
