@@ -274,6 +274,13 @@ def test_augmentations_keep_white_paper_dark_lines_and_what_has_a_side():
     assert not augment.may_be_mirrored("alarm clock") and augment.may_be_mirrored("cat face")
 
 
+def test_colours_keep_their_names():
+    pixels = torch.ones(200, 3, 16, 16)
+    pixels[:, :, 4:12, 4:12] = torch.tensor([1.0, 0.7, -1.0])[:, None, None]  # yellow
+    red, green, blue = augment.augment(pixels, torch.zeros(200, dtype=torch.bool), torch.Generator())[:, :, 8, 8].T
+    assert (red > blue + 0.5).all() and (green > blue + 0.3).all() and ((red - green).abs() < 0.9).all()
+
+
 SMALL = ["--batch-size", "16", "--width", "8", "--resolution", "16"]
 
 

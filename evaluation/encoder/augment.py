@@ -7,13 +7,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ZOOM, STRETCH, TURN, SHIFT = 0.3, 0.1, 0.15, 0.12  # at most: factors, radians, and a part of the side
-CONTRAST, SATURATION, TINT, BRIGHTNESS = 0.3, 0.4, 0.1, 0.1  # small enough that a colour keeps its name
+CONTRAST, SATURATION, TINT, BRIGHTNESS = 0.3, 0.3, 0.1, 0.1  # small enough that a colour keeps its name
 BLURRED, ON_COLOUR = 0.3, 0.3  # probabilities
-PALEST = 0.6  # of a background's colour; drawings are on white
+DARKEST_PAPER = 0.6  # the darkest that a channel of the paper gets, in [0, 1]; drawings are on white
 NOISE = 0.04  # standard deviation at most, of pixels in [-1, 1]
 
 # Words of concepts whose mirror image is another concept, or wrong: clocks, arrows, flags, letters.
-_SIDED = ("left", "right", "clock", "thirty", "flag", "button", "keycap", "input", "arrow", "index", "sign", "mark")
+_SIDED = (
+    "left",
+    "right",
+    "clock",
+    "thirty",
+    "flag",
+    "button",
+    "keycap",
+    "input",
+    "arrow",
+    "index",
+    "sign",
+    "mark",
+    "symbol",
+)
 
 
 def may_be_mirrored(label: str) -> bool:
@@ -36,9 +50,7 @@ def augment(pixels: Tensor, mirror: Tensor, generator: torch.Generator) -> Tenso
     pixels = _recolour(pixels, generator)
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     pixels = torch.where(_chance(BLURRED, pixels, generator), blurred, pixels)
-    # Paper of a pale colour instead of white; dark lines stay dark.
-    paper = 1 - (1 - PALEST) * torch.rand(len(pixels), 3, 1, 1, generator=generator)
-    pixels = torch.where(_chance(ON_COLOUR, pixels, generator), (pixels + 1) * paper - 1, pixels)
+    pixels = torch.where(_chance(ON_COLOUR, pixels, generator), _on_paper(pixels, generator), pixels)
     strength = NOISE * torch.rand(len(pixels), 1, 1, 1, generator=generator)
     return pixels + strength * torch.randn(pixels.shape, generator=generator)
 
@@ -66,6 +78,13 @@ def _recolour(pixels: Tensor, generator: torch.Generator) -> Tensor:
     gain = (1 + _signed(CONTRAST, one, generator)) * (1 + _signed(TINT, three, generator))
     drawn = (pixels < 0.99).any(dim=1, keepdim=True)
     return ((pixels - 1) * gain + 1 + drawn * _signed(BRIGHTNESS, one, generator)).clamp(-1, 1)
+
+
+def _on_paper(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Put drawings on paper of a pale colour. What is drawn keeps its colours, but for white."""
+    paper = 2 * (1 - (1 - DARKEST_PAPER) * torch.rand(len(pixels), 3, 1, 1, generator=generator)) - 1
+    drawn = (6 * (1 - pixels.amin(dim=1, keepdim=True))).clamp(0, 1)
+    return drawn * pixels + (1 - drawn) * paper
 
 
 def _signed(most: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
