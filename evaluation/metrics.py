@@ -167,11 +167,9 @@ def bootstrap(
     groups: tuple[NDArray[np.integer] | None, ...] = (),
     samples: int = SAMPLES,
     seed: int = 0,
+    biased: bool = False,
 ) -> Interval:
     """Compute `figure(*sets)` and its 95 % interval over sets that are sampled again with replacement.
-
-    A figure that is biased for few pictures, such as a Frechet distance, is more so in bootstrap samples, which have
-    fewer different ones. The interval therefore has the width of theirs, and their mean is moved to the figure.
 
     Args:
         figure: a function of the sets, such as `frechet`.
@@ -180,6 +178,8 @@ def bootstrap(
             which resemble each other; None or nothing where each picture is its own.
         samples: bootstrap samples.
         seed: of the samples.
+        biased: whether the figure is biased for few pictures, as a Frechet distance is. It is more so in bootstrap
+            samples, which have fewer different ones. The interval then has the width of theirs, around the figure.
     """
     random = np.random.default_rng(seed)
     own = [
@@ -189,7 +189,7 @@ def bootstrap(
     found = [
         figure(*(rows[_again(group, random)] for rows, group in zip(sets, own, strict=True))) for _ in range(samples)
     ]
-    return _interval(figure(*sets), np.array(found))
+    return _interval(figure(*sets), np.array(found), biased)
 
 
 def unit(rows: Features) -> Features:
@@ -197,8 +197,8 @@ def unit(rows: Features) -> Features:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 
-def _interval(value: float, found: NDArray[np.float64]) -> Interval:
-    low, high = np.quantile(found, [0.025, 0.975]) + value - found.mean()
+def _interval(value: float, found: NDArray[np.float64], biased: bool = False) -> Interval:
+    low, high = np.quantile(found, [0.025, 0.975]) + (value - found.mean() if biased else 0)
     return Interval(value, float(low), float(high))
 
 
