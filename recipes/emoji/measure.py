@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.encoder.__main__ import concept_embeddings, train_encoder
 from evaluation.encoder.contrastive import EncoderTraining, Texts, held_out
 from evaluation.encoder.network import Encoder, load_encoder
+from evaluation.encoder.retrieval import concept_embeddings, train_encoder
 from evaluation.encoder.sentences import Sentences
 from evaluation.metrics import frechet, rank_of_asked
 from evaluation.reference import Reference
