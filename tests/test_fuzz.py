@@ -13,7 +13,7 @@ CASES = {
     "graphs": 80,
     "external": 40,
     "students": 12,
-    "pipelines": 30,
+    "pipelines": 12,
     "captions": 60,
     "pictures": 40,
 }
