@@ -203,7 +203,10 @@ def _score(value: Any) -> bool:
 
 
 def _ids(value: Any) -> bool:
-    return _is_object(value) and len(value) <= _MOST_TOKENS and all(map(_id, value.values()))
+    """Say whether a value maps tokens to ids. A vocabulary has 30,000 or more, so its ids are checked together."""
+    if not _is_object(value) or len(value) > _MOST_TOKENS or set(map(type, value.values())) - {int}:
+        return False
+    return not value or (min(value.values()) >= 0 and max(value.values()) <= _LARGEST_ID)
 
 
 def _merge(value: Any) -> bool:
