@@ -1,11 +1,12 @@
 """The method: the encoder runs once, the decoder at N timesteps, and a weighted sum is the picture.
 
-    F     = encoder(z_T, c)                     once, at the timestep folded into its graph
-    eps_i = decoder(F, t_i, c)                  k timesteps in one run
+    F     = encoder(z_T, c)                     once, at the timestep that is folded into its graph
+    eps_i = decoder(F, t_i, c)                  for N timesteps t_i
     z_0   = w_0 z_T + sum_i w_i eps_i
 
-z_T is noise, c the text, z_0 the latents of the picture. There is no sampling loop: no eps_i depends on another.
-Source: arXiv 2505.21960; docs/method.md derives the sum.
+z_T is noise, c the text, z_0 the latents of the picture. There is no sampling loop: no eps_i depends on another. One
+run of the decoder's graph takes k of the N timesteps, and returns their part of the sum. A model that predicts v has
+v_i in the place of eps_i, and other weights. Source: arXiv 2505.21960; docs/method.md derives the sum.
 """
 
 from functools import partial
@@ -30,26 +31,27 @@ def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, lad
         z_T: noise, float32 (B, C, h, w).
         text: text embeddings, float32 (B, L, D).
         ladder: says how many timesteps one run of the decoder takes.
-        run: every step is reported to it.
+        run: every finished run of the decoder is reported to it if it takes one timestep, else only the last.
 
     Returns:
         z_0, float32 (B, C, h, w).
     """
     steps, schedule = ladder.steps, manifest.schedules[ladder.steps]
-    rows = np.array(manifest.step_rows(steps), dtype=np.int64)
+    timestep_rows = np.array(manifest.step_rows(steps), dtype=np.int64)  # the graph knows timesteps by number
     w = np.array(schedule.step_weights, dtype=np.float32)
 
     features = halves.encode(z_T, text)
 
     def decode(now: slice) -> Float32:
-        # With one timestep per run, take the prediction without its weight, so that a preview can use it.
-        return halves.decode(features, rows[now], np.ones(1, np.float32) if ladder.one_by_one else w[now])
+        # With one timestep per run, ask for eps_i itself (weight 1), so that a preview can use it.
+        weights = np.ones(1, np.float32) if ladder.one_by_one else w[now]
+        return halves.decode(features, timestep_rows[now], weights)
 
     z = np.float32(schedule.noise_weight) * z_T
     for now, contribution in ladder.runs(decode):
         if ladder.one_by_one:
             eps = contribution
-            # The preview assumes that eps is right for all remaining timesteps.
+            # The preview is z + eps * (sum of the remaining weights), as if eps were right for them all.
             run.step(now.stop, steps, partial(_ahead, z, w[now.start :].sum(), eps))
             contribution = w[now] * eps
         z = z + contribution

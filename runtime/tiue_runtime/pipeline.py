@@ -192,19 +192,9 @@ class Pipeline:
         memory = given["memory"] = self._check_memory(given["memory"] or self.memory)
         manifest, graphs = self.bundle.manifest, self.graphs
         try:
+            # The width of text embeddings is looked up late: it may load the text encoder.
             request = Request.make(manifest, graphs.budget, lambda: graphs.text_width, prompt, output_type, given)
-            z_T = request.noise(run)
-            with graphs.request(run, low=memory == "low") as turns:
-                text = self._encode_text(request, turns)
-                ladder = Ladder(self._first_mode(request), request.steps)
-                halves = Halves(turns, request.steps, decoded=output_type != "latent")
-                z_0 = denoise(halves, manifest, z_T, text, ladder, run)
-                images: Any = z_0
-                tile = None
-                if output_type != "latent":
-                    image, tile = decode_image(turns, manifest, z_0, request.vae_tiling)
-                    unit = to_unit(image)
-                    images = to_pil(unit) if output_type == "pil" else unit
+            images, mode, tile = self._make(request, output_type, run)
         except (OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
             if not is_out_of_memory(error):
                 raise
@@ -213,8 +203,23 @@ class Pipeline:
             remedies = ["make smaller pictures", "fewer at once", *low, *tiles]
             raise graphs.out_of_memory(error, *remedies) from error
         run.timings["total"] = time.perf_counter() - run.begun
-        made = self.device, self.precision, request.steps, ladder.mode, self.vae, tile
+        made = self.device, self.precision, request.steps, mode, self.vae, tile
         return Result(images, request.seeds, run.timings, *made)
+
+    def _make(self, request: Request, output_type: OutputType, run: Run) -> tuple[Any, Mode, tuple[int, int] | None]:
+        """Go the way from noise to pictures. Returns the pictures, and `memory` and `tile` as in Result."""
+        manifest = self.bundle.manifest
+        z_T = request.noise(run)
+        with self.graphs.request(run, low=request.memory == "low") as turns:
+            text = self._encode_text(request, turns)
+            ladder = Ladder(self._first_mode(request), request.steps)
+            halves = Halves(turns, request.steps, decoded=output_type != "latent")
+            z_0 = denoise(halves, manifest, z_T, text, ladder, run)
+            if output_type == "latent":
+                return z_0, ladder.mode, None
+            image, tile = decode_image(turns, manifest, z_0, request.vae_tiling)
+        unit = to_unit(image)
+        return to_pil(unit) if output_type == "pil" else unit, ladder.mode, tile
 
     def _check_memory(self, memory: Memory) -> Memory:
         """Return `memory` if this pipeline can take it. Raises RequestError."""

@@ -61,11 +61,13 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
         StoppedError: SIGTERM or SIGINT arrived. A checkpoint is written first.
         ValueError: the directory holds another run, or the processes do not see the same checkpoints.
     """
-    config, out, accelerator, main = run.config, run.out, run.accelerator, run.accelerator.is_main_process
-    average, followed = Average(accelerator, method.model, config), next(iter(method.networks.values()))
+    config, out, accelerator = run.config, run.out, run.accelerator
+    main = accelerator.is_main_process
+    average = Average(accelerator, method.model, config)
+    averaged = next(iter(method.networks.values()))  # the network that holds method.model
 
     # Resume. Write config.json last, so that a run that cannot start leaves the directory free.
-    run.identify()
+    run.identify()  # raises if the directory holds another run
     state = _state(run, method, average)
     first = saved = _restore(run, state)
     if main:
@@ -88,7 +90,7 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
             _check_finite(run, method, step, values)
 
             # Average.
-            if (step + 1) % config.ema_every == 0 and not followed.skipped:
+            if (step + 1) % config.ema_every == 0 and not averaged.skipped:
                 average.follow()
 
             # Log.
@@ -110,7 +112,8 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
                 raise StoppedError(_stopped(step, saved, stopped), stopped)
 
     # Finish.
-    path, weights = out / method.result, average.weights()
+    path = out / method.result
+    weights = average.weights()  # All processes take part.
     if main:
         method.save(weights, path)
         write_report(out, method.name)

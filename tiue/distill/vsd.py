@@ -66,15 +66,17 @@ class Vsd(Method):
         self._clip = None if clip is None else clip.to(device)
         self._null = captions.encode([""])
 
-        torch.manual_seed(config.seed)  # The adapters' initial weights are random.
+        # `TiUE` and `Predictor` are views of the student's `unet`. accelerate wraps the predictor, so that processes
+        # exchange its gradients; the weighted sum stays outside, in float32.
         unet = student.components.unet.requires_grad_(True)
-        self.tiue = TiUE(unet, self._longest, student.encoder_timestep, config.shared_up_blocks).to(device)
-        self.scores = Scores(teacher.unet.to(device), self.process, config)
+        self.tiue = TiUE(unet, self._most_steps, student.encoder_timestep, config.shared_up_blocks).to(device)
         predictor = Predictor(self.tiue, config.share_encoder)
+        torch.manual_seed(config.seed)  # The initial weights of the fake score's adapters are random.
+        self.scores = Scores(teacher.unet.to(device), self.process, config)
         self._tune(unet, self.scores.network, predictor)
         self.student = self._trained(predictor, config.learning_rate)
         self.fake = self._trained(self.scores.network, config.fake_learning_rate)
-        self.scores.network = self.fake.network
+        self.scores.network = self.fake.network  # The scores must call the wrapped network, too.
         self.model, self.networks = unet, {"student": self.student, "fake": self.fake}
         self.columns = self._columns()
 
@@ -82,29 +84,29 @@ class Vsd(Method):
 
     def update(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Update the student once, then the fake score `fake_steps` times."""
-        config, means, made = self.config, Means(), []
+        config, means, generated = self.config, Means(), []
         schedule = self.schedules[batch.shared.choice(config.steps)]
 
-        # The student: VSD + kl_weight * KL, and the optional CLIP loss.
+        # The student: VSD + kl_weight * KL(N(mu_i, v_i) of every noise map eps_i || N(0, 1)), and CLIP if it is used.
         for part in self.student.accumulating(batch.parts):
             text, z_T = self.captions.embeddings(part), part.draws.normal(self.latent_shape)
             z_0, predicted = self.predict(z_T, text, schedule)
             eps = self.noise_maps(z_T, predicted, schedule)
-            found = {"vsd": self.vsd(z_0, text, part.draws), "kl": losses.kl_loss(eps)}
-            loss = found["vsd"] + config.kl_weight * found["kl"]
+            terms = {"vsd": self.vsd(z_0, text, part.draws), "kl": losses.kl_loss(eps)}
+            loss = terms["vsd"] + config.kl_weight * terms["kl"]
             if self._clip is not None and (weight := self.clip_weight(step)):
                 with self._accelerator.autocast():
-                    found["clip"] = self._clip.loss(z_0, self.captions.of(part))
-                loss = loss + weight * found["clip"]
+                    terms["clip"] = self._clip.loss(z_0, self.captions.of(part))
+                loss = loss + weight * terms["clip"]
             self.student.backward(loss / config.accumulate)
-            means.add(config.accumulate, **found, **_statistics(eps, schedule))
-            made.append((z_0.detach(), text, part.draws))
+            means.add(config.accumulate, **terms, **_statistics(eps, schedule))
+            generated.append((z_0.detach(), text, part.draws))
         self.student.step()
 
         # The fake score learns to denoise these z_0, with probability `null_probability` without their text.
         for _ in range(config.fake_steps):
             without_text = batch.shared.uniform() < config.null_probability
-            for z_0, text, draws in self.fake.accumulating(made):
+            for z_0, text, draws in self.fake.accumulating(generated):
                 loss = self.denoising(z_0, self._null.expand_as(text) if without_text else text, draws)
                 self.fake.backward(loss / config.accumulate)
                 means.add(config.accumulate * config.fake_steps, fake=loss)
@@ -125,7 +127,11 @@ class Vsd(Method):
         return self.tiue.sum(z_T, self.student(z_T, text, schedule).float(), schedule)
 
     def vsd(self, z_0: Tensor, text: Tensor, draws: Draws) -> Tensor:
-        """0.5 mean((z_0 - sg(z_0 - grad))^2) with grad = (1 - abar_t) (eps_teacher - eps_fake), t ~ U{t_min..t_max}."""
+        """Variational score distillation: 0.5 mean((z_0 - sg(z_0 - grad))^2), whose gradient is grad / numel.
+
+        grad = (1 - abar_t) (eps_teacher - eps_fake) at z_t, for t ~ U{t_min..t_max}. It moves z_0 from pictures that
+        the fake score expects towards those that the teacher expects. Both may be guided; sg stops the gradient.
+        """
         config, null = self.config, self._null
         t = draws.integers(config.t_min, config.t_max + 1)
         with torch.no_grad(), self._accelerator.autocast():
@@ -135,7 +141,7 @@ class Vsd(Method):
         return losses.vsd_loss(z_0, eps_teacher, eps_fake, 1 - self.abar[t])
 
     def denoising(self, z_0: Tensor, text: Tensor, draws: Draws) -> Tensor:
-        """mse(sqrt(abar_t) eps_fake, sqrt(abar_t) noise), t ~ U{0..T-1}."""
+        """Denoising loss of the fake score: mse(sqrt(abar_t) eps_fake, sqrt(abar_t) noise) at new t ~ U{0..T-1}."""
         t = draws.integers(0, len(self.abar))
         noise = draws.normal(z_0.shape[1:])
         with self._accelerator.autocast():
@@ -143,7 +149,10 @@ class Vsd(Method):
         return losses.fake_score_loss(eps_fake, noise, self.abar[t].sqrt())
 
     def noise_maps(self, z_T: Tensor, predicted: Tensor, schedule: Schedule) -> Tensor:
-        """Return the noise eps_i (N, B, C, h, w): as predicted, or from v along the DDIM path that begins at z_T."""
+        """Return the noise eps_i, (N, B, C, h, w), which the KL term is about.
+
+        A model that predicts v implies it: eps = sqrt(abar_t) v + sqrt(1 - abar_t) z_t along the DDIM path from z_T.
+        """
         if self.process.prediction_type == "epsilon":
             return predicted
         maps, z = [], z_T
@@ -166,7 +175,7 @@ class Vsd(Method):
     def sample(self) -> Tensor | None:
         """Make the sample pictures, uint8 (n, 3, H, W), always from the same noise. None on other processes."""
         noise, text = self._samples
-        z_T, schedule = noise.to(text.device), self._longest
+        z_T, schedule = noise.to(text.device), self._most_steps
         with torch.no_grad(), self._accelerator.autocast():
             z_0, _ = self.tiue.sum(z_T, self.student.evaluate(z_T, text, schedule).float(), schedule)
             return pictures(self._vae, z_0) if self._accelerator.is_main_process else None
@@ -189,7 +198,7 @@ class Vsd(Method):
         return self.captions.describe(batch)
 
     @property
-    def _longest(self) -> Schedule:
+    def _most_steps(self) -> Schedule:
         return self.schedules[max(self.schedules)]
 
     def _columns(self) -> list[str]:
