@@ -47,7 +47,7 @@ def decode_image(
     why = f"{name} would run out of memory on {graph.device}, by the bundle's estimate"
     for plan in ways[first:]:
         if plan is not ways[first] or (plan.tiled and tiling is None):
-            warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=3)
+            warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=4)
         try:
             with budget.run(name, plan.rows, plan.height * plan.width, keeps=lambda: graph.keeps):
                 image = decode_parts(run_part, z_0, plan, pixels)

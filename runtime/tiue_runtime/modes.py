@@ -67,7 +67,7 @@ class Ladder:
                 lower = lower_mode(self.mode, self.steps)
                 if lower is None:
                     raise
-                warnings.warn(f"{error} in {self.mode} mode: continuing in {lower} mode", stacklevel=4)
+                warnings.warn(f"{error} in {self.mode} mode: continuing in {lower} mode", stacklevel=5)
                 self.mode = lower
                 continue
             yield now, computed

@@ -242,7 +242,7 @@ class Pipeline:
         else:
             tokens, length = self._tokenizer(request.prompts), self.bundle.manifest.text_length
             for cut in filter(None, tokens.cut):
-                warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=3)
+                warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=4)
             graph = self.graphs.text_encoder
             feed = {INPUT_IDS: tokens.input_ids, ATTENTION_MASK: tokens.attention_mask}
             text = cast(Float32, turns(TEXT_ENCODER, graph, feed)[TEXT])
