@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,17 @@ def test_an_encoder_is_trained_resumes_and_reports_its_retrieval(tmp_path, archi
     assert encoder_main(whole) == 0  # from the start or from an older checkpoint
     again = load_file(tmp_path / "whole/encoder.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_a_run_does_not_resume_on_other_drawings(tmp_path, archive, capsys):
+    command = ["--out", str(tmp_path / "run"), *SMALL, "--iterations", "1", "--drawings"]
+    assert encoder_main([*command, str(archive)]) == 0
+    (tmp_path / "run/report.json").unlink()
+    other = shutil.copytree(archive.parent, tmp_path / "other")
+    captions = json.loads((other / "captions.json").read_text())
+    (other / "captions.json").write_text(json.dumps([[f"other {i}"] for i in range(len(captions))]))
+    assert encoder_main([*command, str(other / "drawings.npz")]) == 2
+    assert "captions" in capsys.readouterr().err
 
 
 def test_an_encoder_learns_to_find_a_colour(archive, tmp_path):

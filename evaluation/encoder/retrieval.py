@@ -18,7 +18,7 @@ from evaluation.metrics import bootstrap, rank_of_asked, unit
 from evaluation.reference import Reference
 from tiue.distill.loop import train
 from tiue.distill.method import Run
-from tiue.files import write_text
+from tiue.files import digest, write_text
 
 
 def train_encoder(reference: Reference, out: Path, config: EncoderConfig) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def train_encoder(reference: Reference, out: Path, config: EncoderConfig) -> dic
     path, weights = out / "report.json", out / EncoderTraining.result
     if not path.exists():
         run = Run(out, config)
+        run.identify(captions=digest([text for variants in reference.captions for text in variants]))
         texts = Texts(reference, Sentences(run.accelerator.device))
         begun = time.process_time()
         train(run, EncoderTraining(run, config, reference, texts))
