@@ -68,6 +68,13 @@ def test_copies_in_a_bootstrap_sample_do_not_count_as_near_pictures():
     assert found.high - found.low == pytest.approx(4 * np.std(again), rel=0.5)
 
 
+def test_the_interval_of_the_kernel_distance_holds_it_when_pictures_of_a_prompt_are_alike():
+    prompt = np.repeat(np.arange(10), 12)
+    made = gaussian(10)[prompt] + gaussian(120, scale=0.1)
+    found = metrics.kernel_interval(gaussian(200), made, prompt)
+    assert found.low < found.value < found.high
+
+
 def means(real: np.ndarray, made: np.ndarray) -> dict[str, float]:
     return {name: values.mean() for name, values in metrics.precision_recall(real, made).items()}
 
