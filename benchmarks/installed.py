@@ -25,8 +25,8 @@ class Installed:
 def measure(python: str, roots: Iterable[str]) -> Installed:
     """Measure distributions and their requirements in the path of an interpreter.
 
-    Roots that are not installed are left out, because only one of ONNX Runtime's wheels is. Markers are evaluated for
-    the interpreter that runs this function.
+    Roots that are not installed are skipped: only one of ONNX Runtime's wheels can be installed. Markers are evaluated
+    for the interpreter that runs this function.
 
     Args:
         python: the interpreter.

@@ -4,18 +4,20 @@
     source                reads the model
     assemble              the stages of an export, in order, with the modules that each uses:
       plan                  plan: targets, files, manifest
-      trace, trace_text     trace; translate: operators that PyTorch does not translate well
-      cuda, int8, storage   rewrite; calibrate: the ranges of activations that int8 needs
+      trace, trace_text     trace the halves that tiue.hoist makes; translate: operators that PyTorch translates badly;
+                            cuda: rewrites each graph of the cuda target
+      int8, storage         rewrite for smaller weights; calibrate: the ranges of activations that int8 needs
       writer                write
+      fit_preview           fit the preview matrix
       parity                check; parity_case: one size; execution, cuda_definitions: how graphs run here
-      publish               move the finished directory into place
-    working_memory        measures and fits the memory of runs
-    fit_preview, card     the preview matrix and README.md of a bundle
+      working_memory        measure and fit the memory of runs
+      card, publish         write README.md, and move the finished directory into place
+    errors, quiet         exceptions; libraries that print too much
 
 A rewriter takes a graph, changes it in place, and returns the number of its changes.
 
 The folder has a module named onnx, so it must never be on sys.path itself: start `python -m export.onnx` above it.
 """
 
-# Before other libraries are imported, it tells them not to use the network.
+# Importing tiue first keeps other libraries off the network.
 import tiue as tiue

@@ -3,14 +3,14 @@
 The graph was traced with `translate.CUDA`, which gives GroupNorm, MultiHeadAttention and Gelu. The rules, in this
 order:
 
-1. Conv -> NhwcConv, with weights (M, kH, kW, C). Operators that work element by element, Concat, Resize and Tile
-   follow their inputs into that layout, and the Transposes between them vanish.
+1. Conv -> NhwcConv, with weights (M, kH, kW, C). Element-wise operators, Concat, Resize and Tile take the layout of
+   their inputs. The Transposes between them vanish.
 2. Reshape, Reshape -> nothing, where attention splits heads that MultiHeadAttention takes merged.
 3. GroupNorm, x * Sigmoid(x) -> GroupNorm with its activation.
 4. Add, GroupNorm -> SkipGroupNorm, which also returns the sum.
 5. MatMul, Add bias, Split, x * Gelu(y) -> MatMul, BiasSplitGelu, at the widths that have a kernel.
-6. Add bias, Add -> BiasAdd, at the widths that have a kernel, unless a LayerNormalization follows, with which ONNX
-   Runtime fuses both itself.
+6. Add bias, Add -> BiasAdd, at the widths that have a kernel. This rule leaves out the inputs of a
+   LayerNormalization, which ONNX Runtime fuses itself.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -46,7 +46,7 @@ def fuse(graph: ir.Model) -> int:
         RemoveUnusedNodesPass()(graph)
     for node in graph.graph:
         for value in node.outputs:
-            if value.dtype is None and node.inputs[0] is not None:  # New here, of an operator that keeps the type.
+            if value.dtype is None and node.inputs[0] is not None:  # Made by these rules; it keeps its input's type.
                 _describe(value, value.shape, node.inputs[0].dtype)
     return count
 
@@ -91,7 +91,7 @@ def _convolve_channels_last(graph: ir.Graph, node: ir.Node) -> None:
 def _follow(graph: ir.Graph, node: ir.Node) -> None:
     """Move `node` to channels last if one of its inputs is there.
 
-    An input that is not there gets a Transpose, which saves the one behind `node`.
+    Its other inputs get a Transpose, so that none is needed after `node`.
     """
     if not any(_channels_last(value) is not None for value in node.inputs):
         return
@@ -155,7 +155,7 @@ def _transposed(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
 
 
 def _channels_last(value: ir.Value | None) -> ir.Value | None:
-    """Return the value with channels last that `value` is a Transpose of, or None."""
+    """If `value` is a Transpose of a value with channels last, return that value, else None."""
     node = None if value is None else value.producer()
     return node.inputs[0] if node is not None and _perm(node) == TO_CHANNELS_FIRST else None
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     AutoencoderTiny = Any  # Importing diffusers takes seconds, which the help should not take.
 
-# The least PSNR of latents and images where graphs or weights are not float32, and where they are int8.
+# The lowest PSNR allowed of latents and images: with graphs or weights in less than float32, and with int8.
 PSNR_FLOOR_DB, INT8_FLOOR_DB = 35.0, 30.0
 
 
@@ -26,8 +26,8 @@ class Options:
     name: str | None = setting(None, "the model's name", group="how to export", shown="the one in the checkpoint")
     target: tuple[str, ...] = setting(
         (),
-        "portable runs anywhere; cpu and cuda have operators of ONNX Runtime for its CPU and CUDA providers, and share "
-        "the weights' file",
+        "portable runs anywhere; cpu and cuda use ONNX Runtime's own operators for CPUs and CUDA; all targets share "
+        "one file of weights",
         choices=bundle.VARIANTS,
         metavar="TARGET[,TARGET]",
         shown="portable, and cpu for a model over 1 GB",
@@ -46,7 +46,7 @@ class Options:
     )
     vae: tuple[str, ...] = setting(
         (),
-        "image decoders; tiny alone replaces the model's own; of two, the first is the default",
+        "image decoders; tiny alone replaces the model's own decoder; if there are two, the first is the default",
         choices=bundle.VAE_KINDS,
         metavar="KIND[,KIND]",
         shown="the model's own",
@@ -56,7 +56,7 @@ class Options:
     )
     overwrite: bool = setting(False, "replace a bundle that exists")
     tiny_vae: AutoencoderTiny | None = None  # beside the model's own decoder, or in its place
-    calibration_prompts: tuple[str, ...] = ()  # for int8 to measure ranges on; () is 16 of all kinds
+    calibration_prompts: tuple[str, ...] = ()  # for int8 to measure ranges on; () uses 16 built-in prompts
 
     def __post_init__(self) -> None:
         try:

@@ -45,7 +45,7 @@ def _report_errors(arguments: argparse.Namespace) -> int:
     except MemoryError as error:
         return _fail(f"out of memory: {error}".removesuffix(": "), 2)
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch's words on the CPU, without a class of their own
+        if "can't allocate memory" not in str(error):  # PyTorch raises a plain RuntimeError on the CPU.
             raise
         return _fail("out of memory", 2)
     except KeyboardInterrupt:
@@ -58,7 +58,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     """Export as the flags say. Returns the directory of the bundle."""
     # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
-    # Imported late, since these import torch. That takes seconds, which --help and a mistyped flag should not take.
+    # These import torch, which takes seconds. --help and errors in flags stay fast.
     from export.assemble import export_bundle
     from export.parity import table
     from export.publish import check_target
@@ -66,7 +66,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     from tiue.components import load_tiny_vae
     from tiue.prompts import load_prompts
 
-    source = arguments.ckpt  # A Path would turn ./owner/name into owner/name, an id of the Hub.
+    source = arguments.ckpt  # A Path drops ./, and owner/name would then look like an id of the Hub.
     chosen = Source(**given(arguments, Source))
     out = Path(chosen.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
     prompts = load_prompts(Path(chosen.calibration_prompts)) if chosen.calibration_prompts else ()
@@ -108,7 +108,7 @@ class Source:
     )
     shared_up_blocks: int | None = setting(
         None,
-        "with a pipeline: the number of up blocks that it was trained to run once",
+        "for a pipeline: the number of up blocks that belong to the encoder, which runs once",
         at_least=0,
         metavar="K",
         shown="0; a student has its own",
@@ -120,7 +120,7 @@ class Source:
         None,
         "for the precision int8: prompts, one a line, to measure the ranges of activations with",
         metavar="FILE",
-        shown="16 of all kinds",
+        shown="16 built-in prompts",
     )
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export.onnx",
         description="Export a student to an ONNX bundle for tiue-runtime. The bundle appears only if its graphs "
-        "compute what PyTorch computes, at other batch sizes and resolutions than those that were traced.",
+        "match PyTorch, also at batch sizes and resolutions that were not traced.",
     )
     parser.add_argument(
         "--ckpt",

@@ -55,7 +55,10 @@ class EncoderConfig(RunConfig):
     smoothing: float = setting(0.1, "label smoothing over the concepts", at_least=0, at_most=1)
     style_weight: float = setting(0.3, "weight of the loss over the styles", at_least=0)
     label_share: float = setting(
-        0.2, "share of concepts whose caption is the label; the others' is a random one", at_least=0, at_most=1
+        0.2,
+        "share of concepts that an update shows by their label; the others appear by a random caption",
+        at_least=0,
+        at_most=1,
     )
 
     @property

@@ -21,7 +21,7 @@ from evaluation.encoder.encoder_config import Shape
 from evaluation.encoder.sentences import WIDTH, Sentences
 from tiue.files import one_line, written_whole
 
-_GROUPS = 8  # of the normalizations
+_GROUPS = 8  # of each GroupNorm
 _BATCH = 128
 
 
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
     Args:
         shape: its sizes.
-        temperature: by which cosines are divided in the loss; it is trained.
+        temperature: the divisor of cosines in the loss. It is trained.
     """
 
     def __init__(self, shape: Shape, temperature: float = 0.07):

@@ -11,7 +11,7 @@ The modules, in the order in which a request meets them:
     options         the options of a request and of loading, each written once
     request         the options of one request, checked and complete
     tokenizer, noise    a prompt's tokens; a seed's noise z_T
-    denoise         the method: the encoder once, the decoder at N timesteps, their weighted sum z_0
+    denoise         the method: the encoder once, the decoder at N timesteps, z_0 = w_0 z_T + sum_i w_i eps_i
     graphs          the four graphs: loaded, run in turn, freed
     decode, tiling, images    z_0 to pixels, whole or in tiles
     modes, budget   how many timesteps at once; whether a run fits into memory

@@ -4,12 +4,12 @@
     directory       a bundle on disk: load, verify, write
     find            a bundle by its path or by the name of an installed package
     external_data   the files that an ONNX graph names
-    tokenizer_json  the check of tokenizer.json
+    tokenizer_json  reading and checking tokenizer.json
     fields          typed reading of JSON; every error names the exact field
     schema          the JSON schema of bundle.json
     replacing       writing a file under another name, then renaming it
 
-This package imports the standard library only, so that any tool can read a bundle.
+This package imports the standard library and `tiue_runtime.errors` only, so that any tool can read a bundle.
 """
 
 from tiue_runtime.bundle.directory import Bundle, write_bundle

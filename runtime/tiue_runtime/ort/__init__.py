@@ -1,4 +1,4 @@
-"""ONNX Runtime: the only folder that imports it.
+"""ONNX Runtime. No other folder of this package imports it.
 
 devices       the kinds of devices, as data: providers, options, policies
 placement     where a bundle's graphs run: device, variant, precision and settings, decided and proven once

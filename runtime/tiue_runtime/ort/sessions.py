@@ -25,7 +25,7 @@ WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime
 INSTALL = 'pip install "tiue-runtime[cpu]" (or "tiue-runtime[cuda]" for an NVIDIA GPU)'
 
 
-# If this entry is 1, ONNX Runtime refuses a graph that leaves nodes to the CPU provider. LEFT_NODES is its message.
+# If this entry is 1, ONNX Runtime refuses a graph that leaves nodes to the CPU provider, with the text LEFT_NODES.
 _MUST_TAKE_ALL = "session.disable_cpu_ep_fallback"
 LEFT_NODES = "fallback to CPU EP has been explicitly disabled"
 
@@ -57,7 +57,7 @@ def replace_wheels(extra: str) -> str:
 
 
 def load_onnxruntime() -> Any:
-    """Import onnxruntime when it is first needed. This is its only import in this package.
+    """Import onnxruntime when it is first needed, and check which wheel it came from.
 
     Raises:
         DeviceError: it is missing, broken, or installed twice.
@@ -113,7 +113,7 @@ def create_session(path: Path, device: Device, settings: Settings | None = None)
 
 
 def _start_graph(path: Path, device: Device, settings: Settings) -> Any:
-    """Create a session. Warn if a device that has kernels for all our nodes leaves some to the CPU."""
+    """Create a session. Warn if nodes stay on the CPU although the device has kernels for them all."""
     model = os.fspath(path)
     if not device.row.must_take_all:
         return start_session(model, device, settings)
@@ -183,14 +183,14 @@ def start_session(model: str | bytes, device: Device, settings: Settings, *, mus
 def _session_options(ort: Any, device: Device, settings: Settings, must_take_all: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.cpu_threads
-    # Spinning idle threads of four sessions take the cores from each other and from the application. On 2 cores, a
-    # picture of the default model takes 70 ms with spinning and 22 ms without.
+    # Idle threads would spin, and take the cores from other sessions and from the application. On 2 cores, a picture of
+    # the default model takes 70 ms with spinning and 22 ms without.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # ONNX Runtime would reuse the memory layout of an earlier run whose inputs have the same XOR of all dimensions.
-    # Square latents of all sizes have the same XOR, and so have all numbers of timesteps. Small runs would then take
-    # the memory of large ones.
+    # ONNX Runtime keeps a memory layout for each XOR of all dimensions of the inputs. Height and width of square
+    # latents cancel out, and so does the number of timesteps, which two inputs have. Small runs would get large runs'
+    # memory.
     options.enable_mem_pattern = False
-    options.log_severity_level = 4  # Errors are also raised, and callers need no other messages.
+    options.log_severity_level = 4  # Log nothing: errors are raised anyway.
     options.add_session_config_entry(_MUST_TAKE_ALL, str(int(must_take_all)))
     if settings.record_placement:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -202,7 +202,7 @@ def _session_options(ort: Any, device: Device, settings: Settings, must_take_all
 def preload_libraries(ort: Any, device: Device) -> None:
     """Load the libraries of a GPU from their wheels, because the system's loader does not search these."""
     ort.preload_dlls()  # CUDA and cuDNN
-    package, *names = device.row.preloads or ("",)
+    package, *names = device.row.preloads or ("",)  # the wheel's package, then the names of its libraries
     spec = importlib.util.find_spec(package) if package else None
     for folder in spec.submodule_search_locations or [] if spec else []:
         for name in names:
