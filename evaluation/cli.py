@@ -71,8 +71,7 @@ def evaluate(
     Returns:
         The report, made of what JSON can hold: "features" has the figures by kind of network.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    extractors = load_extractors(config.features, device)
+    extractors = load_extractors(config.features, _device())
     asked = ask(prompts, reference.captions, reference.styles)
     made = _made(painter, prompts, extractors, config, save)
     prompt = np.repeat(np.arange(len(prompts)), config.seeds)
@@ -195,10 +194,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _painter(arguments: argparse.Namespace, config: EvaluationConfig) -> Painter:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.bundle:
         return bundle_painter(arguments.bundle, config.steps)
     if arguments.student:
-        return student_painter(arguments.student, device, config.steps)
-    return pipeline_painter(arguments.pipeline, device, config.steps or 25, config.guidance, config.spacing)
+        return student_painter(arguments.student, _device(), config.steps)
+    return pipeline_painter(arguments.pipeline, _device(), config.steps or 25, config.guidance, config.spacing)

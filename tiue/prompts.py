@@ -11,12 +11,8 @@ from typing import Any
 
 from tiue.files import one_line
 
-FIELDS = (
-    "prompt",
-    "caption",
-    "text",
-    "Task2.Caption",
-)  # fields of a record that may hold its caption; the last is JourneyDB's
+# Fields of a record that may hold its caption. The last is JourneyDB's.
+FIELDS = ("prompt", "caption", "text", "Task2.Caption")
 LONGEST = 100_000  # characters of a caption; a longer one means that the file has another format
 _LONGEST_LINE = 10_000_000  # characters of a line; records also have other fields
 

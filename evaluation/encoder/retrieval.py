@@ -21,13 +21,14 @@ from tiue.distill.method import Run
 from tiue.files import digest, write_text
 
 
-def train_encoder(reference: Reference, out: Path, config: EncoderConfig) -> dict[str, Any]:
+def train_encoder(reference: Reference, out: Path, config: EncoderConfig, texts: Texts | None = None) -> dict[str, Any]:
     """Train an encoder and measure it, once: a finished run is not repeated, a stopped one resumes.
 
     Args:
         reference: drawings with concepts, styles and captions.
         out: directory of the run; the encoder will be its encoder.safetensors, the report its report.json.
         config: the settings.
+        texts: those of `reference`, if the caller has them already; encoding them takes a while.
 
     Returns:
         The report: retrieval on the drawings that were held out, and how the encoder was trained.
@@ -41,7 +42,7 @@ def train_encoder(reference: Reference, out: Path, config: EncoderConfig) -> dic
     if not path.exists():
         run = Run(out, config)
         run.identify(captions=digest([text for variants in reference.captions for text in variants]))
-        texts = Texts(reference, Sentences(run.accelerator.device))
+        texts = texts or Texts(reference, Sentences(run.accelerator.device))
         begun = time.process_time()
         train(run, EncoderTraining(run, config, reference, texts))
         trained = {"settings": asdict(config), "cpu_seconds_of_the_last_part": round(time.process_time() - begun)}

@@ -50,7 +50,9 @@ class Judge:
 def load_judge(preset: Preset, drawings: Drawings, out: Path) -> Judge:
     """Train the encoder in `out` (once), with a split of its own, and load it."""
     reference = Reference(drawings.images, drawings.concept, drawings.style, drawings.captions, list(STYLES))
-    train_encoder(reference, out, replace(preset.encoder, mixed_precision=precision()))
+    texts = Texts(reference, Sentences(device()))
+    train_encoder(reference, out, replace(preset.encoder, mixed_precision=precision()), texts)
     encoder = load_encoder(out / EncoderTraining.result).to(device())
-    concepts = concept_embeddings(encoder, Texts(reference, Sentences(device())))
-    return Judge(encoder, concepts, encoder.embed_pictures(drawings.images), held_out(reference))
+    return Judge(
+        encoder, concept_embeddings(encoder, texts), encoder.embed_pictures(drawings.images), held_out(reference)
+    )

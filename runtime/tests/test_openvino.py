@@ -52,27 +52,29 @@ def test_options(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, settings, message",
+    "device, options, message",
     [
-        ("cpu", Settings(precision="fp32"), 'precision: expected device="openvino", got cpu'),
-        ("openvino", Settings(precision="fp16"), r'precision: expected "bf16" or "fp32", or None.*got .fp16'),
-        ("openvino", Settings({"device_type": "GPU"}, precision="fp32"), "precision: follows from device_type"),
-        ("openvino", Settings({"load_config": "{}"}, threads=1), "threads: follows from device_type and load_config"),
-        ("openvino", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got openvino'),
-        ("cpu", Settings(threads=0), "threads: expected an integer from 1 to 4096, or None for all CPUs, got 0"),
-        ("cpu", Settings(threads="4"), "threads: expected an integer from 1 to 4096, or None for all CPUs, got '4'"),
-        ("cpu", Settings(threads=True), "threads: expected an integer from 1 to 4096, or None for all CPUs, got True"),
+        ("cpu", dict(precision="fp32"), 'precision: expected device="openvino", got cpu'),
+        ("openvino", dict(precision="fp16"), r'precision: expected "bf16" or "fp32", or None.*got .fp16'),
+        (
+            "openvino",
+            dict(provider_options={"device_type": "GPU"}, precision="fp32"),
+            "precision: follows from device_type",
+        ),
+        (
+            "openvino",
+            dict(provider_options={"load_config": "{}"}, threads=1),
+            "threads: follows from device_type and load_config",
+        ),
+        ("openvino", dict(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got openvino'),
+        ("cpu", dict(threads=0), "threads: expected an integer from 1 to 4096, or None for all CPUs, got 0"),
+        ("cpu", dict(threads="4"), "threads: expected an integer from 1 to 4096, or None for all CPUs, got '4'"),
+        ("cpu", dict(threads=True), "threads: expected an integer from 1 to 4096, or None for all CPUs, got True"),
     ],
 )
-def test_settings_that_contradict_the_device(device, settings, message):
+def test_settings_that_contradict_the_device(device, options, message):
     with pytest.raises(DeviceError, match=message):
-        place(
-            device,
-            provider_options=settings.provider_options,
-            cuda_graphs=settings.cuda_graphs,
-            precision=settings.precision,
-            threads=settings.threads,
-        )
+        place(device, **options)
 
 
 def test_precision_needs_the_device_by_name(tiny):

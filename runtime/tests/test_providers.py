@@ -159,29 +159,23 @@ def test_options_of_tensorrt():
 
 
 @pytest.mark.parametrize(
-    "device, settings, message",
+    "device, options, message",
     [
-        ("cpu", Settings({"a": 1}), "provider_options: cpu has none, got a"),
-        ("cpu", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got cpu'),
-        ("tensorrt", Settings(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got tensorrt'),
-        ("cuda", Settings({"device_id": 1}), "provider_options: device_id follows from device="),
+        ("cpu", dict(provider_options={"a": 1}), "provider_options: cpu has none, got a"),
+        ("cpu", dict(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got cpu'),
+        ("tensorrt", dict(cuda_graphs=True), 'cuda_graphs: expected device="cuda", got tensorrt'),
+        ("cuda", dict(provider_options={"device_id": 1}), "provider_options: device_id follows from device="),
         # With this option alone, ONNX Runtime would replay one recording for all shapes.
         (
             "cuda",
-            Settings({"enable_cuda_graph": True}),
+            dict(provider_options={"enable_cuda_graph": True}),
             "provider_options: enable_cuda_graph follows from cuda_graphs=",
         ),
     ],
 )
-def test_settings_that_contradict_the_device(device, settings, message):
+def test_settings_that_contradict_the_device(device, options, message):
     with pytest.raises(DeviceError, match=message):
-        place(
-            device,
-            provider_options=settings.provider_options,
-            cuda_graphs=settings.cuda_graphs,
-            precision=settings.precision,
-            threads=settings.threads,
-        )
+        place(device, **options)
 
 
 class Strange:

@@ -89,21 +89,21 @@ def place(
         raise BundleError(f"variant: expected one that the bundle holds ({_some(variants)}), got {shorten(variant)}")
     usable = tuple(variants) if variant is None else (variant,)
     settings = Settings({} if provider_options is None else provider_options, cuda_graphs, precision, threads)
-    if isinstance(cast(object, device), str) and device == "auto":
+    automatic = isinstance(cast(object, device), str) and device == "auto"
+    if automatic:
         for name in ("provider_options", "precision"):
             if getattr(settings, name):
                 raise DeviceError(f'{name}: expected the device that it is for, got device="auto"')
         chosen = _choose_any(usable)
         settings = replace(settings, cuda_graphs=cuda_graphs and chosen.row.cuda_graphs)
-        _check_settings(chosen, settings)
     else:
         chosen = parse_device(device)
-        _check_settings(chosen, settings)
+    _check_settings(chosen, settings)
     runs = [name for name in chosen.row.variants if name in usable]
     if not runs:
         offered = f"the bundle holds only {_some(variants)}" if variant is None else f"got {variant!r}"
         raise DeviceError(f"variant: {chosen} runs {' or '.join(chosen.row.variants)} graphs, {offered}")
-    if device != "auto":
+    if not automatic:
         _grant(chosen, settings)
     return Placement(chosen, runs[0], _settle_precision(chosen, settings))
 
