@@ -63,7 +63,7 @@ def test_a_folder_of_the_same_name_hides_nothing(installed, tmp_path, tiny, monk
 
 
 def test_unknown_name_lists_what_is_installed(installed):
-    with pytest.raises(BundleError, match=r"'emojis' is neither .*lost, small.*pip install tiue-emoji"):
+    with pytest.raises(BundleError, match=r"'emojis' is neither .*lost, small.*pip install .*emoji"):
         find_bundle("emojis")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiue_runtime import Pipeline
+from tiue_runtime.bundle import pulled
 from tiue_runtime.errors import BundleError, DeviceError, TiueError
 from tiue_runtime.noise import gaussian
 from tiue_runtime.ort import engines as cache
@@ -260,6 +261,6 @@ def test_where_files_are_kept(monkeypatch, platform, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cache.sys, "platform", platform)
+    monkeypatch.setattr(pulled.sys, "platform", platform)
     monkeypatch.setattr(Path, "home", lambda: Path("home"))
-    assert os.fspath(cache.cache_root()) == os.fspath(Path(expected))
+    assert os.fspath(pulled.cache_root()) == os.fspath(Path(expected))

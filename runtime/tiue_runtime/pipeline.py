@@ -23,6 +23,7 @@ from tiue_runtime.decode import decode_image
 from tiue_runtime.denoise import denoise
 from tiue_runtime.errors import OutOfMemoryError, RequestError, clip, is_out_of_memory, shorten
 from tiue_runtime.graphs import Graphs, Halves, Turns
+from tiue_runtime.hub.signature import check_signature, demanded_trust
 from tiue_runtime.images import to_pil, to_unit
 from tiue_runtime.modes import Ladder, Memory, Mode
 from tiue_runtime.options import LoadOptions, OutputType, RequestOptions, Vae, complete, document, one_of
@@ -118,6 +119,9 @@ class Pipeline:
         vae = given.pop("vae")
         try:
             found = Bundle.load(find_bundle(bundle))
+            trust = demanded_trust()
+            if trust:
+                check_signature(found, trust)
             return cls(found, place(variants=found.manifest.variants, **given), vae, memory)
         except (MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
             if not is_out_of_memory(error):

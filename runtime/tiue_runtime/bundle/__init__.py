@@ -2,7 +2,8 @@
 
     manifest        the content of bundle.json: frozen dataclasses that check themselves
     directory       a bundle on disk: load, verify, write
-    find            a bundle by its path or by the name of an installed package
+    find            a bundle by its path, or by the name of an installed package or of a pulled bundle
+    pulled          bundles in the user's cache: their directory and names
     external_data   the files that an ONNX graph names
     tokenizer_json  reading and checking tokenizer.json
     fields          typed reading of JSON; every error names the exact field

@@ -24,6 +24,8 @@ from tiue_runtime.bundle.manifest import (
 from tiue_runtime.bundle.replacing import replacing
 from tiue_runtime.errors import BundleError, clip, shorten
 
+SIGNATURE = "model.sig"  # OpenSSF's name for the signature of a model. bundle.json cannot list it: it is signed, too.
+
 Stamp = tuple[int, int, int]
 """The size, modification time and inode of a file. A replaced or changed file has another stamp."""
 
@@ -117,8 +119,8 @@ class Bundle:
 def write_bundle(directory: str | Path, manifest: Manifest) -> Bundle:
     """Write bundle.json for the files in `directory`, with their sizes and sha256.
 
-    Every file below `directory`, except hidden ones, becomes part of the bundle. Call this last. `manifest.files` is
-    ignored.
+    Every file below `directory`, except hidden ones and a signature, becomes part of the bundle. Call this last.
+    `manifest.files` is ignored.
 
     Returns:
         The bundle as `Bundle.load` reads it.
@@ -129,7 +131,8 @@ def write_bundle(directory: str | Path, manifest: Manifest) -> Bundle:
     """
     directory = Path(directory)
     names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
-    listed = [name for name in names if name != MANIFEST and not any(p.startswith(".") for p in name.split("/"))]
+    seen = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    listed = [name for name in seen if name not in (MANIFEST, SIGNATURE)]
     for name in {TOKENIZER, *(n for graphs in manifest.variants.values() for n in graphs.values())}:
         if name not in listed:
             raise BundleError(f"{directory}: {name} is missing; write it before {MANIFEST}.")

@@ -1,7 +1,7 @@
-"""Finding bundles: by path, then by the name that an installed package gives to its bundle.
+"""Finding bundles: by path, by the name that an installed package gives to its bundle, by the name of a pulled bundle.
 
-A package offers its own directory as a bundle through the entry-point group `tiue_runtime.bundles`, for example
-`emoji = "tiue_emoji"`. The package is located, never imported.
+Nothing is downloaded. A package offers its own directory as a bundle through the entry-point group
+`tiue_runtime.bundles`, for example `emoji = "tiue_emoji"`. The package is located, never imported.
 """
 
 import os
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import cast
 
 from tiue_runtime.bundle import MANIFEST
-from tiue_runtime.errors import BundleError, shorten
+from tiue_runtime.bundle.pulled import NAME, find_pulled, pulled_bundles
+from tiue_runtime.errors import BundleError, clip, shorten
 
 GROUP = "tiue_runtime.bundles"
 DEFAULT_VARIABLE = "TIUE_BUNDLE"
 DEFAULT_NAME = "emoji"
+INSTALL_DEFAULT = "from a checkout of tiue: pip install ./models/emoji"
 
 
 def installed_bundles() -> dict[str, str]:
@@ -28,9 +30,9 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     """Return the directory of a bundle.
 
     Args:
-        name_or_path: a directory, or the name of an installed bundle. None takes the environment variable TIUE_BUNDLE
-            if it is set, else "emoji". A name without a separator is a path only if that directory holds a bundle.json.
-            Other folders therefore do not hide installed bundles of the same name.
+        name_or_path: a directory, or the name of an installed or pulled bundle. None takes the environment variable
+            TIUE_BUNDLE if it is set, else "emoji". A name is a path only if that directory holds a bundle.json. Other
+            folders therefore do not hide bundles of the same name. An installed bundle hides a pulled one.
 
     Raises:
         BundleError: there is no such bundle.
@@ -48,18 +50,31 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
             return path
     except (OSError, ValueError) as error:  # The name is too long, or has a null character.
         raise BundleError(f"bundle: {shorten(str(wanted))} cannot name a directory: {error.args[-1]}") from error
-    text = os.fspath(wanted)
-    if isinstance(wanted, Path) or any(separator in text for separator in (os.sep, os.altsep) if separator):
+    text, installed = os.fspath(wanted), installed_bundles()
+    if isinstance(wanted, str):
+        if text in installed:
+            return _package_directory(text, installed[text])
+        pulled = find_pulled(text)
+        if pulled:
+            return pulled.directory
+    if isinstance(wanted, Path) or _looks_like_path(text):
         problem = f"has no {MANIFEST}" if path.is_dir() else "is not a directory"
-        raise BundleError(f"bundle: expected a directory with a {MANIFEST}, but {path} {problem}.")
-    installed = installed_bundles()
-    if text not in installed:
-        names = ", ".join(installed) or "none"
-        raise BundleError(
-            f"bundle: {shorten(text)} is neither a directory with a {MANIFEST} nor an installed bundle "
-            f"(installed: {names}). The default bundle comes with: pip install tiue-emoji"
-        )
-    return _package_directory(text, installed[text])
+        raise BundleError(f"bundle: expected a directory with a {MANIFEST}, but {path} {problem}.{_pull_hint(text)}")
+    kinds = {"installed": installed, "pulled": pulled_bundles()}
+    names = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in kinds.items())
+    raise BundleError(
+        f"bundle: {shorten(text)} is neither a directory with a {MANIFEST} nor an installed or pulled bundle "
+        f"({clip(names, 300)}). The default bundle comes {INSTALL_DEFAULT}"
+    )
+
+
+def _looks_like_path(text: str) -> bool:
+    return any(separator in text for separator in (os.sep, os.altsep) if separator)
+
+
+def _pull_hint(text: str) -> str:
+    """Say how to get a bundle of the Hub, if the text may name one."""
+    return f" If it is a model of the Hugging Face Hub: tiue-runtime pull {text}" if NAME.fullmatch(text) else ""
 
 
 def _package_directory(name: str, package: str) -> Path:

@@ -1,29 +1,14 @@
 """The directories of files that providers compile from a bundle. TensorRT's engines take minutes to build."""
 
 import hashlib
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from tiue_runtime.bundle import MANIFEST
+from tiue_runtime.bundle.pulled import CACHE_VARIABLE, cache_root
 from tiue_runtime.errors import DeviceError
 from tiue_runtime.ort.devices import Device, Settings
 from tiue_runtime.ort.sessions import load_onnxruntime
-
-VARIABLE = "TIUE_CACHE"
-
-
-def cache_root() -> Path:
-    """Return the directory of the environment variable TIUE_CACHE, else `tiue` in the user's cache directory."""
-    if os.environ.get(VARIABLE):
-        return Path(os.environ[VARIABLE])
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tiue" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/tiue"
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "tiue"  # XDG ignores relative paths
 
 
 def with_cache(settings: Settings, device: Device, bundle: Path, graph: Path) -> Settings:
@@ -51,9 +36,11 @@ def with_cache(settings: Settings, device: Device, bundle: Path, graph: Path) ->
     place = str(device).replace(":", "-")  # Windows allows no colons in file names.
     version: str = load_onnxruntime().__version__
     file = graph.relative_to(bundle).with_suffix("").as_posix().replace("/", "-")  # Variants may share file names.
-    directory = cache_root() / "engines" / content / f"{place}-onnxruntime-{version}" / file
     try:
+        directory = cache_root() / "engines" / content / f"{place}-onnxruntime-{version}" / file
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DeviceError(f"no place to keep compiled graphs: {error}. Set {VARIABLE} to another directory") from error
+        raise DeviceError(
+            f"no place to keep compiled graphs: {error}. Set {CACHE_VARIABLE} to another directory"
+        ) from error
     return replace(settings, cache=directory)

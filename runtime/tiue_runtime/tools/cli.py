@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, cast
@@ -16,6 +17,7 @@ from typing import IO, Any, NoReturn, TypeVar, cast
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
 from tiue_runtime.options import LoadOptions, RequestOptions, choices, described
+from tiue_runtime.tools import model_commands
 
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
@@ -92,7 +94,7 @@ def _flag(found: re.Match[str]) -> str:
 
 def _names() -> Iterator[str]:
     """List the options that have flags."""
-    yield from ("bundle", "cuda_graphs", "out", "runs")
+    yield from ("bundle", "cuda_graphs", "out", "runs", "name", "offline", "allow_http", "key", "certificates")
     for options in (RequestOptions, LoadOptions):
         yield from (name for name, (_, option, _) in described(options).items() if option.flag)
 
@@ -152,16 +154,6 @@ def _info(arguments: argparse.Namespace) -> int:
         **{f"from {key}": text for key, text in manifest.created_from.items()},
     }
     _print_rows(rows)
-    return 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from tiue_runtime.bundle import Bundle
-    from tiue_runtime.bundle.find import find_bundle
-
-    bundle = Bundle.load(find_bundle(arguments.bundle))
-    bundle.verify()
-    _write(f"{bundle.directory}: {len(bundle.manifest.files)} files are as the exporter wrote them")
     return 0
 
 
@@ -226,8 +218,7 @@ def _parser() -> _Parser:
     _bundle_flag(info)
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 
-    verify = _command(commands, "verify", _verify, "compare every file of a bundle with its sha256")
-    _bundle_flag(verify)
+    model_commands.register(partial(_command, commands), _write)
 
     doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
     _bundle_flag(doctor)

@@ -16,11 +16,12 @@ from typing import Any
 from tiue_runtime import __version__
 from tiue_runtime.bundle import PORTABLE, Bundle
 from tiue_runtime.bundle.find import find_bundle, installed_bundles
+from tiue_runtime.bundle.pulled import cache_root
 from tiue_runtime.errors import TiueError
 from tiue_runtime.host.gpu import driver_version, find_gpus
 from tiue_runtime.host.machine import thread_count
 from tiue_runtime.ort.devices import KINDS, Device
-from tiue_runtime.ort.engines import cache_root, with_cache
+from tiue_runtime.ort.engines import with_cache
 from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.placement import Placement, place
 from tiue_runtime.ort.sessions import (
