@@ -3,7 +3,7 @@ PYTHON ?= python3
 FULL := .venv
 LIGHT := .venv-runtime
 
-.PHONY: setup demo test test-full test-runtime lint fuzz emoji check clean
+.PHONY: setup demo dist test test-full test-runtime lint fuzz emoji check clean
 
 setup: $(FULL)/ready $(LIGHT)/ready
 
@@ -22,6 +22,11 @@ $(LIGHT)/ready: runtime/pyproject.toml models/emoji/pyproject.toml
 
 demo: $(LIGHT)/ready
 	$(LIGHT)/bin/tiue-runtime generate "a red heart" --seed 1 --out heart.png
+
+# Wheels for machines without a checkout: pip install --find-links dist "tiue-runtime[cpu]" tiue-emoji
+dist: $(LIGHT)/ready
+	rm -rf dist build runtime/build models/emoji/build
+	$(LIGHT)/bin/pip wheel --quiet --no-deps --wheel-dir dist ./runtime ./models/emoji .
 
 test: test-runtime test-full
 

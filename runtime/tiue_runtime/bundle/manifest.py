@@ -302,7 +302,7 @@ def read_manifest(data: bytes) -> Manifest:
     if cast(int, version) > FORMAT:
         raise BundleError(
             f"format: this tiue-runtime reads {FORMAT}, got {version}: written by a newer tiue; "
-            "upgrade tiue-runtime: pip install --upgrade tiue-runtime"
+            "install a newer tiue-runtime"
         )
     with _remedied():
         require(version == FORMAT, "format", str(FORMAT), version)

@@ -139,9 +139,7 @@ def _library(module: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(f"model_signing.{module}")
     except ImportError as error:
-        raise BundleError(
-            f"signatures need model-signing ({error}): install the extra tiue-runtime[signing]"
-        ) from error
+        raise BundleError(f"signatures need model-signing ({error}): pip install model-signing pyopenssl") from error
 
 
 def _check_readable(path: Path) -> None:

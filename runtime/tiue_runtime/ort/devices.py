@@ -168,6 +168,16 @@ def _tensorrt_rtx(device: Device, settings: Settings) -> dict[str, str]:
     return options if settings.cache is None else {**options, "nv_runtime_cache_path": str(settings.cache)}
 
 
+# What each extra of tiue-runtime installs, as pip takes it. These packages are on PyPI, so messages name them.
+INSTALLS = {
+    "cpu": "onnxruntime",
+    "cuda": '"onnxruntime-gpu[cuda,cudnn]"',
+    "cuda12": '"onnxruntime-gpu[cuda,cudnn]<1.27"',
+    "tensorrt": '"onnxruntime-gpu[cuda,cudnn]<1.32" "tensorrt-cu13-libs<11"',
+    "tensorrt-rtx": "onnxruntime onnxruntime-ep-nv-tensorrt-rtx",
+    "openvino": "onnxruntime-openvino",
+}
+
 KINDS = {
     "cpu": Kind(
         "CPUExecutionProvider",
@@ -211,8 +221,8 @@ KINDS = {
         fallback=("cpu",),
         library="onnxruntime_providers_cuda",
         remedy=(
-            'Check the NVIDIA driver (nvidia-smi) and the wheel: "tiue-runtime[cuda]" is for CUDA 13, '
-            '"tiue-runtime[cuda12]" for CUDA 12'
+            f"Check the NVIDIA driver (nvidia-smi) and the wheel: pip install {INSTALLS['cuda']} is for CUDA 13, "
+            f"pip install {INSTALLS['cuda12']} for CUDA 12"
         ),
     ),
     # TensorRT lacks ONNX Runtime's own operators, so it cannot run the CUDA variant.
@@ -229,7 +239,7 @@ KINDS = {
         preloads=("tensorrt_libs", "nvinfer", "nvonnxparser"),
         remedy=(
             "Check the NVIDIA driver (nvidia-smi) and TensorRT, whose libraries must be of the major version that the "
-            'wheel of ONNX Runtime was built with: pip install "tiue-runtime[tensorrt]"'
+            f"wheel of ONNX Runtime was built with: pip install {INSTALLS['tensorrt']}"
         ),
     ),
     "tensorrt-rtx": Kind(

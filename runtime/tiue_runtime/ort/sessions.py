@@ -18,11 +18,11 @@ from threading import Lock
 from typing import Any
 
 from tiue_runtime.errors import BundleError, DeviceError, LoadingError, clip, is_out_of_memory
-from tiue_runtime.ort.devices import KINDS, Device, Settings, provider_options
+from tiue_runtime.ort.devices import INSTALLS, KINDS, Device, Settings, provider_options
 
 _LONGEST_REASON = 400  # characters of ONNX Runtime's text in a message
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
-INSTALL = 'pip install "tiue-runtime[cpu]" (or "tiue-runtime[cuda]" for an NVIDIA GPU)'
+INSTALL = f"pip install {INSTALLS['cpu']} (or {INSTALLS['cuda']} for an NVIDIA GPU)"
 
 
 # If this entry is 1, ONNX Runtime refuses a graph that leaves nodes to the CPU provider, with the text LEFT_NODES.
@@ -53,7 +53,7 @@ def installed_wheels() -> dict[str, str]:
 def replace_wheels(extra: str) -> str:
     """Return the command that installs the wheel of one extra in place of all others."""
     installed = " ".join(installed_wheels() or WHEELS[:1])
-    return f'pip uninstall -y {installed} && pip install "tiue-runtime[{extra}]"'
+    return f"pip uninstall -y {installed} && pip install {INSTALLS[extra]}"
 
 
 def load_onnxruntime() -> Any:
@@ -67,7 +67,7 @@ def load_onnxruntime() -> Any:
         found = " and ".join(f"{name} {number}" for name, number in wheels.items())
         raise DeviceError(
             f"{found} are installed together and overwrite each other's files. Keep one: "
-            f'{replace_wheels("cpu")} (or "tiue-runtime[cuda]")'
+            f"{replace_wheels('cpu')} (or {INSTALLS['cuda']})"
         )
     try:
         module = importlib.import_module("onnxruntime")

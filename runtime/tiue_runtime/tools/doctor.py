@@ -20,7 +20,7 @@ from tiue_runtime.bundle.pulled import cache_root
 from tiue_runtime.errors import TiueError
 from tiue_runtime.host.gpu import driver_version, find_gpus
 from tiue_runtime.host.machine import thread_count
-from tiue_runtime.ort.devices import KINDS, Device
+from tiue_runtime.ort.devices import INSTALLS, KINDS, Device
 from tiue_runtime.ort.engines import with_cache
 from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.placement import Placement, place
@@ -123,7 +123,7 @@ def _provider_rows() -> Rows:
     for name, kind in KINDS.items():
         row = f"provider {name}"
         if kind.provider not in available:
-            rows[row] = f"no: {kind.provider} is not installed; tiue-runtime[{kind.extra}] brings it"
+            rows[row] = f"no: {kind.provider} is not installed; {INSTALLS[kind.extra]} brings it"
             continue
         try:
             precision = place(name, kind.variants).precision

@@ -1,0 +1,95 @@
+"""A frozen application draws on a machine without Python, without a network and without a home directory."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from installed import ROOT, build_wheels, copy_checkout, new_environment
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the machine without Python is a Linux chroot"),
+]
+PICTURE = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A fresh environment with the wheels, their dependencies and PyInstaller: what an application's developer has."""
+    place = tmp_path_factory.mktemp("developer")
+    build_wheels(copy_checkout(place), "./runtime", "./models/emoji")
+    programs = new_environment(place / "env", with_pip=True)
+    command = [programs / "python", "-m", "pip", "install", "-q", "--find-links", "dist"]
+    packages = ["tiue-runtime[cpu]", "tiue-emoji", f"pyinstaller=={version('pyinstaller')}"]
+    subprocess.run([*command, *packages], cwd=place, check=True, env=without_path())
+    return programs
+
+
+def without_path():
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def freeze(programs, place, *flags):
+    shutil.copyfile(ROOT / "examples/picture.py", place / "hello.py")
+    command = [programs / "pyinstaller", "--noconfirm", "--log-level", "WARN", *flags, "hello.py"]
+    subprocess.run(command, cwd=place, check=True, env=without_path())
+    return place / "dist"
+
+
+def empty_root(place, application):
+    """A directory with the application, the C library, /tmp and nothing else: no Python, no /etc, no /proc."""
+    root = place / "root"
+    shutil.copytree(application, root / "app", symlinks=True)
+    for name in ("tmp", "work"):
+        (root / name).mkdir()
+    program = next(path for path in (root / "app/hello", root / "app/hello/hello") if path.is_file())
+    needed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    libraries = {Path(path) for path in re.findall(r"(/\S+)", needed)}
+    folder = next(path.parent for path in libraries if path.name.startswith("libc.so"))
+    # PyInstaller leaves the C library to the system, as it must.
+    parts = ("libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1", "libresolv.so.2")
+    for path in {*libraries, *(folder / name for name in parts)}:
+        if path.is_file():
+            (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / path.relative_to("/"))
+    return root, f"/{program.relative_to(root)}"
+
+
+def run_alone(root, program, *arguments):
+    """Run in the root, with no environment and no network. Returns the seconds and what it printed."""
+    command = [shutil.which("unshare"), "--net", shutil.which("chroot"), root, program, *arguments]
+    begun = time.perf_counter()
+    done = subprocess.run(command, env={}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - begun, done.stdout
+
+
+def can_isolate():
+    if os.geteuid() or not (shutil.which("unshare") and shutil.which("chroot")):
+        return False
+    return subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--onefile",)], ids=["folder", "file"])
+def test_a_frozen_application_draws_on_a_machine_without_python(programs, tmp_path, flags, capsys):
+    if not can_isolate():
+        pytest.skip("chroot and unshare need root")
+    dist = freeze(programs, tmp_path, *flags)
+    root, program = empty_root(tmp_path, dist)
+    assert not [path for path in root.rglob("*") if re.fullmatch(r"python3?(\.\d+)?", path.name) and path.is_file()]
+    times = [run_alone(root, program, "a red heart")[0] for _ in range(3)]
+    picture = root / "picture.png"
+    assert picture.read_bytes().startswith(PICTURE)
+    command = [programs / "python", ROOT / "examples/picture.py", "a red heart"]
+    subprocess.run(command, cwd=tmp_path, check=True, env=without_path())
+    assert picture.read_bytes() == (tmp_path / "picture.png").read_bytes()
+    size = sum(path.lstat().st_size for path in dist.rglob("*") if path.is_file())
+    with capsys.disabled():
+        seconds = ", ".join(f"{second:.2f}" for second in times)
+        print(f"\n{' '.join(flags) or 'folder'}: {size / 1e6:.0f} MB; seconds from start to picture: {seconds}")
