@@ -360,7 +360,7 @@ def test_a_provider_that_is_not_granted(gpu, tiny, device):
 
 def test_a_plugin_is_registered_once_and_its_devices_are_used(gpu, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TIUE_CACHE", str(tmp_path))
-    with pytest.raises(DeviceError, match=r"'tensorrt-rtx' needs NvTensorRTRTX.*tiue-runtime\[tensorrt-rtx\]"):
+    with pytest.raises(DeviceError, match=r"'tensorrt-rtx' needs NvTensorRTRTX.*pip install .*tensorrt-rtx"):
         Pipeline.load(tiny, device="tensorrt-rtx")
     fake, found, registered, added = sys.modules["onnxruntime"], [], [], []
     plugin = ModuleType("onnxruntime_ep_nv_tensorrt_rtx")
