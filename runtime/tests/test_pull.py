@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(302, b"", Location=server.moved + path.removeprefix("/moved/"))
         file = server.root / name
         if name == path or not file.is_file():
-            return self.send(404, b"not found", **{"X-Error-Code": "EntryNotFound"})
+            return self.send(server.missing, b"not found", **{"X-Error-Code": "EntryNotFound"})
         content = server.content.get(name, file.read_bytes())
         etag = hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
@@ -114,7 +114,7 @@ def server(copy):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.root, server.content, server.faults, server.seen = copy, {}, {}, []
-    server.lock, server.ranges, server.moved = threading.Lock(), True, ""
+    server.lock, server.ranges, server.moved, server.missing = threading.Lock(), True, "", 404
     server.host = f"http://127.0.0.1:{server.server_port}"
     server.url = f"{server.host}/files/"
     threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
@@ -399,12 +399,14 @@ def command(*arguments):
     return [sys.executable, "-m", "tiue_runtime", *map(str, arguments)]
 
 
-def test_kill_at_any_moment_leaves_no_bundle_and_the_next_pull_completes(server):
+@pytest.mark.parametrize("place", ["url", "hub"])
+def test_kill_at_any_moment_leaves_no_bundle_and_the_next_pull_completes(hub, place):
     """Each file in turn arrives slowly, and the process dies in the middle of it."""
+    server, source = hub, hub.url if place == "url" else "owner/name"
     names = json.loads((server.root / "bundle.json").read_text())["files"]
     for name in names:
         server.faults = {name: "slow"}
-        process = subprocess.Popen(command("pull", server.url), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command("pull", source), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not any(path.endswith(name) for _, path, _ in list(server.seen)) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -412,12 +414,11 @@ def test_kill_at_any_moment_leaves_no_bundle_and_the_next_pull_completes(server)
         process.send_signal(signal.SIGKILL)
         process.wait()
         server.seen.clear()
-        assert nothing_was_pulled() and list(unfinished()) == [server.url]
+        assert nothing_was_pulled() and list(unfinished()) == [source]
         with pytest.raises(BundleError):
-            find_bundle("tiny")
+            find_bundle("tiny" if place == "url" else source)
     server.faults = {}
-    pull(server.url)
-    Pipeline.load("tiny").bundle.verify()
+    Pipeline.load(pull(source).name).bundle.verify()
     assert not unfinished()
 
 
@@ -437,7 +438,7 @@ import tiue_runtime.hub.pulled_files, filelock
 for name in ("mkdir", "rename", "replace", "unlink", "write_bytes"):
     setattr(pathlib.Path, name, dying(getattr(pathlib.Path, name)))
 os.fsync = dying(os.fsync)
-shutil.copyfile, shutil.rmtree = dying(shutil.copyfile), dying(shutil.rmtree)
+shutil.copyfileobj, shutil.rmtree = dying(shutil.copyfileobj), dying(shutil.rmtree)
 pull(sys.argv[2])
 print("done")
 """
@@ -507,19 +508,62 @@ def test_pulling_and_removing_at_once_never_shows_half_a_bundle(copy):
     Pipeline.load("tiny").bundle.verify()
 
 
-@pytest.mark.parametrize("full", ["copyfile", "write"])
+@pytest.mark.parametrize("full", ["copyfileobj", "write"])
 def test_a_full_disk_is_one_line_and_the_next_pull_completes(server, monkeypatch, full):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    if full == "copyfile":
-        monkeypatch.setattr(shutil, "copyfile", fail)
+    if full == "copyfileobj":
+        monkeypatch.setattr(shutil, "copyfileobj", fail)
     else:
         monkeypatch.setattr(sources.UrlSource, "_continued", fail)
     with pytest.raises(BundleError, match=r"cannot be written: No space left on device.*TIUE_CACHE"):
-        pull(str(server.root) if full == "copyfile" else server.url)
+        pull(str(server.root) if full == "copyfileobj" else server.url)
     assert nothing_was_pulled()
     monkeypatch.undo()
+
+
+def in_mount(options, cache, *arguments):
+    """Run a command with a file system of its own as the cache."""
+    cache.mkdir(exist_ok=True)
+    script = f'mount -t tmpfs {options} none "$1" && shift && exec "$@"'
+    line = ["unshare", "--mount", "sh", "-c", script, "sh", cache, *command(*arguments)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def can_mount():
+    return (
+        shutil.which("unshare") and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="a file system of its own needs root")
+@pytest.mark.parametrize("options, message", [("-o size=16k", "No space left"), ("-o ro", "Read-only file system")])
+def test_a_full_or_read_only_file_system_is_one_line(copy, cache, options, message):
+    done = in_mount(options, cache, "pull", copy)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr and "TIUE_CACHE" in done.stderr
+    assert in_mount("-o size=10m", cache, "pull", copy).returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "longer", "pipe", "bytes"])
+def test_a_damaged_directory_is_said_to_be_the_sources_fault(copy, damage):
+    path = copy / "README.md"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage != "missing":
+        path.write_bytes(content + b"x" if damage == "longer" else content[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"README\.md") as caught:
+        pull(str(copy))
+    assert "cache" not in str(caught.value).replace(str(store()), "") and nothing_was_pulled()
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_a_server_may_refuse_the_signature_that_it_lacks(server, status):
+    server.missing = status
+    assert pull(server.url).name == "tiny"
 
 
 def test_too_small_a_disk_is_said_before_anything_is_fetched(server, monkeypatch):

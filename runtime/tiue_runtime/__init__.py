@@ -18,8 +18,8 @@ The modules, in the order in which a request meets them:
     run             progress, previews, timings and cancelling of one request
     png, preview, errors    files; small pictures of latents; exceptions
 
-`bundle` is the contract with the exporter. `ort` wraps ONNX Runtime. `host` describes this computer. `tools` holds the
-command line.
+`bundle` is the contract with the exporter. `ort` wraps ONNX Runtime. `host` describes this computer. `hub` pulls and
+signs bundles. `tools` holds the command line.
 """
 
 import importlib

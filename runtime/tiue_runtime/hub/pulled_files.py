@@ -146,7 +146,9 @@ def remove(name: str) -> int:
                     raise BundleError(f"{clip(name)} is being pulled by another process: stop that one first")
     if not record and not freed:
         known = ", ".join((*pulled_bundles(), *unfinished())) or "none"
-        raise BundleError(f"there is no pulled bundle {clip(name)!r} (pulled: {clip(known, 300)})")
+        raise BundleError(
+            f"there is no pulled bundle {clip(name)!r} (pulled: {clip(known, 300)}). pip removes installed ones"
+        )
     return freed
 
 

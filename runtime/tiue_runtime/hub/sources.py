@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
 from tiue_runtime import __version__
-from tiue_runtime.bundle import MANIFEST
+from tiue_runtime.bundle import MANIFEST, Bundle
 from tiue_runtime.bundle.directory import SIGNATURE, read_limited
 from tiue_runtime.bundle.manifest import MANIFEST_LIMIT
 from tiue_runtime.bundle.pulled import NAME
@@ -95,7 +95,7 @@ def _hub_page(url: str) -> "HubSource | None":
     parts = urlsplit(url)
     if parts.netloc != urlsplit(_endpoint()).netloc:
         return None
-    found = re.fullmatch(r"/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob)/([\w.-]+)(?:/bundle\.json)?)?/?", parts.path)
+    found = re.fullmatch(r"/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/([\w.-]+)(?:/bundle\.json)?)?/?", parts.path)
     return HubSource(found[1], found[2]) if found else None
 
 
@@ -120,12 +120,19 @@ class DirectorySource:
         """The name is that of bundle.json."""
 
     def manifest(self) -> bytes:
-        """Read bundle.json."""
+        """Read bundle.json, and check that every file is there."""
+        Bundle.load(self.path)
         return _read_small(self.path / MANIFEST, MANIFEST_LIMIT)
 
     def fetch(self, name: str, size: int, place: Path, progress: Progress) -> None:
         """Copy a file. Links are followed."""
-        shutil.copyfile(self.path / name, place)
+        path = self.path / name
+        try:
+            source = path.open("rb")
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
+        with source, place.open("wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)
         progress(size)
 
     def signature(self) -> bytes | None:
@@ -229,7 +236,7 @@ class UrlSource:
         url = clip(self.url(name), 300)
         if isinstance(error, HTTPError):
             hint = {404: f": is this the URL of a directory with a {MANIFEST}?", 401: ": it asks for a login"}
-            kind = _MissingError if error.code in (404, 410) else BundleError
+            kind = BundleError if _is_transient(error) else _MissingError  # Some servers answer 403 instead of 404.
             return kind(f"{url}: the server answered {error.code} {clip(str(error.reason))}{hint.get(error.code, '')}")
         if isinstance(error, OSError) and not _is_transient(error):
             raise error

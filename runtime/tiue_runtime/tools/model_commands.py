@@ -85,9 +85,12 @@ def _trust(given: argparse.Namespace) -> "Trust | None":
 def _pull(given: argparse.Namespace, write: Callable[[str], None]) -> int:
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.hub.pull import pull
+    from tiue_runtime.hub.sources import HubSource, parse_source
 
-    progress = _Bar() if sys.stderr is not None and sys.stderr.isatty() else None
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if progress is None else "0")
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", str(int(not on_terminal)))
+    of_hub = isinstance(parse_source(given.source, given.allow_http), HubSource)  # It draws bars of its own.
+    progress = _Bar() if on_terminal and not of_hub else None
     try:
         pulled = pull(
             given.source,
