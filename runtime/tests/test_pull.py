@@ -233,7 +233,7 @@ def test_a_manifest_without_an_end_is_refused(server, monkeypatch):
 
 
 def test_a_cut_download_continues_where_it_was(server):
-    server.faults["unet_decoder.onnx"] = "cut"
+    server.faults = {"unet_decoder.onnx": "cut", "bundle.json": "cut"}
     pull(server.url)
     ranges = [asked for _, path, asked in server.seen if path.endswith("unet_decoder.onnx")]
     half = (server.root / "unet_decoder.onnx").stat().st_size // 2

@@ -142,7 +142,7 @@ def _collect(found: Source, manifest: Manifest, staged: Path, old: Pulled | None
             nonlocal there
             there += size
             if report:
-                report(there, total)
+                report(min(there, total), total)
 
         part = parts / info.sha256
         with writable():

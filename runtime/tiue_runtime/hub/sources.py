@@ -14,7 +14,7 @@ from email.message import Message
 from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol, TypeVar, cast
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
@@ -33,6 +33,7 @@ _HUB = "https://huggingface.co"
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 SIGNATURE_LIMIT = 16 * 2**20  # bytes
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 """Called with the bytes that arrived since the last call."""
 
@@ -181,23 +182,33 @@ class UrlSource:
 
     def fetch(self, name: str, size: int, place: Path, progress: Progress) -> None:
         """Download a file. What `place` holds already is kept, and the rest is asked for."""
-        for attempt in range(_TRIES):
+        self._insist(name, lambda: self._download(name, size, place, progress))
+
+    def _insist(self, name: str, request: Callable[[], T]) -> T:
+        """Try a request again after errors of the network."""
+        for attempt in range(_TRIES - 1):
             try:
-                return self._download(name, size, place, progress)
+                return request()
             except (OSError, HTTPException) as error:
-                if attempt + 1 == _TRIES or not _is_transient(error):
+                if not _is_transient(error):
                     raise self._error(name, error) from error
                 time.sleep(attempt + 0.5)
-
-    def _small(self, name: str, most: int) -> bytes:
         try:
-            with self._open(name) as answer:
-                content = answer.read(most + 1)
+            return request()
         except (OSError, HTTPException) as error:
             raise self._error(name, error) from error
-        if len(content) > most:
-            raise BundleError(f"{clip(self.url(name), 300)}: expected at most {most:,} bytes, got more")
-        return content
+
+    def _small(self, name: str, most: int) -> bytes:
+        def request() -> bytes:
+            with self._open(name) as answer:
+                content = answer.read(most + 1)
+                if len(content) > most:
+                    raise BundleError(f"{clip(self.url(name), 300)}: expected at most {most:,} bytes, got more")
+                if answer.length:
+                    raise HTTPException(f"the connection ended {answer.length:,} bytes early")
+                return content
+
+        return self._insist(name, request)
 
     def _download(self, name: str, size: int, place: Path, progress: Progress) -> None:
         have = place.stat().st_size if place.is_file() else 0

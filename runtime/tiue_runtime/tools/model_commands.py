@@ -173,7 +173,9 @@ def _sign(given: argparse.Namespace, write: Callable[[str], None]) -> int:
     from tiue_runtime.hub.signature import sign
 
     password = os.environ.get(PASSWORD_VARIABLE)
-    if password is None and b"ENCRYPTED" in given.private_key.read_bytes() and sys.stdin and sys.stdin.isatty():
+    key: Path = given.private_key
+    locked = password is None and key.is_file() and b"ENCRYPTED" in key.read_bytes()
+    if locked and sys.stdin is not None and sys.stdin.isatty():
         password = getpass.getpass("password of the private key: ")
     bundle = Bundle.load(find_bundle(given.bundle))
     path = sign(bundle, given.private_key, password=password, certificate=given.certificate, chain=given.chain)
