@@ -143,6 +143,14 @@ def test_wheels_install_in_a_fresh_environment_and_draw(wheels, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_make_dist_builds_the_wheels(tmp_path):
+    checkout = copy_checkout(tmp_path)
+    subprocess.run(["make", "dist"], cwd=checkout, check=True)
+    names = {path.name.partition("-")[0] for path in (checkout / "dist").iterdir()}
+    assert names == {package.replace("-", "_") for package in OURS}
+
+
 # Not installed here for real: gigabytes of torch and CUDA, TensorRT's own index, and a package that is compiled.
 HEAVY = re.compile(
     r"torch|cuda|tensorrt|stable-diffusion-cpp|recipe|dev|-e \.|openvino|bitsandbytes|optimizer|minilm|nuitka"

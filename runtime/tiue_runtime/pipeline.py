@@ -94,8 +94,8 @@ class Pipeline:
         """Find, validate and load a bundle.
 
         Args:
-            bundle: a directory or the name of an installed bundle. None takes the environment variable TIUE_BUNDLE if
-                it is set, else the installed "emoji".
+            bundle: a directory, or the name of an installed or pulled bundle. None takes the environment variable
+                TIUE_BUNDLE if it is set, else the installed "emoji".
             memory: the default of calls. With "low", nothing is loaded now. Each call then loads each graph for its
                 turn, and errors of a graph show only then.
             **options: the options of LoadOptions:
@@ -110,7 +110,7 @@ class Pipeline:
         directory, or in the directory that the environment variable TIUE_CACHE names.
 
         Raises:
-            BundleError: there is no such bundle, or it is damaged.
+            BundleError: there is no such bundle, it is damaged, or TIUE_KEY demands a signature that it lacks.
             DeviceError: the device or a setting is not available.
             OutOfMemoryError: the graphs do not fit into memory.
             RequestError: vae or memory is wrong, or an option is of another type.
