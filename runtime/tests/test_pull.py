@@ -395,6 +395,22 @@ def test_a_bundle_that_is_removed_or_replaced_while_in_use_gives_its_pictures_or
         Pipeline.load("tiny")
 
 
+def test_a_bundle_that_is_replaced_while_in_use_is_kept_by_pipelines_and_renewed_by_generate(copy, edit):
+    pull(str(copy))
+    loaded = Pipeline.load("tiny", device="cpu")
+    before = loaded("a red heart", seed=1).images[0].tobytes()
+    assert generate("a red heart", bundle="tiny", seed=1, device="cpu")[0].tobytes() == before
+
+    def halve(content):
+        for schedule in content["schedules"].values():
+            schedule["noise_weight"] /= 2
+
+    edit(halve)
+    pull(str(copy))
+    assert loaded("a red heart", seed=1).images[0].tobytes() == before
+    assert generate("a red heart", bundle="tiny", seed=1, device="cpu")[0].tobytes() != before
+
+
 def command(*arguments):
     return [sys.executable, "-m", "tiue_runtime", *map(str, arguments)]
 
