@@ -17,7 +17,7 @@ from tiue_runtime.errors import BundleError, clip, shorten
 GROUP = "tiue_runtime.bundles"
 DEFAULT_VARIABLE = "TIUE_BUNDLE"
 DEFAULT_NAME = "emoji"
-INSTALL_DEFAULT = "from a checkout of tiue: pip install ./models/emoji"
+INSTALL_DEFAULT = "from a checkout of tiue: pip install ./runtime ./models/emoji"
 
 
 def installed_bundles() -> dict[str, str]:
