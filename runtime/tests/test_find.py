@@ -1,7 +1,9 @@
 import shutil
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
+from tiue_runtime.bundle import find
 from tiue_runtime.bundle.find import find_bundle, installed_bundles
 from tiue_runtime.errors import BundleError
 
@@ -31,6 +33,14 @@ def test_by_installed_name_without_importing_it(installed):
     assert find_bundle("small") == installed
     assert "tiny_bundle_package" not in sys.modules
     assert installed_bundles()["small"] == "tiny_bundle_package"
+
+
+def test_a_compiled_package_is_located_by_its_origin(installed, monkeypatch):
+    """As Nuitka describes a package that was not imported yet."""
+    spec = ModuleSpec("tiny_bundle_package", None, origin=str(installed / "__init__.py"))
+    spec.submodule_search_locations = []
+    monkeypatch.setattr(find, "find_spec", lambda name: spec)
+    assert find_bundle("small") == installed
 
 
 def test_by_environment_variable(installed, tiny, monkeypatch):

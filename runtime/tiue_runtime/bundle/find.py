@@ -80,6 +80,8 @@ def _pull_hint(text: str) -> str:
 def _package_directory(name: str, package: str) -> Path:
     spec = find_spec(package) if "." not in package else None  # A dotted name would import its parent.
     places = list(spec.submodule_search_locations or ()) if spec else []
+    if spec and spec.origin and not places:  # Nuitka names no search locations before a package is imported.
+        places = [str(Path(spec.origin).parent)]
     for place in places:
         if (Path(place) / MANIFEST).is_file():
             return Path(place)
