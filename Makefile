@@ -52,4 +52,4 @@ emoji: $(FULL)/ready
 	$(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji
 
 clean:
-	rm -rf $(FULL) $(LIGHT) heart.png
+	rm -rf $(FULL) $(LIGHT) dist build runtime/build models/emoji/build heart.png
