@@ -97,10 +97,16 @@ class Tiue:
 
     def first_eps(self, latents: Float32, steps: int) -> tuple[Float32, list[int]]:
         """See Contender. A preview is w_0 z_T + (w_1 + ... + w_N) eps_1 after the first step."""
-        from tiue_runtime import Cancelled
+        from tiue_runtime import Cancelled, Progress
 
         previews: list[Float32] = []
-        with suppress(Cancelled):  # `cancel` stops the request after the first step.
+
+        def first_estimate(progress: Progress) -> bool:
+            """Keep the first estimate of z_0, and stop the request."""
+            previews.extend([] if progress.latents is None else [progress.latents])
+            return bool(previews)
+
+        with suppress(Cancelled):
             self._pipe(
                 PROMPT,
                 num_images=len(latents),
@@ -108,8 +114,7 @@ class Tiue:
                 steps=steps,
                 memory="low" if self._memory == "low" else "sequential",
                 output_type="latent",
-                callback=lambda step, steps, preview: previews.append(preview),
-                cancel=lambda: bool(previews),
+                callback=first_estimate,
             )
         schedule = self._pipe.bundle.manifest.schedules[steps]
         eps = (previews[0] - schedule.noise_weight * latents) / sum(schedule.step_weights)

@@ -1,20 +1,22 @@
-"""Watch a picture form, step by step, and stop if it takes too long."""
+"""Watch a picture form, and stop when it takes too long."""
 
 import time
 
 from tiue_runtime import Cancelled, Pipeline
 
-pipe = Pipeline.load()
 deadline = time.monotonic() + 10
 
 
-def show(step, steps, preview):
-    """Print a line after each timestep. `preview` holds the latents (B, C, h, w) that are expected so far."""
-    print(f"step {step} of {steps}, standard deviation of the latents {preview.std():.2f}")
+def show(progress):
+    """Print a line after each part of the work. Returning True cancels the request."""
+    preview = progress.preview()  # a soft picture from the latents; None before the first timestep
+    colour = preview.resize((1, 1)).getpixel((0, 0)) if preview else "none yet"
+    print(f"{progress.fraction:4.0%} {progress.stage} {progress.step} of {progress.steps}, mean colour {colour}")
+    return time.monotonic() > deadline
 
 
-try:
-    result = pipe("a sunflower", seed=3, callback=show, cancel=lambda: time.monotonic() > deadline)
-    result.images[0].save("sunflower.png")
-except Cancelled:
-    print("took too long")
+with Pipeline.load() as pipe:
+    try:
+        pipe("a sunflower", seed=3, callback=show).images[0].save("sunflower.png")
+    except Cancelled:
+        print("took too long")

@@ -14,7 +14,7 @@ def test_example_runs_and_is_short(example, tmp_path):
     done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr and done.stdout
-    (picture,) = tmp_path.iterdir()
+    (picture,) = tmp_path.glob("*.png")
     with Image.open(picture) as image:
         colours = image.convert("RGB").getcolors(maxcolors=2**20)
     assert colours is not None and len(colours) > 20

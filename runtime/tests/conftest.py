@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline
+from tiue_runtime import Pipeline, graphs
 from tiue_runtime.ort.devices import KINDS
 
 TINY = Path(__file__).parent / "data" / "tiny"
@@ -30,6 +31,12 @@ def embedding(prompt: str) -> np.ndarray:
 
 def eps(z_t: np.ndarray, text: np.ndarray, timestep: int) -> np.ndarray:
     return np.tanh(0.5 * z_t.astype(np.float64) * TAU[timestep] + text.mean())
+
+
+@pytest.fixture(autouse=True)
+def own_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines of one test share graphs with each other, not with those of other tests."""
+    monkeypatch.setattr(graphs, "_shared", WeakValueDictionary())
 
 
 @pytest.fixture(scope="session")

@@ -303,8 +303,9 @@ def test_a_request_within_a_callback_leaves_the_buffers_alone(gpu, tiny, close, 
     pipe.warmup(memory="sequential")
     inner = []
 
-    def callback(step, steps, preview):
-        inner.append(pipe(STAR, seed=step, memory="sequential", output_type="latent").images[0])
+    def callback(progress):
+        if progress.stage == "unet_decoder":
+            inner.append(pipe(STAR, seed=progress.step, memory="sequential", output_type="latent").images[0])
 
     close(pipe(HEART, seed=5, callback=callback, output_type="latent").images[0], z_0(HEART, 5))
     close(inner, [z_0(STAR, step) for step in (1, 2, 3, 4)])

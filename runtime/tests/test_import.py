@@ -20,6 +20,11 @@ def test_import_is_light():
     assert not modules_after("import tiue_runtime") & {*HEAVY, "numpy", "PIL", "tokenizers"}
 
 
+def test_importing_the_pipeline_loads_neither_numpy_nor_metadata_of_packages():
+    code = "from tiue_runtime import Pipeline, Progress, Cancelled"
+    assert not modules_after(code) & {*HEAVY, "numpy", "PIL", "tokenizers", "asyncio", "importlib_metadata", "hashlib"}
+
+
 PACKAGE = Path(tiue_runtime.__file__).parent
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -70,13 +70,14 @@ def test_partial_mode_runs_two_timesteps_at_once(pipe, monkeypatch, close, steps
     graph = Scarce(pipe.graphs.unet_decoder)
     expected = pipe(HEART, seed=7, steps=steps, output_type="latent").images
     monkeypatch.setattr(pipe.graphs, "unet_decoder", graph)
-    calls = []
-    result = pipe(HEART, seed=7, steps=steps, memory="partial", output_type="latent",
-                  callback=lambda *call: calls.append(call))  # fmt: skip
+    seen = []
+    result = pipe(HEART, seed=7, steps=steps, memory="partial", output_type="latent", callback=seen.append)
     close(result.images, expected)
     assert (result.memory, rows_of(graph)) == ("partial", [2] * (steps // 2))
-    assert [call[:2] for call in calls] == [(steps, steps)]
-    close(calls[0][2], expected)
+    seen = [progress for progress in seen if progress.stage == "unet_decoder"]
+    assert [(progress.step, progress.steps) for progress in seen] == [(i, steps) for i in range(2, steps + 1, 2)]
+    assert all(progress.latents is None for progress in seen[:-1])
+    close(seen[-1].latents, expected)
 
 
 @pytest.mark.parametrize(

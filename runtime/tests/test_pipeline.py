@@ -90,23 +90,25 @@ def test_prompt_embeds_stand_for_the_prompt(pipe, closed_form, close):
 
 
 def test_previews_assume_the_last_noise_for_the_rest(pipe, closed_form_eps, close):
-    calls = []
-    result = pipe(HEART, seed=7, output_type="latent", callback=lambda *call: calls.append(call))
-    assert [(step, steps) for step, steps, _ in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    seen = []
+    result = pipe(HEART, seed=7, output_type="latent", callback=seen.append)
+    calls = [progress for progress in seen if progress.stage == "unet_decoder"]
+    assert [(progress.step, progress.steps) for progress in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert result.memory == "sequential"
     z_t = gaussian(7, (4, 4, 6))
     first, second = closed_form_eps(z_t, HEART, 751), closed_form_eps(z_t, HEART, 501)
-    close(calls[0][2][0], 0.2 * z_t + (0.5 - 0.25 + 1.5 + 0.125) * first)
-    close(calls[1][2][0], 0.2 * z_t + 0.5 * first + (-0.25 + 1.5 + 0.125) * second)
-    close(calls[3][2], result.images)
+    close(calls[0].latents[0], 0.2 * z_t + (0.5 - 0.25 + 1.5 + 0.125) * first)
+    close(calls[1].latents[0], 0.2 * z_t + 0.5 * first + (-0.25 + 1.5 + 0.125) * second)
+    close(calls[3].latents, result.images)
 
 
-def test_callback_in_parallel_mode_is_called_once_and_owns_its_preview(pipe):
+def test_callback_in_parallel_mode_gets_the_final_latents_and_owns_them(pipe):
     calls = []
 
-    def callback(step, steps, preview):
-        calls.append((step, steps))
-        preview[:] = 0
+    def callback(progress):
+        if progress.latents is not None:
+            calls.append((progress.step, progress.steps))
+            progress.latents[:] = 0
 
     result = pipe(HEART, seed=7, output_type="latent", memory="parallel", callback=callback)
     assert calls == [(4, 4)] and result.memory == "parallel"
@@ -117,9 +119,10 @@ def test_cancel_stops_between_graphs_and_steps(pipe):
     event = threading.Event()
     steps = []
 
-    def callback(step, *_):
-        steps.append(step)
-        if step == 2:
+    def callback(progress):
+        if progress.stage == "unet_decoder":
+            steps.append(progress.step)
+        if progress.step == 2:
             event.set()
 
     with pytest.raises(Cancelled, match="cancelled before unet_decoder"):
@@ -354,6 +357,6 @@ def test_memory_that_ends_while_a_bundle_is_read_is_an_out_of_memory_error(tiny,
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("tiue_runtime.pipeline.PromptTokenizer", fail)
+    monkeypatch.setattr("tiue_runtime.sampler.PromptTokenizer", fail)
     with pytest.raises(OutOfMemoryError, match='load with memory="low"'):
         Pipeline.load(tiny, device="cpu")

@@ -170,7 +170,7 @@ STRANGE: dict[str, list[object]] = {
     "output_type": [None, 5, *ANYTHING],
     "memory": ["none", 5, *ANYTHING],
     "vae_tiling": [1, 0, "yes", *ANYTHING],
-    "callback": [5, "print", [print], len, lambda: None, lambda step: None, asynchronous, *ANYTHING],
+    "callback": [5, "print", [print], pow, lambda: None, lambda step, steps: None, asynchronous, *ANYTHING],
     "cancel": [5, "stop", [print], len, lambda step: None, asynchronous, threading.Event, *ANYTHING],
     "timeout": [0, -1, -HUGE, HUGE, True, np.bool_(True), "1", np.float16(0), *ANYTHING],
 }
@@ -241,15 +241,15 @@ def test_functions_in_many_forms_are_taken(pipe):
     seen = []
 
     class Watcher:
-        def __call__(self, step, steps, preview, more=None):
-            seen.append(step)
+        def __call__(self, progress, more=None):
+            seen.append(progress.step)
 
         def is_set(self):
             return False
 
-    for callback in (Watcher(), lambda *call: seen.append(call[0]), functools.partial(Watcher().__call__, more=1)):
+    for callback in (Watcher(), lambda *call: seen.append(call[0].step), functools.partial(Watcher().__call__, more=1)):
         pipe("a", callback=callback, cancel=Watcher(), timeout=60)
-    assert seen == [1, 2, 3, 4] * 3
+    assert seen == [1, 1, 1, 2, 3, 4, 1] * 3
     pipe("a", cancel=threading.Event().is_set, callback=print, memory="parallel")
 
 

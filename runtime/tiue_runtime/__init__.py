@@ -7,15 +7,17 @@ Names are imported when they are first used, so `import tiue_runtime` is quick a
 
 The modules, in the order in which a request meets them:
     kept_pipelines  `generate`, with pipelines that stay loaded
-    pipeline        Pipeline: from a prompt to pictures
-    options         the options of a request and of loading, each written once
+    pipeline        Pipeline: the public face of a loaded bundle
+    aio             pictures for asyncio
+    options, choices    the options of a request and of loading, each written once
     request         the options of one request, checked and complete
     tokenizer, noise    a prompt's tokens; a seed's noise z_T
+    sampler         from a request to pictures: text, latents, pixels
     denoise         the method: the encoder once, the decoder at N timesteps, z_0 = w_0 z_T + sum_i w_i eps_i
     graphs          the four graphs: loaded, run in turn, freed
     decode, tiling, images    z_0 to pixels, whole or in tiles
     modes, budget   how many timesteps at once; whether a run fits into memory
-    run             progress, previews, timings and cancelling of one request
+    run, progress   progress, timings and cancelling of one request
     png, preview, errors    files; small pictures of latents; exceptions
 
 `bundle` is the contract with the exporter. `ort` wraps ONNX Runtime. `host` describes this computer. `hub` pulls and
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     )
     from tiue_runtime.kept_pipelines import generate
     from tiue_runtime.pipeline import Pipeline, Result
+    from tiue_runtime.progress import Progress
 
 __version__ = "0.1.0"
 
@@ -54,6 +57,7 @@ __all__ = [
     "InferenceError",
     "OutOfMemoryError",
     "Pipeline",
+    "Progress",
     "RequestError",
     "Result",
     "TiueError",
@@ -61,7 +65,13 @@ __all__ = [
     "generate",
 ]
 
-_MODULES = {"Bundle": "bundle", "Pipeline": "pipeline", "Result": "pipeline", "generate": "kept_pipelines"}
+_MODULES = {
+    "Bundle": "bundle",
+    "Pipeline": "pipeline",
+    "Progress": "progress",
+    "Result": "pipeline",
+    "generate": "kept_pipelines",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,7 @@
 """From z_0 to pixels: the image decoder's graph, in one run or, where memory is short, in parts."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,10 +51,12 @@ def decode_image(
             warnings.warn(f"{why}: {plan.describe(pixels)}", stacklevel=4)
         try:
             with budget.run(name, plan.rows, plan.height * plan.width, keeps=lambda: graph.keeps):
-                image = decode_parts(run_part, z_0, plan, pixels)
+                image = decode_parts(run_part, z_0, plan, pixels, partial(turns.run.report, VAE_DECODER))
         except LoadingError:
             raise  # The graph cannot be loaded for a tile either.
         except OutOfMemoryError as error:
+            if error is turns.run.raised:
+                raise
             why = str(error)
             continue
         return image, (plan.height * pixels, plan.width * pixels) if plan.tiled else None

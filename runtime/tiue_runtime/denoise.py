@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_runtime.bundle import Manifest
+from tiue_runtime.bundle import UNET_DECODER, UNET_ENCODER, Manifest
 from tiue_runtime.graphs import Halves
 from tiue_runtime.modes import Ladder
 from tiue_runtime.run import Run
@@ -31,7 +31,8 @@ def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, lad
         z_T: noise, float32 (B, C, h, w).
         text: text embeddings, float32 (B, L, D).
         ladder: says how many timesteps one run of the decoder takes.
-        run: every finished run of the decoder is reported to it if it takes one timestep, else only the last.
+        run: hears of the encoder and of every run of the decoder. Estimates of z_0 come with runs of one timestep and
+            with the last run.
 
     Returns:
         z_0, float32 (B, C, h, w).
@@ -41,6 +42,7 @@ def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, lad
     w = np.array(schedule.step_weights, dtype=np.float32)
 
     features = halves.encode(z_T, text)
+    run.report(UNET_ENCODER, 1, 1)
 
     def decode(now: slice) -> Float32:
         # With one timestep per run, ask for eps_i itself (weight 1), so that a preview can use it.
@@ -49,14 +51,13 @@ def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, lad
 
     z = np.float32(schedule.noise_weight) * z_T
     for now, contribution in ladder.runs(decode):
+        estimate = None
         if ladder.one_by_one:
-            eps = contribution
-            # The preview is z + eps * (sum of the remaining weights), as if eps were right for them all.
-            run.step(now.stop, steps, partial(_ahead, z, w[now.start :].sum(), eps))
-            contribution = w[now] * eps
+            # The estimate is z + eps * (sum of the weights from now on), as if eps were right for them all.
+            estimate = partial(_ahead, z, w[now.start :].sum(), contribution)
+            contribution = w[now] * contribution
         z = z + contribution
-    if not ladder.one_by_one:
-        run.step(steps, steps, z.copy)
+        run.report(UNET_DECODER, now.stop, steps, z.copy if now.stop == steps else estimate)
     return z
 
 

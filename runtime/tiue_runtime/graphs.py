@@ -1,10 +1,13 @@
 """The graphs of a pipeline: loading, checking, running and freeing them."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+import os
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,14 +39,13 @@ class Graphs:
         bundle: where they are.
         placement: where and how they run.
         vae: the kind of image decoder.
-        memory: with "low", each request loads each graph for its turn.
+
+    They are loaded by `load`, or each when it is first needed.
     """
 
-    def __init__(self, bundle: Bundle, placement: Placement, vae: str, memory: Memory) -> None:
+    def __init__(self, bundle: Bundle, placement: Placement, vae: str) -> None:
         self._bundle, self._device, self._settings, self._vae = bundle, placement.device, placement.settings, vae
         self.variant = placement.variant
-        # Graphs that load one by one are loaded as soon as they are made. `load` loads the others side by side.
-        self._load_now = memory != "low" and self._device.row.loads_at_once == 1
         self.budget = Budget(bundle.manifest, self.variant, self._device)
         self.cuda_graphs = CudaGraphs() if self._settings.cuda_graphs else None
         expect = Graph.expect
@@ -59,8 +61,6 @@ class Graphs:
         )
         self.vae_name = bundle.manifest.vae_graphs[vae]
         self.vae_decoder = self._graph(self.vae_name, lambda g: expect(g, {contract.LATENTS}, {contract.IMAGE}))
-        if memory != "low":
-            self.load()
 
     def _graph(self, name: str, check: Callable[[Graph], object]) -> Graph:
         path = self._bundle.graph_path(name, self.variant)
@@ -70,8 +70,9 @@ class Graphs:
             # The text encoder computes its mask in nodes that may stay on the CPU. Such a graph cannot be recorded.
             settings, recording = replace(settings, cuda_graphs=False), None
         files = partial(self._bundle.check_graph, name, self.variant)
+        load_now = self.cuda_graphs is not None  # Recordings need a session at once.
         with self._loading():
-            return Graph(path, self._device, settings, recording, check=check, check_files=files, load=self._load_now)
+            return Graph(path, self._device, settings, recording, check=check, check_files=files, load=load_now)
 
     def __iter__(self) -> Iterator[Graph]:
         return iter((self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder))
@@ -139,6 +140,35 @@ class Graphs:
         width = text.shape[-1] if text else None
         self.unload(*(graph for graph in self if graph.loaded and graph not in before))
         return width if isinstance(width, int) else None
+
+
+_shared: WeakValueDictionary[Hashable, Graphs] = WeakValueDictionary()
+_sharing = Lock()
+if hasattr(os, "register_at_fork"):  # Another thread of the parent may hold the lock.
+    os.register_at_fork(after_in_child=lambda: globals().update(_sharing=Lock()))
+
+
+def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory) -> Graphs:
+    """Return the graphs of a pipeline. Pipelines of equal files, placement and vae get the same ones.
+
+    Two kinds of pipelines get their own graphs. With memory="low", they are not loaded now, and each request loads and
+    frees them. With cuda_graphs, a recording belongs to one pipeline.
+
+    Raises:
+        BundleError, DeviceError, OutOfMemoryError: a graph could not be loaded.
+    """
+    if memory == "low":
+        return Graphs(bundle, placement, vae)
+    if placement.settings.cuda_graphs:
+        graphs = Graphs(bundle, placement, vae)
+    else:
+        key = bundle.directory.resolve(), tuple(sorted(bundle.stamps.items())), repr(placement), vae
+        with _sharing:
+            graphs = _shared.get(key)
+            if graphs is None:
+                graphs = _shared[key] = Graphs(bundle, placement, vae)
+    graphs.load()
+    return graphs
 
 
 class Turns:

@@ -3,6 +3,7 @@
 The module is not named `generate`, because a submodule of that name would replace the function in the package.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -12,8 +13,9 @@ from PIL.Image import Image
 
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.bundle.find import find_bundle
+from tiue_runtime.choices import Vae
 from tiue_runtime.modes import Memory
-from tiue_runtime.options import LoadOptions, RequestOptions, Vae, complete
+from tiue_runtime.options import LoadOptions, RequestOptions, complete
 from tiue_runtime.pipeline import Pipeline
 
 
@@ -76,9 +78,15 @@ class KeptPipelines:
             self._kept[key] = pipeline
             return pipeline
 
+    def renew_lock(self) -> None:
+        """Replace the lock in a forked process: another thread of the parent may hold it."""
+        self._loading = Lock()
+
     def all(self) -> list[Pipeline]:
         """Return the kept pipelines in the order of their last use."""
         return list(self._kept.values())
 
 
 kept_pipelines = KeptPipelines()  # of this process
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=kept_pipelines.renew_lock)

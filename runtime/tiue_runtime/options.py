@@ -4,6 +4,7 @@
 """
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,16 +23,11 @@ from typing import (
     get_type_hints,
 )
 
-import numpy as np
-
-from tiue_runtime.bundle import VAE_KINDS, VARIANTS
+from tiue_runtime.choices import Precision, Vae, Variant
 from tiue_runtime.errors import RequestError, shorten
 from tiue_runtime.modes import Memory
-from tiue_runtime.ort.devices import Precision
 from tiue_runtime.run import Callback, Cancel
 
-Vae = Literal["kl", "tiny"]  # bundle.VAE_KINDS
-OutputType = Literal["pil", "np", "latent"]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -54,6 +50,39 @@ class Described(NamedTuple):
     optional: bool  # whether it may be None
 
 
+# Options that requests share.
+_Memory = Annotated[
+    Memory | None,
+    Option(
+        "parallel: all timesteps in one run of the decoder; partial: two at once; sequential: one by one, in about "
+        "1/steps of the memory; auto: the first of these that fits into free memory, or sequential if previews "
+        "are requested; low: one by one, and each graph is loaded only for its turn (default: auto)"
+    ),
+]
+_Tiling = Annotated[
+    bool | None,
+    Option(
+        "decode pictures larger than the bundle's default in overlapping tiles, in less memory; the pictures "
+        "differ a little (default: only if memory is short)"
+    ),
+]
+_Timeout = Annotated[
+    float | None, Option("seconds after which the request is cancelled, also while a graph runs", metavar="SECONDS")
+]
+_Callback = Annotated[
+    Callback | None,
+    Option(
+        "called with a Progress after each graph, timestep and tile; if it returns True, the request is cancelled. "
+        "Previews come after each timestep in sequential mode, else after the last one",
+        flag=False,
+    ),
+]
+_Cancel = Annotated[
+    Cancel | None,
+    Option("a threading.Event, or a function that says whether to stop; asked while graphs run", flag=False),
+]
+
+
 class RequestOptions(TypedDict, total=False):
     """Options of one request, besides prompt and output type."""
 
@@ -67,36 +96,21 @@ class RequestOptions(TypedDict, total=False):
         Option("z_T, floats (B, C, h, w), instead of noise from a seed; they determine the size", flag=False),
     ]
     prompt_embeds: Annotated[Any, Option("floats (B / num_images, L, D), instead of a prompt", flag=False)]
-    memory: Annotated[
-        Memory | None,
-        Option(
-            "parallel: all timesteps in one run of the decoder; partial: two at once; sequential: one by one, in about "
-            "1/steps of the memory; auto: the first of these that fits into free memory, or sequential if previews "
-            "are requested; low: one by one, and each graph is loaded only for its turn (default: auto)"
-        ),
-    ]
-    vae_tiling: Annotated[
-        bool | None,
-        Option(
-            "decode pictures larger than the bundle's default in overlapping tiles, in less memory; the pictures "
-            "differ a little (default: only if memory is short)"
-        ),
-    ]
-    timeout: Annotated[
-        float | None, Option("seconds after which the request is cancelled, also while a graph runs", metavar="SECONDS")
-    ]
-    callback: Annotated[
-        Callback | None,
-        Option(
-            "called as callback(step, steps, preview): after each timestep in sequential mode, else once at the end. "
-            "preview is the z_0 (B, C, h, w) that results if the noise predicted last is right for all timesteps left",
-            flag=False,
-        ),
-    ]
-    cancel: Annotated[
-        Cancel | None,
-        Option("a threading.Event, or a function that says whether to stop; asked while graphs run", flag=False),
-    ]
+    memory: _Memory
+    vae_tiling: _Tiling
+    timeout: _Timeout
+    callback: _Callback
+    cancel: _Cancel
+
+
+class DecodeOptions(TypedDict, total=False):
+    """Options of decoding latents."""
+
+    memory: _Memory
+    vae_tiling: _Tiling
+    timeout: _Timeout
+    callback: _Callback
+    cancel: _Cancel
 
 
 class LoadOptions(TypedDict, total=False):
@@ -112,10 +126,10 @@ class LoadOptions(TypedDict, total=False):
     ]
     vae: Annotated[
         Vae | None,
-        Option("kl: the full image decoder; tiny: a small, fast one (default: the bundle's)", choices=VAE_KINDS),
+        Option("kl: the full image decoder; tiny: a small, fast one (default: the bundle's)"),
     ]
     variant: Annotated[
-        str | None, Option("the bundle's graphs to run (default: the best for the device)", choices=VARIANTS)
+        str | None, Option("the bundle's graphs to run (default: the best for the device)", choices=get_args(Variant))
     ]
     cuda_graphs: Annotated[bool, Option("record the kernels once and replay them (cuda)", False, flag=False)]
     provider_options: Annotated[
@@ -217,8 +231,8 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    numbers = int | float | np.integer | np.floating
-    if not isinstance(value, numbers) or isinstance(value, bool | np.timedelta64):
+    is_number = isinstance(value, int | float) or _is_numpy(value, "integer", "floating")
+    if not is_number or isinstance(value, bool) or _is_numpy(value, "timedelta64"):
         return None
     try:
         return float(value)
@@ -227,7 +241,13 @@ def _number(value: Any) -> float | None:
 
 
 def _truth(value: Any) -> bool | None:
-    return bool(cast(object, value)) if isinstance(value, bool | np.bool_) else None
+    return bool(cast(object, value)) if isinstance(value, bool) or _is_numpy(value, "bool_") else None
+
+
+def _is_numpy(value: Any, *types: str) -> bool:
+    """Say whether a value is of one of numpy's types. Without numpy in this process, it is not."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, tuple(getattr(numpy, name) for name in types))
 
 
 def _text(value: Any) -> str | None:

@@ -1,39 +1,39 @@
-"""From a prompt to pictures.
+"""The public face of the runtime: a loaded bundle that makes pictures.
 
-prompt -> text_encoder -> text
-z_T, text -> denoise: unet_encoder once, unet_decoder at N timesteps -> z_0
-z_0 -> vae_decoder -> image
+This module imports neither numpy nor ONNX Runtime, so that a program which may need pictures later starts quickly.
+`Pipeline` imports the rest when it loads a bundle.
 """
+
+from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, get_args, overload
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL.Image import Image
+from tiue_runtime.choices import OutputType, Vae
+from tiue_runtime.errors import OutOfMemoryError, RequestError, is_out_of_memory, shorten
+from tiue_runtime.modes import Memory, Mode
+from tiue_runtime.options import DecodeOptions, LoadOptions, RequestOptions, complete, document, one_of
+from tiue_runtime.run import Cancel, Run
 
-from tiue_runtime.bundle import ATTENTION_MASK, INPUT_IDS, SAFETY_CHECKER, TEXT, TEXT_ENCODER, UNET_DECODER, Bundle
-from tiue_runtime.bundle.find import find_bundle
-from tiue_runtime.decode import decode_image
-from tiue_runtime.denoise import denoise
-from tiue_runtime.errors import OutOfMemoryError, RequestError, clip, is_out_of_memory, shorten
-from tiue_runtime.graphs import Graphs, Halves, Turns
-from tiue_runtime.hub.signature import check_signature, demanded_trust
-from tiue_runtime.images import to_pil, to_unit
-from tiue_runtime.modes import Ladder, Memory, Mode
-from tiue_runtime.options import LoadOptions, OutputType, RequestOptions, Vae, complete, document, one_of
-from tiue_runtime.ort.devices import Precision
-from tiue_runtime.ort.placement import Placement, place
-from tiue_runtime.request import Request
-from tiue_runtime.run import Run
-from tiue_runtime.tokenizer import PromptTokenizer
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
 
-Float32 = NDArray[np.float32]
+    from tiue_runtime.bundle import Bundle
+    from tiue_runtime.choices import Precision
+    from tiue_runtime.graphs import Graphs
+    from tiue_runtime.ort.placement import Placement
+    from tiue_runtime.sampler import Sampler
+
+    Float32 = NDArray[np.float32]
+
 Images = TypeVar("Images")
 
 
@@ -53,10 +53,13 @@ class Result(Generic[Images]):
 
 
 class Pipeline:
-    """A loaded bundle. Calls from several threads at once are safe."""
+    """A loaded bundle. Calls from several threads at once are safe.
+
+    Use it in a `with` block, or call `close`, to free its memory. Pipelines of the same files and the same options of
+    loading share their graphs.
+    """
 
     bundle: Bundle
-    graphs: Graphs
     device: str
     vae: str  # the kind of image decoder that was loaded
     variant: str  # the bundle's graphs that were loaded
@@ -70,6 +73,9 @@ class Pipeline:
         Raises:
             BundleError, DeviceError, OutOfMemoryError, RequestError: as `Pipeline.load`.
         """
+        from tiue_runtime.graphs import shared_graphs
+        from tiue_runtime.sampler import Sampler
+
         manifest = bundle.manifest
         self.bundle, self.device, self.variant = bundle, str(placement.device), placement.variant
         self.precision, self.cuda_graphs = placement.precision, placement.settings.cuda_graphs
@@ -77,20 +83,19 @@ class Pipeline:
         self.vae = manifest.vaes[0] if vae is None else vae
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {shorten(vae)}")
-        if SAFETY_CHECKER in manifest.graphs:
+        if "safety_checker" in manifest.graphs:
             warnings.warn(
                 f"bundle {manifest.name} has a safety checker, which this version of tiue-runtime does not run: "
                 "pictures are not checked",
                 stacklevel=3,
             )
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, manifest.text_length)
-        self.graphs = Graphs(bundle, placement, self.vae, memory)
+        self._sampler: Sampler | None = Sampler(bundle, shared_graphs(bundle, placement, self.vae, memory))
 
     @classmethod
     @document(LoadOptions)
     def load(
         cls, bundle: str | Path | None = None, *, memory: Memory = "auto", **options: Unpack[LoadOptions]
-    ) -> "Pipeline":
+    ) -> Pipeline:
         """Find, validate and load a bundle.
 
         Args:
@@ -115,6 +120,11 @@ class Pipeline:
             OutOfMemoryError: the graphs do not fit into memory.
             RequestError: vae or memory is wrong, or an option is of another type.
         """
+        from tiue_runtime.bundle import Bundle
+        from tiue_runtime.bundle.find import find_bundle
+        from tiue_runtime.hub.signature import check_signature, demanded_trust
+        from tiue_runtime.ort.placement import place
+
         given = complete(LoadOptions, options)
         vae = given.pop("vae")
         try:
@@ -127,6 +137,36 @@ class Pipeline:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemoryError('the bundle does not fit into memory: load with memory="low"') from error
+
+    def __enter__(self) -> Self:
+        """Return this pipeline. The end of the `with` block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs and their memory. Requests that run end first, on their threads. Later calls are refused.
+
+        Graphs that another pipeline shares stay loaded for it.
+        """
+        self._sampler = None
+
+    def __repr__(self) -> str:
+        """Name the bundle, and where and how it runs."""
+        state = "" if self._sampler else ", closed"
+        return f"<Pipeline {self.bundle.manifest.name}, {self.device}, {self.variant} graphs, vae {self.vae}{state}>"
+
+    @property
+    def graphs(self) -> Graphs:
+        """The graphs. Raises RequestError if this pipeline is closed."""
+        return self._open().graphs
+
+    def _open(self) -> Sampler:
+        if self._sampler is None:
+            raise RequestError("this pipeline is closed: load the bundle again with Pipeline.load")
+        return self._sampler
 
     def warmup(self, **options: Unpack[RequestOptions]) -> None:
         """Make a picture and discard it, so that the next one of the same options is as quick as later ones.
@@ -191,39 +231,122 @@ class Pipeline:
             Cancelled: `cancel` or `timeout` ended the request.
             InferenceError: a graph failed. OutOfMemoryError is a subclass.
         """
+        from tiue_runtime.request import Request
+
         given = complete(RequestOptions, options)
         run = Run(given["cancel"], given["callback"], given["timeout"])
         memory = given["memory"] = self._check_memory(given["memory"] or self.memory)
-        manifest, graphs = self.bundle.manifest, self.graphs
-        try:
+        sampler = self._open()
+        graphs = sampler.graphs
+        with self._remedies(sampler, run, low=memory == "low", tiles=given["vae_tiling"] is not False):
             # The width of text embeddings is looked up late: it may load the text encoder.
-            request = Request.make(manifest, graphs.budget, lambda: graphs.text_width, prompt, output_type, given)
-            images, mode, tile = self._make(request, output_type, run)
-        except (OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
-            if not is_out_of_memory(error):
-                raise
-            low = [] if memory == "low" or self.cuda_graphs else ['with memory="low"']
-            tiles = ["allow `vae_tiling`"] if given["vae_tiling"] is False else []
-            remedies = ["make smaller pictures", "fewer at once", *low, *tiles]
-            raise graphs.out_of_memory(error, *remedies) from error
+            width = lambda: graphs.text_width  # noqa: E731
+            request = Request.make(self.bundle.manifest, graphs.budget, width, prompt, output_type, given)
+            exact = partial(self.decode, memory=memory, vae_tiling=request.vae_tiling, cancel=run.cancelled)
+            images, mode, tile = sampler.sample(request, output_type, run, exact)
         run.timings["total"] = time.perf_counter() - run.begun
         made = self.device, self.precision, request.steps, mode, self.vae, tile
         return Result(images, request.seeds, run.timings, *made)
 
-    def _make(self, request: Request, output_type: OutputType, run: Run) -> tuple[Any, Mode, tuple[int, int] | None]:
-        """Go the way from noise to pictures. Returns the pictures, and `memory` and `tile` as in Result."""
-        manifest = self.bundle.manifest
-        z_T = request.noise(run)
-        with self.graphs.request(run, low=request.memory == "low") as turns:
-            text = self._encode_text(request, turns)
-            ladder = Ladder(self._first_mode(request), request.steps)
-            halves = Halves(turns, request.steps, decoded=output_type != "latent")
-            z_0 = denoise(halves, manifest, z_T, text, ladder, run)
-            if output_type == "latent":
-                return z_0, ladder.mode, None
-            image, tile = decode_image(turns, manifest, z_0, request.vae_tiling)
-        unit = to_unit(image)
-        return to_pil(unit) if output_type == "pil" else unit, ladder.mode, tile
+    async def agenerate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        output_type: OutputType = "pil",
+        **options: Unpack[RequestOptions],
+    ) -> Result[Any]:
+        """Make pictures without blocking an event loop. Cancelling the task cancels the request.
+
+        `tiue_runtime.aio` also has `stream`, which yields each Progress on the way.
+
+        Args:
+            prompt: as in `__call__`.
+            output_type: as in `__call__`.
+            **options: as in `__call__`. callback and cancel are called on another thread.
+
+        Raises:
+            RequestError, Cancelled, InferenceError: as `__call__`.
+        """
+        from tiue_runtime.aio import agenerate
+
+        return await agenerate(self, prompt, output_type=output_type, **options)
+
+    def encode(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        memory: Memory | None = None,
+        timeout: float | None = None,
+        cancel: Cancel | None = None,
+    ) -> Float32:
+        """Encode prompts, for example to mix them. Pass the result to a call as `prompt_embeds`.
+
+        Args:
+            prompt: a string or a list of strings.
+            memory: as in `__call__`. Only "low" matters: the text encoder is then freed afterwards.
+            timeout: as in `__call__`.
+            cancel: as in `__call__`.
+
+        Returns:
+            Text embeddings, float32 (B, L, D), one row per prompt.
+
+        Raises:
+            RequestError, Cancelled, InferenceError: as `__call__`.
+        """
+        from tiue_runtime.request import check_prompts
+
+        given = complete(RequestOptions, {"memory": memory, "timeout": timeout, "cancel": cancel})
+        run, sampler = Run(given["cancel"], None, given["timeout"]), self._open()
+        low = self._check_memory(given["memory"] or self.memory) == "low"
+        with self._remedies(sampler, run, low=low):
+            return sampler.encode(check_prompts(prompt), run, low=low)
+
+    @overload
+    def decode(
+        self, latents: Any, *, output_type: Literal["pil"] = "pil", **options: Unpack[DecodeOptions]
+    ) -> list[Image]: ...
+
+    @overload
+    def decode(self, latents: Any, *, output_type: Literal["np"], **options: Unpack[DecodeOptions]) -> Float32: ...
+
+    def decode(
+        self, latents: Any, *, output_type: Literal["pil", "np"] = "pil", **options: Unpack[DecodeOptions]
+    ) -> list[Image] | Float32:
+        """Turn latents into pictures, for example those of `output_type="latent"` or `Progress.latents`.
+
+        Args:
+            latents: z_0, floats (B, C, h, w).
+            output_type: "pil", or "np" for float32 (B, H, W, 3) in [0, 1].
+            **options: memory, vae_tiling, timeout, callback and cancel, as in `__call__`.
+
+        Returns:
+            The pictures.
+
+        Raises:
+            RequestError, Cancelled, InferenceError: as `__call__`.
+        """
+        from tiue_runtime.request import check_latents
+
+        given = complete(DecodeOptions, options)
+        one_of("output_type", output_type, ("pil", "np"))
+        run, sampler = Run(given["cancel"], given["callback"], given["timeout"]), self._open()
+        low, tiling = self._check_memory(given["memory"] or self.memory) == "low", given["vae_tiling"]
+        with self._remedies(sampler, run, low=low, tiles=tiling is not False):
+            checked = check_latents(latents, self.bundle.manifest, sampler.graphs.budget)
+            return sampler.decode(checked, output_type, tiling, run, low=low)
+
+    @contextmanager
+    def _remedies(self, sampler: Sampler, run: Run, *, low: bool, tiles: bool = True) -> Generator[None]:
+        """Add remedies to the error if memory runs out. Errors of the callback pass unchanged."""
+        try:
+            yield
+        except (OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
+            if error is run.raised or not is_out_of_memory(error):
+                raise
+            loading = [] if low or self.cuda_graphs else ['with memory="low"']
+            tiling = [] if tiles else ["allow `vae_tiling`"]
+            remedies = ["make smaller pictures", "fewer at once", *loading, *tiling]
+            raise sampler.graphs.out_of_memory(error, *remedies) from error
 
     def _check_memory(self, memory: Memory) -> Memory:
         """Return `memory` if this pipeline can take it. Raises RequestError."""
@@ -231,25 +354,3 @@ class Pipeline:
         if memory == "low" and self.cuda_graphs:
             raise RequestError('cuda_graphs: recordings hold the memory that memory="low" frees; choose one of them')
         return memory
-
-    def _first_mode(self, request: Request) -> Mode:
-        """Return the mode to begin with: the requested one, or the first that fits into free memory."""
-        if request.memory == "auto":
-            count, _, height, width = request.shape
-            return self.graphs.budget.fastest_mode(UNET_DECODER, request.steps, count, height * width)
-        return "sequential" if request.memory == "low" else request.memory
-
-    def _encode_text(self, request: Request, turns: Turns) -> Float32:
-        """Return text embeddings (B, L, D). Each prompt is encoded once and repeated for its images."""
-        if request.prompts is None:
-            text = cast(Float32, request.prompt_embeds)
-        else:
-            tokens, length = self._tokenizer(request.prompts), self.bundle.manifest.text_length
-            for cut in filter(None, tokens.cut):
-                warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=4)
-            graph = self.graphs.text_encoder
-            feed = {INPUT_IDS: tokens.input_ids, ATTENTION_MASK: tokens.attention_mask}
-            text = cast(Float32, turns(TEXT_ENCODER, graph, feed)[TEXT])
-            shape = (len(request.prompts), length, text.shape[-1])
-            graph.check_output(TEXT, text, shape, self.graphs.overflow_remedy())
-        return np.repeat(text, request.num_images, axis=0)

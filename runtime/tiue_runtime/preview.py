@@ -1,9 +1,14 @@
 """Previews: a matrix turns latents into small pictures, at a tiny part of an image decoder's cost."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image, Resampling
 
-from tiue_runtime.bundle import Preview
+from tiue_runtime.bundle import Manifest, Preview
+from tiue_runtime.errors import RequestError
+from tiue_runtime.images import to_pil
 
 Float32 = NDArray[np.float32]
 
@@ -24,3 +29,23 @@ def latents_to_rgb(preview: Preview, latents: Float32, pixels_per_latent: int = 
     matrix, bias = (np.asarray(values, dtype=np.float32) for values in (preview.matrix, preview.bias))
     rgb = np.clip(latents.transpose(0, 2, 3, 1) @ matrix + bias, 0, 1)
     return rgb.repeat(pixels_per_latent, axis=1).repeat(pixels_per_latent, axis=2)
+
+
+class Previews:
+    """Makes the pictures of `Progress.preview`."""
+
+    def __init__(self, manifest: Manifest, decode: Callable[[Float32], list[Image]]) -> None:
+        """Take the bundle's manifest, and the function that runs the image decoder."""
+        self._manifest, self._decode = manifest, decode
+
+    def __call__(self, latents: Float32, *, exact: bool) -> Image:
+        """Turn latents (1, C, h, w) => a picture of full size. Raises RequestError if the bundle has no matrix."""
+        if exact:
+            return self._decode(latents)[0]
+        if self._manifest.preview is None:
+            raise RequestError(
+                f"preview: bundle {self._manifest.name} has no matrix for quick previews; ask for exact ones"
+            )
+        small = to_pil(latents_to_rgb(self._manifest.preview, latents))[0]
+        scale = self._manifest.pixels_per_latent
+        return small.resize((small.width * scale, small.height * scale), Resampling.BILINEAR)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from tiue_runtime.budget import Budget
 from tiue_runtime.bundle import Manifest
+from tiue_runtime.choices import OutputType
 from tiue_runtime.errors import RequestError, clip, shorten
 from tiue_runtime.modes import Memory
 from tiue_runtime.noise import check_seed, gaussian
-from tiue_runtime.options import OutputType, one_of
+from tiue_runtime.options import one_of
 from tiue_runtime.run import Run
 
 Float32 = NDArray[np.float32]
@@ -74,7 +75,7 @@ class Request:
             shape = (None, manifest.text_length, text_width())
             texts = embeds = _shaped("prompt_embeds", options["prompt_embeds"], shape, "B,L,D")
         else:
-            texts = prompts = _prompts(prompt)
+            texts = prompts = check_prompts(prompt)
         count, latents = num_images * len(texts), options["latents"]
         seeds = _seeds(options["seed"], count)
         if latents is None:
@@ -83,7 +84,7 @@ class Request:
             height, width = (height or manifest.default_height) // scale, (width or manifest.default_width) // scale
         else:
             fields, seeds = "latents", range(0)  # The caller's noise comes from no seed, even if one was given.
-            latents = _shaped(fields, latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
+            latents = _latents(latents, count, manifest)
             height, width = _sizes_of_latents(latents.shape, sizes, manifest)
         shape = (count, manifest.latent_channels, height, width)
         budget.refuse_excess(shape, fields)
@@ -107,7 +108,8 @@ class Request:
         return noise
 
 
-def _prompts(prompt: object) -> list[str]:
+def check_prompts(prompt: object) -> list[str]:
+    """Return prompts as a list of at least one string. Raises RequestError."""
     if isinstance(prompt, str):
         prompt = [prompt]
     if not isinstance(prompt, list | tuple):
@@ -125,6 +127,21 @@ def _prompts(prompt: object) -> list[str]:
                 f"prompt[{i}]: expected text, got bytes that are not UTF-8: {clip(ascii(item))}"
             ) from error
     return cast(list[str], items)
+
+
+def check_latents(latents: Any, manifest: Manifest, budget: Budget) -> Float32:
+    """Return z_0 as finite float32 (B, C, h, w), of sizes that the bundle allows. Raises RequestError."""
+    array = _latents(latents, None, manifest)
+    budget.refuse_excess(array.shape, "latents")
+    return _finite("latents", array)
+
+
+def _latents(latents: Any, count: int | None, manifest: Manifest) -> NDArray[np.floating[Any]]:
+    """Return latents (B, C, h, w) of sizes that the bundle allows, where B is `count`, if given."""
+    array = _shaped("latents", latents, (count, manifest.latent_channels, None, None), "B,C,h,w")
+    for name, size in zip(("height", "width"), array.shape[2:], strict=True):
+        _size(f"latents: {name} of the image", size * manifest.pixels_per_latent, manifest.size_multiple)
+    return array
 
 
 def _seeds(seed: int | None, count: int) -> range:
@@ -146,12 +163,11 @@ def _size(name: str, value: int | None, multiple: int) -> int | None:
 
 
 def _sizes_of_latents(shape: tuple[int, ...], sizes: Sequence[int | None], manifest: Manifest) -> tuple[int, ...]:
-    """Return (h, w) of latents, if the bundle allows them and they agree with `sizes` in pixels."""
+    """Return (h, w) of latents if they agree with `sizes` in pixels. Raises RequestError."""
     for name, pixels, size in zip(("height", "width"), sizes, shape[2:], strict=True):
         implied = size * manifest.pixels_per_latent
         if pixels is not None and pixels != implied:
             raise RequestError(f"{name}: latents of shape {shape} make {implied}, got {pixels}")
-        _size(f"latents: {name} of the image", implied, manifest.size_multiple)
     return shape[2:]
 
 

@@ -72,7 +72,13 @@ def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> li
     return whole if tiling is False else whole + tiles
 
 
-def decode_parts(run: Callable[[Float32], Float32], latents: Float32, plan: Plan, scale: int) -> Float32:
+def decode_parts(
+    run: Callable[[Float32], Float32],
+    latents: Float32,
+    plan: Plan,
+    scale: int,
+    report: Callable[[int, int], object] = lambda part, parts: None,
+) -> Float32:
     """Turn latents (B, C, h, w) => image (B, 3, H, W). Beside the result, one part at a time is in memory.
 
     Args:
@@ -80,18 +86,23 @@ def decode_parts(run: Callable[[Float32], Float32], latents: Float32, plan: Plan
         latents: z_0.
         plan: one of `plans`.
         scale: pixels per latent, H = scale * h.
+        report: called with the number of finished parts and of all parts.
     """
     count, _, height, width = latents.shape
     if (plan.rows, plan.height, plan.width) == (count, height, width):
-        return run(latents)
-    parts = product(range(0, count, plan.rows), windows(height, plan.height, scale), windows(width, plan.width, scale))
+        image = run(latents)
+        report(1, 1)
+        return image
+    down_windows, across_windows = windows(height, plan.height, scale), windows(width, plan.width, scale)
+    parts = list(product(range(0, count, plan.rows), down_windows, across_windows))
     image = np.empty(0, dtype=np.float32)
-    for first, (top, down), (left, across) in parts:
+    for done, (first, (top, down), (left, across)) in enumerate(parts, start=1):
         rows, bottom, right = slice(first, first + plan.rows), top + plan.height, left + plan.width
         part = run(latents[rows, :, top:bottom, left:right])
         if not image.size:  # Allocate after the first run, which may free the memory that is needed here.
             image = np.zeros((count, 3, height * scale, width * scale), dtype=np.float32)
         image[rows, :, top * scale : bottom * scale, left * scale : right * scale] += part * (down[:, None] * across)
+        report(done, len(parts))
     return image
 
 

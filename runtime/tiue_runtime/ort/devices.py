@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from tiue_runtime.bundle import CPU, CUDA, PORTABLE
+from tiue_runtime.choices import Precision
 from tiue_runtime.errors import DeviceError, shorten
 from tiue_runtime.host.machine import thread_count
 
-Precision = Literal["bf16", "fp32"]
 GivesBack = Literal["on request", "after each run", "by reloading", "never"]
 Loads = Literal["side by side", "one by one"]
 Proof = Literal["session", "product"]
@@ -40,6 +40,7 @@ class Kind:
     title: str  # for people
     extra: str  # the extra of tiue-runtime that installs it
     gives_back: GivesBack = "never"
+    forks: bool = False  # whether a forked process can load graphs again
     loads: Loads = "one by one"
     proof: Proof = "session"
     variants: tuple[str, ...] = (PORTABLE,)  # the variants of a bundle that it can run, the best first
@@ -184,6 +185,7 @@ KINDS = {
         "CPU",
         "cpu",
         gives_back="on request",
+        forks=True,
         loads="side by side",  # Loading a graph keeps mostly one thread busy.
         variants=(CPU, PORTABLE),
         remedy="Install ONNX Runtime again",

@@ -1,11 +1,14 @@
 """An ONNX graph: named arrays in, named arrays out, both checked against the contract."""
 
+import ctypes
+import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from tiue_runtime.bundle import TENSORS
 from tiue_runtime.errors import (
     BundleError,
+    DeviceError,
     InferenceError,
     OutOfMemoryError,
     TiueError,
@@ -49,6 +53,17 @@ class Declared:
         """Whether it is a tensor that numpy can compute with."""
         return self.dtype.startswith("tensor(") and self.dtype != "tensor(string)"
 
+
+_graphs: "WeakSet[Graph]" = WeakSet()  # of this process
+
+
+def _after_fork() -> None:
+    for graph in list(_graphs):
+        graph.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 _CONTRACT = {name: Declared(f"tensor({dtype})", (None,) * rank) for name, (dtype, rank) in TENSORS.items()}
 
@@ -89,6 +104,7 @@ class Graph:
         self._check = check
         self._check_files = check_files
         self._loading = Lock()
+        self._forked = False  # whether this is a process's copy of a graph that its parent made
         self._session: Any = None
         self._inputs: dict[str, Declared] | None = None
         self._outputs: dict[str, Declared] = {}
@@ -101,11 +117,17 @@ class Graph:
         elif device.row.gives_back == "after each run":
             # Each session has its own arena. Memory that one keeps is lost to the others.
             self._entries = shrinking(device)
+        _graphs.add(self)
         if load:
             self.session()
 
     def session(self, cancelled: Cancelled | None = None) -> Any:
         """Return ONNX Runtime's session. Load and check it first if necessary. A refused graph is not kept."""
+        if self._forked and not self.device.row.forks:
+            raise DeviceError(
+                f"device: {self.device} does not work in a forked process: load the bundle after the fork, "
+                "or start processes by the method spawn"
+            )
         with self._loading:
             if self._session is not None:
                 return self._session
@@ -152,6 +174,17 @@ class Graph:
         if self._inputs is None:
             self.session()
         return self._outputs
+
+    def after_fork(self) -> None:
+        """Let go of the session in a forked process. The next call loads it again, or is refused.
+
+        The session's threads exist in the parent only. Destroying the session would wait for them forever, so this
+        process keeps its copy of the memory until it ends.
+        """
+        self._loading, self._forked = Lock(), True
+        if self._session is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+            self._session = None
 
     def __call__(
         self,

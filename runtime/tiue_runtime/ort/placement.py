@@ -13,10 +13,11 @@ from typing import SupportsIndex, cast
 import numpy as np
 
 from tiue_runtime.bundle import PORTABLE
+from tiue_runtime.choices import Precision
 from tiue_runtime.errors import BundleError, DeviceError, clip, shorten
 from tiue_runtime.host import gpu, machine
 from tiue_runtime.ort import sessions
-from tiue_runtime.ort.devices import AUTO, KINDS, OWNED, Device, Precision, Settings, parse_device
+from tiue_runtime.ort.devices import AUTO, KINDS, OWNED, Device, Settings, parse_device
 from tiue_runtime.ort.interrupt import interruptible
 from tiue_runtime.ort.sessions import first_line, installed_wheels, replace_wheels
 

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import InferenceError, RequestError
 from tiue_runtime.host.machine import thread_count
 from tiue_runtime.options import LoadOptions, RequestOptions
 from tiue_runtime.ort.sessions import installed_wheels
-from tiue_runtime.pipeline import Float32, Pipeline, Result
+from tiue_runtime.pipeline import Pipeline, Result
 
 PROMPT = "a red heart"
 SAME = 0.02  # of pixels in [0, 1]: GPU kernels may add up in another order from run to run
@@ -46,7 +47,7 @@ def bench(
     if pipeline.cuda_graphs:
         pipeline.warmup(**options)
 
-    def run() -> Result[Float32]:
+    def run() -> Result[NDArray[np.float32]]:
         return pipeline(PROMPT, output_type="np", **options)
 
     warm_up = run()

@@ -1,0 +1,96 @@
+"""Pictures for asyncio: the event loop stays free, and cancelling a task cancels its request.
+
+    result = await agenerate(pipe, "a red heart")
+    async for progress in stream(pipe, "a red heart"): ...
+
+Requests run on the event loop's threads. ONNX Runtime shares the CPU cores among them.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
+
+from tiue_runtime.errors import Cancelled
+from tiue_runtime.options import RequestOptions
+from tiue_runtime.run import Run
+
+if TYPE_CHECKING:
+    from tiue_runtime.pipeline import Pipeline, Result
+    from tiue_runtime.progress import Progress
+
+
+async def agenerate(
+    pipeline: "Pipeline",
+    prompt: str | Sequence[str] | None = None,
+    *,
+    output_type: Any = "pil",
+    **options: Unpack[RequestOptions],
+) -> "Result[Any]":
+    """Make pictures without blocking the event loop.
+
+    Args:
+        pipeline: a loaded pipeline.
+        prompt: as in `Pipeline.__call__`.
+        output_type: as in `Pipeline.__call__`.
+        **options: as in `Pipeline.__call__`. callback and cancel are called on another thread.
+
+    Returns:
+        As `Pipeline.__call__`.
+
+    Raises:
+        asyncio.CancelledError: the task was cancelled. The request has ended by then.
+        TiueError: as `Pipeline.__call__`.
+    """
+    stop = threading.Event()
+    asked = Run(options.get("cancel")).cancelled
+    options["cancel"] = lambda: stop.is_set() or asked()
+    work = asyncio.create_task(asyncio.to_thread(partial(pipeline, prompt, output_type=output_type, **options)))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([work])
+        ended = work.exception()  # Without this, asyncio would log an error that nobody asked for.
+        if ended is not None and not isinstance(ended, Cancelled):
+            raise ended from None
+        raise
+
+
+async def stream(
+    pipeline: "Pipeline",
+    prompt: str | Sequence[str] | None = None,
+    *,
+    output_type: Any = "pil",
+    **options: Unpack[RequestOptions],
+) -> "AsyncGenerator[Progress | Result[Any]]":
+    """Make pictures, and yield each Progress as it comes, then the Result.
+
+    Args:
+        pipeline: a loaded pipeline.
+        prompt: as in `Pipeline.__call__`.
+        output_type: as in `Pipeline.__call__`.
+        **options: as in `Pipeline.__call__`. A callback is called as well.
+
+    Raises:
+        TiueError: as `Pipeline.__call__`. Leaving the loop early, and then `aclose`, cancels the request.
+    """
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue["Progress | None"]()
+    callback = options.get("callback")
+
+    def pass_on(progress: "Progress") -> object:
+        loop.call_soon_threadsafe(arrived.put_nowait, progress)
+        return callback(progress) if callback else None
+
+    options["callback"] = pass_on
+    work = asyncio.create_task(agenerate(pipeline, prompt, output_type=output_type, **options))
+    work.add_done_callback(lambda _: arrived.put_nowait(None))
+    try:
+        while (progress := await arrived.get()) is not None:
+            yield progress
+        yield work.result()
+    finally:
+        if not work.done():
+            work.cancel()
+            await asyncio.wait([work])

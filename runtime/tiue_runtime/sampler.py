@@ -1,0 +1,119 @@
+"""From a request to pictures, on loaded graphs.
+
+prompt -> text_encoder -> text
+z_T, text -> denoise: unet_encoder once, unet_decoder at N timesteps -> z_0
+z_0 -> vae_decoder -> image
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from tiue_runtime.bundle import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    TEXT,
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    VAE_DECODER,
+    Bundle,
+)
+from tiue_runtime.choices import OutputType
+from tiue_runtime.decode import decode_image
+from tiue_runtime.denoise import denoise
+from tiue_runtime.errors import clip
+from tiue_runtime.graphs import Graphs, Halves, Turns
+from tiue_runtime.images import to_pil, to_unit
+from tiue_runtime.modes import Ladder, Mode
+from tiue_runtime.preview import Previews
+from tiue_runtime.request import Request
+from tiue_runtime.run import Run
+from tiue_runtime.tokenizer import PromptTokenizer
+
+Float32 = NDArray[np.float32]
+Tile = tuple[int, int]
+
+
+class Sampler:
+    """The graphs and the tokenizer of a bundle. It samples pictures with them.
+
+    Args:
+        bundle: where the tokenizer is.
+        graphs: of the bundle.
+    """
+
+    def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
+        self.graphs = graphs
+        self._manifest = bundle.manifest
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.text_length)
+
+    def sample(
+        self, request: Request, output_type: OutputType, run: Run, decode: Callable[[Float32], list[Image]]
+    ) -> tuple[Any, Mode, Tile | None]:
+        """Go the whole way from noise to pictures.
+
+        Args:
+            request: complete and checked.
+            output_type: "latent" ends the way before the image decoder.
+            run: hears of each stage.
+            decode: the image decoder, for exact previews.
+
+        Returns:
+            The pictures, and `memory` and `tile` as in Result.
+        """
+        text_stage = () if request.prompts is None else (TEXT_ENCODER,)
+        image_stage = () if output_type == "latent" else (VAE_DECODER,)
+        run.expect((*text_stage, UNET_ENCODER, UNET_DECODER, *image_stage), Previews(self._manifest, decode))
+        z_T = request.noise(run)
+        with self.graphs.request(run, low=request.memory == "low") as turns:
+            text = request.prompt_embeds if request.prompts is None else self._encode(request.prompts, turns)
+            text = np.repeat(cast(Float32, text), request.num_images, axis=0)
+            ladder = Ladder(self._first_mode(request), request.steps)
+            halves = Halves(turns, request.steps, decoded=output_type != "latent")
+            z_0 = denoise(halves, self._manifest, z_T, text, ladder, run)
+            if output_type == "latent":
+                return z_0, ladder.mode, None
+            image, tile = decode_image(turns, self._manifest, z_0, request.vae_tiling)
+        return _as(output_type, image), ladder.mode, tile
+
+    def encode(self, prompts: list[str], run: Run, *, low: bool) -> Float32:
+        """Encode prompts => text embeddings, float32 (B, L, D)."""
+        run.expect((TEXT_ENCODER,))
+        with self.graphs.request(run, low=low) as turns:
+            return self._encode(prompts, turns)
+
+    def decode(self, latents: Float32, output_type: OutputType, tiling: bool | None, run: Run, *, low: bool) -> Any:
+        """Turn latents (B, C, h, w) => pictures, as `output_type` says."""
+        run.expect((VAE_DECODER,))
+        with self.graphs.request(run, low=low) as turns:
+            image, _ = decode_image(turns, self._manifest, latents, tiling)
+        return _as(output_type, image)
+
+    def _encode(self, prompts: list[str], turns: Turns) -> Float32:
+        """Return text embeddings (B, L, D), one row per prompt."""
+        tokens, length = self._tokenizer(prompts), self._manifest.text_length
+        for cut in filter(None, tokens.cut):
+            warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=4)
+        graph = self.graphs.text_encoder
+        feed = {INPUT_IDS: tokens.input_ids, ATTENTION_MASK: tokens.attention_mask}
+        text = cast(Float32, turns(TEXT_ENCODER, graph, feed)[TEXT])
+        graph.check_output(TEXT, text, (len(prompts), length, text.shape[-1]), self.graphs.overflow_remedy())
+        turns.run.report(TEXT_ENCODER, 1, 1)
+        return text
+
+    def _first_mode(self, request: Request) -> Mode:
+        """Return the mode to begin with: the requested one, or the first that fits into free memory."""
+        if request.memory == "auto":
+            count, _, height, width = request.shape
+            return self.graphs.budget.fastest_mode(UNET_DECODER, request.steps, count, height * width)
+        return "sequential" if request.memory == "low" else request.memory
+
+
+def _as(output_type: OutputType, image: Float32) -> list[Image] | Float32:
+    unit = to_unit(image)
+    return to_pil(unit) if output_type == "pil" else unit
