@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ def test_generate_writes_the_picture_and_says_how(run, tmp_path, pipe):
     assert (code, err) == (0, "")
     assert f"{path}  12x8  seed 5\n" in out and "s on cpu" in out
     with Image.open(path) as image:
-        assert image.text["prompt"] == "a red heart"
-        assert (image.text["seed"], image.text["steps"], image.text["bundle"]) == ("5", "2", "tiny")
+        record = json.loads(image.text["tiue"])
+        assert [record[name] for name in ("prompt", "seed", "steps", "bundle")] == ["a red heart", 5, 2, "tiny"]
         np.testing.assert_array_equal(image, pipe("a red heart", seed=5, steps=2).images[0])
     assert [p.name for p in tmp_path.iterdir()] == ["heart.png"]
 
@@ -44,7 +45,7 @@ def test_several_pictures_are_numbered(run, tmp_path, pipe):
     assert {p.name for p in tmp_path.iterdir()} == {f"heart-{i:02}.png" for i in range(1, 11)} | {"heart.png"}
     assert path.read_bytes() == b"old"
     with Image.open(tmp_path / "heart-10.png") as image:
-        assert (image.text["seed"], image.size) == ("10", (4, 4))
+        assert (json.loads(image.text["tiue"])["own_seed"], image.size) == (10, (4, 4))
 
 
 def test_memory_vae_and_tiles_are_chosen(run, tmp_path, tiny):
@@ -65,7 +66,8 @@ def test_prompt_in_any_script_survives_in_the_metadata(run, tmp_path):
     path = tmp_path / "a.png"
     assert run("generate", "ein rotes Herz ♥", "--out", path)[0] == 0
     with Image.open(path) as image:
-        assert image.text["prompt"] == "ein rotes Herz ♥"
+        assert json.loads(image.text["tiue"])["prompt"] == "ein rotes Herz ♥"
+        assert image.text["parameters"].startswith("ein rotes Herz ♥\n")
 
 
 def test_an_existing_picture_is_replaced(run, tmp_path):
@@ -86,9 +88,13 @@ MISTAKES = {
     "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "--out: cannot write "),
     "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "--out: cannot write "),
     "out is a folder": (["generate", "a", "--out", "TMP/folder.png"], "is a directory"),
-    "other format": (["generate", "a", "--out", "TMP/a.jpg"], "out: expected a file name that ends in .png"),
-    "no out": (["generate", "a"], "--out"),
-    "no command": ([], "COMMAND"),
+    "other format": (["generate", "a", "--out", "TMP/a.gif"], "out: expected a file name that ends in .png"),
+    "no prompt": (["generate", "--out", "TMP/a.png"], "expected either a description of the picture or --from"),
+    "prompt and picture": (["generate", "a", "--from", "TMP/a.png"], "got both"),
+    "no such picture": (["generate", "--from", "TMP/a.png"], "expected a file"),
+    "seed of a picture": (["generate", "--from", "TMP/a.png", "--seed", "1"], "--seed: with --from, the record"),
+    "guidance": (["generate", "a", "--guidance-scale", "7"], "--guidance-scale: guidance was distilled"),
+    "steps of diffusers": (["generate", "a", "--num-inference-steps", "4"], "use --steps"),
     "unknown command": (["draw"], "invalid choice: 'draw'"),
     "unknown flag": (
         ["generate", "a", "--out", "TMP/a.png", "--sede", "1"],
@@ -270,4 +276,52 @@ def test_absurd_numbers_are_refused_at_once(run, tmp_path, heavy):
         code, out, err = run(*command, "--num-images", number)
         assert (code, out) == (2, "") and "--num-images" in err
         assert len(err) < 400 and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_command_the_help_is_printed(run):
+    code, out, err = run()
+    assert (code, err) == (0, "") and out.startswith("usage: tiue-runtime") and "generate" in out
+
+
+def test_words_are_joined_and_a_new_file_is_named_after_them(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("generate", "a", "red", "Heart/..", "--seed", 7)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-red-heart-7-again-2.png", "a-red-heart-7.png"]
+    for prompt in ("\u2665" * 90, "CON", "/", "é" * 300):
+        assert run("generate", prompt, "--seed", 1)[0] == 0
+    assert {"con-1.png", "picture-1.png"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_saved_picture_is_made_again(run, tmp_path):
+    run("generate", "a red heart", "-o", tmp_path / "a.png", "--seed", 5, "--steps", 2)
+    code, out, err = run("generate", "--from", tmp_path / "a.png", "-o", tmp_path / "b.png")
+    assert (code, err) == (0, "") and "seed 5" in out
+    with Image.open(tmp_path / "a.png") as first, Image.open(tmp_path / "b.png") as second:
+        np.testing.assert_array_equal(first, second)
+
+
+def test_programs_get_json_and_nothing_else(run, tmp_path):
+    code, out, err = run("generate", "a", "-o", tmp_path / "a.webp", "--num-images", 2, "--seed", 3, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and [row["seed"] for row in rows] == [3, 4]
+    assert [row["path"] for row in rows] == [str(tmp_path / f"a-{i}.webp") for i in (1, 2)]
+
+
+def test_metadata_and_mark_can_be_left_out(run, tmp_path):
+    run("generate", "a", "-o", tmp_path / "a.png", "--no-metadata", "--no-ai-mark")
+    with Image.open(tmp_path / "a.png") as image:
+        assert not image.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that can be handled")
+def test_sigterm_ends_with_143_and_nothing_half_written(tmp_path, heavy):
+    command = [sys.executable, "-m", "tiue_runtime", "generate", "a", "--bundle", heavy, "--device", "cpu"]
+    flags = ["--num-images", "64", "--width", "512", "--height", "512", "-o", tmp_path / "a.png"]
+    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.5)
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "tiue-runtime: error: terminated\n")
     assert not list(tmp_path.iterdir())

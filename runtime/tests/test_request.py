@@ -322,3 +322,9 @@ def test_options_of_a_request_are_written_once(pipe):
 def test_the_docstring_of_a_function_lists_every_option(function, options):
     for name, (_, option, _) in described(options).items():
         assert f"{name}: {option.help}." in function.__doc__
+
+
+@pytest.mark.parametrize("name", ["num_inference_steps", "guidance_scale", "negative_prompt", "generator", "image"])
+def test_arguments_of_diffusers_are_refused_with_a_lesson(pipe, name):
+    with pytest.raises(RequestError, match=f"^{name}: "):
+        pipe("a", **{name: 1})

@@ -18,7 +18,8 @@ The modules, in the order in which a request meets them:
     decode, tiling, images    z_0 to pixels, whole or in tiles
     modes, budget   how many timesteps at once; whether a run fits into memory
     run, progress   progress, timings and cancelling of one request
-    png, preview, errors    files; small pictures of latents; exceptions
+    saving, record, tracing    files with the record of their making, and making them again
+    preview, errors         small pictures of latents; exceptions
 
 `bundle` is the contract with the exporter. `ort` wraps ONNX Runtime. `host` describes this computer. `hub` pulls and
 signs bundles. `tools` holds the command line.

@@ -142,6 +142,34 @@ class LoadOptions(TypedDict, total=False):
     threads: Annotated[int | None, Option("CPU threads of a graph (default: all that the process may use)")]
 
 
+_FROM_NOISE = "a student makes pictures from noise and a prompt only"
+_NO_GUIDANCE = "guidance was distilled into the student, so there is none at run time"
+
+# Arguments of diffusers' pipelines that people try, and the sentence that each of them gets.
+LESSONS = {
+    "num_inference_steps": "use `steps`; a bundle offers the step counts that it was trained for",
+    "guidance_scale": _NO_GUIDANCE,
+    "guidance_rescale": _NO_GUIDANCE,
+    "true_cfg_scale": _NO_GUIDANCE,
+    "negative_prompt": f"{_NO_GUIDANCE}, and nothing to push against; say in the prompt what the picture shows",
+    "negative_prompt_embeds": f"{_NO_GUIDANCE}, and nothing to push against",
+    "generator": "use `seed`; the same seed gives the same noise on every device",
+    "num_images_per_prompt": "use `num_images`",
+    "callback_on_step_end": "use `callback`; it gets a Progress",
+    "scheduler": "the weights of the steps are part of the bundle, so there is no scheduler at run time",
+    "timesteps": "the timesteps are part of the bundle; use `steps` to choose how many",
+    "sigmas": "the timesteps are part of the bundle; use `steps` to choose how many",
+    "eta": "there is no sampling loop at run time that could add noise",
+    "image": _FROM_NOISE,
+    "mask_image": _FROM_NOISE,
+    "strength": _FROM_NOISE,
+    "ip_adapter_image": _FROM_NOISE,
+    "clip_skip": "the layer of the text encoder was fixed at export",
+    "cross_attention_kwargs": "LoRA and attention are fixed at export",
+    "return_dict": "a call always returns a Result",
+}
+
+
 @cache
 def described(options: type) -> dict[str, Described]:
     """Return the type and the description of every option of a TypedDict in this module."""
@@ -163,10 +191,12 @@ def complete(options: type, given: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         TypeError: a name is unknown.
-        RequestError: a value is of another type. Ranges are not checked here.
+        RequestError: a value is of another type, or a name is one of LESSONS. Ranges are not checked here.
     """
     known = described(options)
     for name in given:
+        if name in LESSONS and options is RequestOptions:
+            raise RequestError(f"{name}: {LESSONS[name]}")
         if name not in known:
             raise TypeError(f"unexpected option {name!r}; expected some of {', '.join(known)}")
     return {name: _checked(name, known[name], given[name]) if name in given else known[name].option.default

@@ -51,6 +51,25 @@ class Result(Generic[Images]):
     vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
     tile: tuple[int, int] | None  # (height, width) in pixels, if pictures were decoded in tiles
 
+    def save(self, path: str | Path, *, metadata: bool = True, ai_mark: bool = True) -> list[Path]:
+        """Save all pictures: `path` for one, and numbered names (heart-1.png, heart-2.png) for more.
+
+        Args:
+            path: its ending, .png, .jpg, .jpeg or .webp, decides the format. An existing file is replaced.
+            metadata: write how each picture was made, so that `Pipeline.repeat` can make it again.
+            ai_mark: write the mark that says "made by AI".
+
+        Returns:
+            The files.
+
+        Raises:
+            RequestError: a name or a folder is wrong, or the result holds arrays.
+            OSError: the disk is full, for example. No file is then half written.
+        """
+        from tiue_runtime.saving import save_all
+
+        return save_all(self.images, Path(path), metadata=metadata, ai_mark=ai_mark)
+
 
 class Pipeline:
     """A loaded bundle. Calls from several threads at once are safe.
@@ -65,6 +84,7 @@ class Pipeline:
     variant: str  # the bundle's graphs that were loaded
     cuda_graphs: bool  # whether `warmup` records kernels
     precision: Precision | None  # as in `Result`
+    threads: int | None  # as given to `load`
     memory: Memory  # the default of calls
 
     def __init__(self, bundle: Bundle, placement: Placement, vae: Vae | None = None, memory: Memory = "auto") -> None:
@@ -79,6 +99,7 @@ class Pipeline:
         manifest = bundle.manifest
         self.bundle, self.device, self.variant = bundle, str(placement.device), placement.variant
         self.precision, self.cuda_graphs = placement.precision, placement.settings.cuda_graphs
+        self.threads = placement.settings.threads
         self.memory = self._check_memory(memory)
         self.vae = manifest.vaes[0] if vae is None else vae
         if self.vae not in manifest.vaes:
@@ -232,6 +253,7 @@ class Pipeline:
             InferenceError: a graph failed. OutOfMemoryError is a subclass.
         """
         from tiue_runtime.request import Request
+        from tiue_runtime.tracing import trace
 
         given = complete(RequestOptions, options)
         run = Run(given["cancel"], given["callback"], given["timeout"])
@@ -244,9 +266,30 @@ class Pipeline:
             request = Request.make(self.bundle.manifest, graphs.budget, width, prompt, output_type, given)
             exact = partial(self.decode, memory=memory, vae_tiling=request.vae_tiling, cancel=run.cancelled)
             images, mode, tile = sampler.sample(request, output_type, run, exact)
+            if output_type == "pil":
+                images = trace(self, request, mode, tile, images)
         run.timings["total"] = time.perf_counter() - run.begun
         made = self.device, self.precision, request.steps, mode, self.vae, tile
         return Result(images, request.seeds, run.timings, *made)
+
+    def repeat(self, path: str | Path) -> Result[list[Image]]:
+        """Make a saved picture again, bit for bit on the same machine with the same versions.
+
+        The whole request is drawn again if it had several pictures, because a batch may round differently.
+
+        Args:
+            path: a file that was saved with its metadata.
+
+        Returns:
+            One picture. A warning names what differs from the record, or says that the pixels differ.
+
+        Raises:
+            RequestError: the file holds no record, or the caller gave latents or embeddings of their own.
+            RequestError, InferenceError: as `__call__`.
+        """
+        from tiue_runtime.tracing import repeat
+
+        return repeat(self, path)
 
     async def agenerate(
         self,
@@ -347,6 +390,8 @@ class Pipeline:
             tiling = [] if tiles else ["allow `vae_tiling`"]
             remedies = ["make smaller pictures", "fewer at once", *loading, *tiling]
             raise sampler.graphs.out_of_memory(error, *remedies) from error
+        finally:
+            run.end()
 
     def _check_memory(self, memory: Memory) -> Memory:
         """Return `memory` if this pipeline can take it. Raises RequestError."""

@@ -89,6 +89,10 @@ class Run:
         """Set the stages that this request goes through, in their order, and the maker of previews."""
         self._stages, self._preview = stages, preview
 
+    def end(self) -> None:
+        """Let go of the maker of previews, which refers to this run: a cycle would keep the pipeline in memory."""
+        self._preview = None
+
     def report(
         self, stage: str, step: int, steps: int, estimate: Callable[[], NDArray[np.float32]] | None = None
     ) -> None:

@@ -37,6 +37,7 @@ class Bundle:
     directory: Path
     manifest: Manifest
     stamps: Mapping[str, Stamp] = field(compare=False, repr=False)  # of each file, when the bundle was loaded
+    sha256: str = field(compare=False, repr=False)  # of bundle.json, which names the hashes of all other files
 
     @classmethod
     def load(cls, directory: str | Path) -> "Bundle":
@@ -54,7 +55,8 @@ class Bundle:
                 f"{clip(str(directory), 300)} is not a bundle: expected a file {MANIFEST} in it, found none."
             )
         try:
-            manifest = read_manifest(read_limited(path, MANIFEST_LIMIT))
+            content = read_limited(path, MANIFEST_LIMIT)
+            manifest = read_manifest(content)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from error
         stamps: dict[str, Stamp] = {}
@@ -62,7 +64,7 @@ class Bundle:
             size, *_ = stamps[name] = _stamp(directory, name)
             if size != info.size:
                 raise BundleError(f"{directory / name}: expected {info.size} bytes, found {size}. {REMEDY}")
-        return cls(directory, manifest, stamps)
+        return cls(directory, manifest, stamps, hashlib.sha256(content).hexdigest())
 
     def graph_path(self, graph: str, variant: str = PORTABLE) -> Path:
         """Return the ONNX file of one of Manifest.graphs."""

@@ -6,24 +6,23 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, cast
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
-from tiue_runtime.options import LoadOptions, RequestOptions, choices, described
-from tiue_runtime.tools import model_commands
+from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
+from tiue_runtime.tools import generate_command, model_commands
 
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
-_INTERRUPTED = 130
+_INTERRUPTED = 128 + signal.SIGINT
 _SHOWN = 300  # characters of a message about flags
-_CHECKED_FILES = 1000  # pictures whose file names are checked first; more are hardly ever made at once
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A redirected stdout on Windows is not UTF-8. No prompt and no file name may stop the command.
             stream.reconfigure(errors="backslashreplace")
+    in_main = threading.current_thread() is threading.main_thread()  # Only there can signals be handled.
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -53,9 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     except (TiueError, OSError) as error:
         _say("error", error)
         return _USER_ERROR
+    except _Terminated:
+        _say("error", "terminated")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         _say("error", "interrupted")
         return _INTERRUPTED
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. Everything that handles Ctrl-C handles it as well, so nothing stays half written."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def _show_warning(message: object, *_: object, **__: object) -> None:
@@ -103,29 +118,8 @@ _NAME = f"({'|'.join(_names())})"
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from tiue_runtime.pipeline import Pipeline
-    from tiue_runtime.png import check_png_path, save_png
-    from tiue_runtime.request import LARGEST
-
-    out, count = Path(arguments.out), min(arguments.num_images or 1, LARGEST)  # More are refused by the pipeline.
-    for path in islice(_numbered(out, count), _CHECKED_FILES):
-        check_png_path(path)
-    options = _given(arguments, RequestOptions)
-    pipeline = Pipeline.load(arguments.bundle, memory=options.get("memory") or "auto", **_given(arguments, LoadOptions))
-    result = pipeline(arguments.prompt, **options)
-    for path, image, seed in zip(_numbered(out, count), result.images, result.seeds, strict=True):
-        text = {
-            "prompt": arguments.prompt,
-            "seed": str(seed),
-            "bundle": pipeline.bundle.manifest.name,
-            "steps": str(result.steps),
-            "Software": f"tiue-runtime {__version__}",
-        }
-        save_png(image, path, text)
-        _write(f"{path}  {image.width}x{image.height}  seed {seed}")
-    computed = f" in {result.precision}" if result.precision else ""
-    _write(f"{result.timings['total']:.2f} s on {result.device}{computed}, without loading")
-    return 0
+    loading, request = _given(arguments, LoadOptions), _given(arguments, RequestOptions)
+    return generate_command.generate(arguments, loading, request, _write)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -183,36 +177,22 @@ def _print_rows(rows: dict[str, object]) -> None:
         _write(f"{key:<{column}}{value}")
 
 
-def _numbered(path: Path, count: int) -> Iterator[Path]:
-    """Name the files of several pictures: heart.png for one, heart-1.png, heart-2.png and so on for more."""
-    if count <= 1:
-        yield path
-        return
-    digits = len(str(count))
-    for i in range(count):
-        yield path.with_stem(f"{path.stem}-{i + 1:0{digits}}")
-
-
 def _parser() -> _Parser:
     parser = _Parser(
         prog="tiue-runtime",
         description="Make images from text with a TiUE bundle, offline, on the CPU or an NVIDIA GPU.",
-        epilog='Start with: tiue-runtime generate "a red heart" --out heart.png',
+        epilog="Start with: tiue-runtime generate a red heart",
     )
     parser.add_argument("--version", action="version", version=f"tiue-runtime {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=partial(_help, parser))
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them as PNG")
-    generate.add_argument("prompt", help='a description of the picture, for example "a red heart"')
-    generate.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE.png",
-        help="file to save; with several pictures, FILE-1.png, FILE-2.png, ...",
-    )
+    generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them")
+    generate_command.add_arguments(generate)
     _bundle_flag(generate)
     _option_flags(generate, RequestOptions)
     _option_flags(generate, LoadOptions)
+    _lesson_flags(generate)
 
     info = _command(commands, "info", _info, "describe a bundle: license, sizes, step counts, origin")
     _bundle_flag(info)
@@ -231,6 +211,11 @@ def _parser() -> _Parser:
     _option_flags(bench, RequestOptions)
     _option_flags(bench, LoadOptions)
     return parser
+
+
+def _help(parser: _Parser, _: argparse.Namespace) -> int:
+    parser.print_help(sys.stdout)
+    return 0
 
 
 def _command(
@@ -265,6 +250,19 @@ def _option_flags(parser: _Parser, options: type) -> None:
         parse = {int: int, float: float}.get(kind, str)
         metavar = option.metavar if option.metavar or listed else None
         parser.add_argument(flag, type=parse, choices=listed, metavar=metavar, help=option.help)
+
+
+class _Lesson(argparse.Action):
+    """A flag that people from diffusers may try. It ends in one sentence that teaches."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        raise RequestError(f"{self.option_strings[0]}: {LESSONS[self.dest]}")
+
+
+def _lesson_flags(parser: _Parser) -> None:
+    for name in LESSONS:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=name, nargs="?", action=_Lesson, help=argparse.SUPPRESS)
 
 
 def _given(arguments: argparse.Namespace, options: type[T]) -> T:
