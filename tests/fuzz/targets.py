@@ -191,7 +191,7 @@ def captions(folder: Path, about: dict[str, Any]) -> str:
 
 def picture(folder: Path, about: dict[str, Any]) -> str:
     """Draw by the command line, and read the prompt from the picture."""
-    from PIL import Image
+    from tiue_runtime.saving import read_record
     from tiue_runtime.tools.cli import main
 
     out = folder / "picture.png"
@@ -204,8 +204,7 @@ def picture(folder: Path, about: dict[str, Any]) -> str:
         if out.exists():
             raise Wrong(f"wrote a picture and ended with {status}")
         raise Refused(errors.getvalue().removesuffix("\n"))
-    with Image.open(out) as image:
-        text = image.info.get("prompt")
+    text = read_record(out).prompt
     if text != about["prompt"]:
         raise Wrong(f"wrote {text!r:.60} instead of the prompt")
     return "a picture"
