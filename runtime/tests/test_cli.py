@@ -45,7 +45,7 @@ def test_several_pictures_are_numbered(run, tmp_path, pipe):
     assert {p.name for p in tmp_path.iterdir()} == {f"heart-{i:02}.png" for i in range(1, 11)} | {"heart.png"}
     assert path.read_bytes() == b"old"
     with Image.open(tmp_path / "heart-10.png") as image:
-        assert (json.loads(image.text["tiue"])["own_seed"], image.size) == (10, (4, 4))
+        assert (json.loads(image.text["tiue"])["seed"], image.size) == (10, (4, 4))
 
 
 def test_memory_vae_and_tiles_are_chosen(run, tmp_path, tiny):
@@ -91,7 +91,7 @@ MISTAKES = {
     "other format": (["generate", "a", "--out", "TMP/a.gif"], "out: expected a file name that ends in .png"),
     "no prompt": (["generate", "--out", "TMP/a.png"], "expected either a description of the picture or --from"),
     "prompt and picture": (["generate", "a", "--from", "TMP/a.png"], "got both"),
-    "no such picture": (["generate", "--from", "TMP/a.png"], "expected a file"),
+    "no such picture": (["generate", "--from", "TMP/a.png"], "a.png: cannot be read"),
     "seed of a picture": (["generate", "--from", "TMP/a.png", "--seed", "1"], "--seed: with --from, the record"),
     "guidance": (["generate", "a", "--guidance-scale", "7"], "--guidance-scale: guidance was distilled"),
     "steps of diffusers": (["generate", "a", "--num-inference-steps", "4"], "use --steps"),
@@ -300,6 +300,18 @@ def test_a_saved_picture_is_made_again(run, tmp_path):
     assert (code, err) == (0, "") and "seed 5" in out
     with Image.open(tmp_path / "a.png") as first, Image.open(tmp_path / "b.png") as second:
         np.testing.assert_array_equal(first, second)
+
+
+def test_the_bundle_of_a_picture_is_never_taken_as_a_path(run, tmp_path, heavy, monkeypatch):
+    """A picture of a stranger must not choose a directory whose graphs are run."""
+    from dataclasses import replace
+
+    with Pipeline.load(heavy, device="cpu") as other:
+        picture = other("a", seed=1, height=4, width=4).images[0]
+    picture.info["tiue"] = replace(picture.record, bundle=str(heavy))
+    picture.save(tmp_path / "a.png")
+    code, _, err = run("generate", "--from", tmp_path / "a.png", "-o", tmp_path / "b.png")
+    assert code == 2 and "was made with bundle" in err and "got tiny" in err
 
 
 def test_programs_get_json_and_nothing_else(run, tmp_path):

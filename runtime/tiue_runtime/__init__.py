@@ -18,7 +18,8 @@ The modules, in the order in which a request meets them:
     decode, tiling, images    z_0 to pixels, whole or in tiles
     modes, budget   how many timesteps at once; whether a run fits into memory
     run, progress   progress, timings and cancelling of one request
-    saving, record, tracing    files with the record of their making, and making them again
+    result, saving  pictures and how they were made; their files
+    record, metadata, repeating, credentials    what a file says about its picture; making it again; signatures
     preview, errors         small pictures of latents; exceptions
 
 `bundle` is the contract with the exporter. `ort` wraps ONNX Runtime. `host` describes this computer. `hub` pulls and
@@ -41,8 +42,11 @@ if TYPE_CHECKING:
         TiueError,
     )
     from tiue_runtime.kept_pipelines import generate
-    from tiue_runtime.pipeline import Pipeline, Result
+    from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.progress import Progress
+    from tiue_runtime.record import Record
+    from tiue_runtime.result import Result
+    from tiue_runtime.saving import read_record
 
 __version__ = "0.1.0"
 
@@ -59,19 +63,23 @@ __all__ = [
     "OutOfMemoryError",
     "Pipeline",
     "Progress",
+    "Record",
     "RequestError",
     "Result",
     "TiueError",
     "__version__",
     "generate",
+    "read_record",
 ]
 
 _MODULES = {
     "Bundle": "bundle",
     "Pipeline": "pipeline",
     "Progress": "progress",
-    "Result": "pipeline",
+    "Record": "record",
+    "Result": "result",
     "generate": "kept_pipelines",
+    "read_record": "saving",
 }
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, get_args, overload
 
 from tiue_runtime.choices import OutputType, Vae
 from tiue_runtime.errors import OutOfMemoryError, RequestError, is_out_of_memory, shorten
-from tiue_runtime.modes import Memory, Mode
+from tiue_runtime.modes import Memory
 from tiue_runtime.options import DecodeOptions, LoadOptions, RequestOptions, complete, document, one_of
-from tiue_runtime.run import Cancel, Run
+from tiue_runtime.result import Result
+from tiue_runtime.run import Callback, Cancel, Run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,45 +30,10 @@ if TYPE_CHECKING:
     from tiue_runtime.choices import Precision
     from tiue_runtime.graphs import Graphs
     from tiue_runtime.ort.placement import Placement
+    from tiue_runtime.record import Record
     from tiue_runtime.sampler import Sampler
 
     Float32 = NDArray[np.float32]
-
-Images = TypeVar("Images")
-
-
-@dataclass(frozen=True)
-class Result(Generic[Images]):
-    """The pictures of a request, in prompt-major order, and how they were made."""
-
-    images: Images  # list of PIL images; float32 (B, H, W, 3) in [0, 1] for "np"; z_0 float32 (B, C, h, w) for "latent"
-    seeds: tuple[int, ...]  # one per image; empty if the caller passed latents
-    timings: Mapping[str, float]  # seconds: each graph that ran, and "total"
-    device: str  # where the graphs ran: "cpu", "openvino", "cuda", "cuda:1"
-    precision: Precision | None  # of OpenVINO; None on other devices, or if provider options determine it
-    steps: int
-    memory: Mode  # the mode in which the decoder ran; after running out of memory, the last one
-    vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
-    tile: tuple[int, int] | None  # (height, width) in pixels, if pictures were decoded in tiles
-
-    def save(self, path: str | Path, *, metadata: bool = True, ai_mark: bool = True) -> list[Path]:
-        """Save all pictures: `path` for one, and numbered names (heart-1.png, heart-2.png) for more.
-
-        Args:
-            path: its ending, .png, .jpg, .jpeg or .webp, decides the format. An existing file is replaced.
-            metadata: write how each picture was made, so that `Pipeline.repeat` can make it again.
-            ai_mark: write the mark that says "made by AI".
-
-        Returns:
-            The files.
-
-        Raises:
-            RequestError: a name or a folder is wrong, or the result holds arrays.
-            OSError: the disk is full, for example. No file is then half written.
-        """
-        from tiue_runtime.saving import save_all
-
-        return save_all(self.images, Path(path), metadata=metadata, ai_mark=ai_mark)
 
 
 class Pipeline:
@@ -252,8 +217,9 @@ class Pipeline:
             Cancelled: `cancel` or `timeout` ended the request.
             InferenceError: a graph failed. OutOfMemoryError is a subclass.
         """
+        from tiue_runtime.images import attach
+        from tiue_runtime.record import records_of
         from tiue_runtime.request import Request
-        from tiue_runtime.tracing import trace
 
         given = complete(RequestOptions, options)
         run = Run(given["cancel"], given["callback"], given["timeout"])
@@ -266,30 +232,42 @@ class Pipeline:
             request = Request.make(self.bundle.manifest, graphs.budget, width, prompt, output_type, given)
             exact = partial(self.decode, memory=memory, vae_tiling=request.vae_tiling, cancel=run.cancelled)
             images, mode, tile = sampler.sample(request, output_type, run, exact)
+            records = records_of(self, request, mode, tile)
             if output_type == "pil":
-                images = trace(self, request, mode, tile, images)
+                attach(images, records)
         run.timings["total"] = time.perf_counter() - run.begun
-        made = self.device, self.precision, request.steps, mode, self.vae, tile
+        made = self.device, self.precision, request.steps, mode, self.vae, tile, records
         return Result(images, request.seeds, run.timings, *made)
 
-    def repeat(self, path: str | Path) -> Result[list[Image]]:
-        """Make a saved picture again, bit for bit on the same machine with the same versions.
+    def repeat(
+        self,
+        source: str | Path | Record,
+        *,
+        callback: Callback | None = None,
+        cancel: Cancel | None = None,
+        timeout: float | None = None,
+    ) -> Result[list[Image]]:
+        """Make a picture again from its file: bit for bit on the same machine with the same versions.
 
-        The whole request is drawn again if it had several pictures, because a batch may round differently.
+        If the pixels differ from those of the record, a warning says what else differs. `repeating.load_for` loads the
+        bundle of a record with its options.
 
         Args:
-            path: a file that was saved with its metadata.
+            source: a PNG, JPEG or WebP file that holds its record, or the record itself.
+            callback: as in `__call__`.
+            cancel: as in `__call__`.
+            timeout: as in `__call__`, for each of at most two runs.
 
         Returns:
-            One picture. A warning names what differs from the record, or says that the pixels differ.
+            One picture.
 
         Raises:
-            RequestError: the file holds no record, or the caller gave latents or embeddings of their own.
-            RequestError, InferenceError: as `__call__`.
+            RequestError: the file holds no record, or this pipeline cannot make the picture. The message says why.
+            Cancelled, InferenceError: as `__call__`.
         """
-        from tiue_runtime.tracing import repeat
+        from tiue_runtime.repeating import repeat
 
-        return repeat(self, path)
+        return repeat(self, source, callback=callback, cancel=cancel, timeout=timeout)
 
     async def agenerate(
         self,

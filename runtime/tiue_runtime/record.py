@@ -1,92 +1,164 @@
-"""The record of a picture: everything that is needed to make it again, as JSON, and as the text that web UIs read."""
+"""The record of a picture: everything that made it, as one JSON object and as webui's `parameters` text.
+
+Files hold the JSON (metadata.py). `repeating` makes the picture again from it. No field holds a path of this computer.
+docs/traceability.md describes the format for readers in other languages.
+"""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, cast
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, cast
 
+import numpy as np
+
+from tiue_runtime import __version__
+from tiue_runtime.bundle import VAE_KINDS
 from tiue_runtime.bundle.fields import Field, parse_json, reader_of
 from tiue_runtime.errors import BundleError, RequestError, shorten
+from tiue_runtime.modes import MODES, Mode
+from tiue_runtime.ort.devices import KINDS, parse_device
+from tiue_runtime.ort.sessions import installed_wheels
+
+if TYPE_CHECKING:
+    from tiue_runtime.pipeline import Pipeline
+    from tiue_runtime.request import Request
 
 FORMAT = 1
-LONGEST = 2**20  # characters of a record
+MOST_BYTES = 16 * 2**20  # of a record
 
-_Prompt = Annotated[str, Field(longest=LONGEST, pattern=r"(?s).*")]  # also with line breaks
-_Word = Annotated[str, Field(longest=1000)]
-_Count = Annotated[int, Field(least=1, most=2**20)]
+_SHA256 = "^[0-9a-f]{64}$"
+_Pixels = Annotated[int, Field(least=1, most=2**20)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Record:
-    """How a picture was made. Paths, names of people and names of machines are not in it."""
+    """How one picture was made."""
 
-    # Of the whole request. None: the caller passed embeddings.
-    prompts: Annotated[tuple[_Prompt, ...] | None, Field(shortest=1, longest=2**20)] = None
-    num_images: _Count  # per prompt
-    index: Annotated[int, Field(least=0, most=2**40)]  # of this picture in the request
-    # Of the request's first picture. None: the caller passed latents.
-    seed: Annotated[int | None, Field(least=0, most=2**64 - 1)] = None
-    steps: _Count
-    height: _Count  # pixels
-    width: _Count
-    memory: _Word  # the mode of the decoder
-    tile: Annotated[tuple[int, int] | None, Field("(height, width) in pixels.")] = None
-    vae: _Word
-    variant: _Word
-    device: _Word
-    precision: Annotated[str | None, Field(longest=1000)] = None
-    threads: Annotated[int | None, Field(least=1, most=2**20)] = None  # that the caller set
-    bundle: _Word  # its name
-    bundle_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of bundle.json, which names all files' hashes
-    versions: Annotated[Mapping[str, _Word], Field(longest=100)]  # of packages
-
-    @property
-    def prompt(self) -> str | None:
-        """The prompt of this picture."""
-        return None if self.prompts is None else self.prompts[self.index // self.num_images]
-
-    @property
-    def own_seed(self) -> int | None:
-        """The seed that makes this picture alone."""
-        return None if self.seed is None else self.seed + self.index
+    bundle: Annotated[str, Field("The bundle's name.", shortest=1, longest=200)]
+    bundle_sha256: Annotated[str, Field("Of bundle.json, which lists the sha256 of all files.", pattern=_SHA256)]
+    steps: Annotated[int, Field("N, the decoder's timesteps.", least=1, most=1000)]
+    height: Annotated[int, Field("Pixels.", least=1, most=2**20)]
+    width: Annotated[int, Field("Pixels.", least=1, most=2**20)]
+    memory: Annotated[str, Field("The mode in which the decoder ran.", choices=tuple(MODES))]
+    vae: Annotated[str, Field("The kind of image decoder.", choices=VAE_KINDS)]
+    variant: Annotated[str, Field("The bundle's graphs that ran.", shortest=1, longest=100)]
+    device: Annotated[str, Field("Where they ran.", shortest=1, longest=100)]
+    provider: Annotated[str, Field("ONNX Runtime's name of the provider.", shortest=1, longest=100)]
+    versions: Annotated[Mapping[str, str], Field("Of tiue-runtime, ONNX Runtime's wheel and numpy.", longest=20)]
+    prompt: Annotated[
+        str | None, Field("Absent if the caller passed text embeddings.", longest=2**24, pattern="^[\\s\\S]*$")
+    ] = None
+    seed: Annotated[
+        int | None, Field("Of this picture. Absent if the caller passed noise.", least=0, most=2**64 - 1)
+    ] = None
+    threads: Annotated[int | None, Field("CPU threads, if the caller set them.", least=1, most=2**20)] = None
+    precision: Annotated[str | None, Field("The precision of OpenVINO's arithmetic.", choices=("bf16", "fp32"))] = None
+    tile: Annotated[tuple[_Pixels, _Pixels] | None, Field("Height and width of tiles in pixels, if any.")] = None
+    prompts: Annotated[int, Field("Prompts of the request, which ran as one batch.", least=1, most=2**20)] = 1
+    num_images: Annotated[int, Field("Pictures of each prompt.", least=1, most=2**20)] = 1
+    index: Annotated[int, Field("Of this picture in the request, prompt-major, from 0.", least=0, most=2**40)] = 0
+    pixels_sha256: Annotated[str | None, Field("Of the RGB bytes, row by row, as made.", pattern=_SHA256)] = None
 
     def to_json(self) -> str:
-        """Return one line of ASCII. `prompt` and `own_seed` are in it for readers of single pictures."""
-        content = {"format": FORMAT, **asdict(self), "prompt": self.prompt, "own_seed": self.own_seed}
-        return json.dumps({name: value for name, value in content.items() if value is not None})
+        """Return the record as one line of JSON in ASCII, without the fields that are absent."""
+        present = {key: value for key, value in asdict(self).items() if value is not None}
+        return json.dumps({"format": FORMAT, **present})
 
-    def to_text(self) -> str:
-        """Return the parameters in the form of stable-diffusion-webui. Characters that no text may hold are dropped."""
-        parts = {
+    def parameters(self) -> str:
+        """Return the text that webui writes into pictures, and that tools around it read."""
+        values = {
             "Steps": self.steps,
-            "Seed": "unknown" if self.own_seed is None else self.own_seed,
+            "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
-            "Model hash": self.bundle_sha256[:10],
             "Model": self.bundle,
-            "Version": f"tiue-runtime {self.versions['tiue-runtime']}",
+            "Model hash": self.bundle_sha256[:10],
+            "VAE": self.vae,
+            "Version": f"tiue-runtime {self.versions.get('tiue-runtime', '')}",
         }
-        settings = ", ".join(f"{name}: {value}" for name, value in parts.items())
-        return f"{self.prompt or ''}\n{settings}".replace("\0", "")
-
-    @classmethod
-    def from_json(cls, text: str) -> "Record":
-        """Read a record. Raises RequestError if it is damaged, or of another format."""
-        if len(text) > LONGEST:
-            raise RequestError(f"record: expected at most {LONGEST:,} characters, got {len(text):,}")
-        try:
-            content = parse_json(text.encode(errors="replace"))
-            fields = cast(dict[str, Any], content) if isinstance(content, dict) else {}
-            if fields.get("format") != FORMAT:
-                raise RequestError(f"record: expected format {FORMAT}, got {shorten(text)}")
-            for name in ("format", "prompt", "own_seed"):
-                fields.pop(name, None)
-            record = _read(fields, "")
-        except BundleError as error:
-            raise RequestError(f"record: {error}") from error
-        count = record.num_images * len(record.prompts or (None,))
-        if record.prompts is not None and record.index >= count:
-            raise RequestError(f"record: expected an index below {count}, got {record.index}")
-        return record
+        pairs = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value is not None)
+        # Neither NUL nor half a surrogate pair can stand in all three formats. The JSON has them as escapes.
+        prompt = re.sub("[\0\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", self.prompt or "")
+        return f"{prompt}\n{pairs}"
 
 
-_read = reader_of(Record)
+_RECORD = reader_of(Record)
+
+
+def parse_record(data: bytes) -> Record:
+    """Read the JSON of a record.
+
+    Raises:
+        RequestError: the data are no record, or one of a newer format.
+    """
+    if len(data) > MOST_BYTES:
+        raise RequestError(f"expected a record of at most {MOST_BYTES:,} bytes, got {len(data):,}")
+    try:
+        content = parse_json(data)
+        if not isinstance(content, dict):
+            raise RequestError(f"expected a record that is a JSON object, got {shorten(content)}")
+        given = cast(dict[str, object], content)
+        version = given.pop("format", None)
+        if version != FORMAT or isinstance(version, bool):
+            newer = ". Upgrade tiue-runtime" if isinstance(version, int) and version > FORMAT else ""
+            raise RequestError(f"expected a record of format {FORMAT}, got {shorten(version)}{newer}")
+        record: Record = _RECORD(given, "record")
+    except BundleError as error:
+        raise RequestError(f"its record is damaged: {error}") from error
+    if record.index >= record.prompts * record.num_images or (record.seed is not None and record.index > record.seed):
+        raise RequestError(f"its record is damaged: index {record.index} is outside of its request")
+    return record
+
+
+def records_of(
+    pipeline: "Pipeline", request: "Request", mode: Mode, tile: tuple[int, int] | None
+) -> tuple[Record, ...]:
+    """Return the record of each picture of a request, prompt-major, without the sha256 of its pixels.
+
+    Args:
+        pipeline: that ran it.
+        request: complete.
+        mode: in which the decoder ran.
+        tile: height and width of tiles in pixels, or None.
+    """
+    manifest = pipeline.bundle.manifest
+    count, _, height, width = request.shape
+    first = Record(
+        bundle=manifest.name,
+        bundle_sha256=pipeline.bundle.sha256,
+        steps=request.steps,
+        height=height * manifest.pixels_per_latent,
+        width=width * manifest.pixels_per_latent,
+        memory=mode,
+        vae=pipeline.vae,
+        variant=pipeline.variant,
+        device=pipeline.device,
+        provider=KINDS[parse_device(pipeline.device).kind].provider,
+        versions=versions(),
+        threads=pipeline.threads,
+        precision=pipeline.precision,
+        tile=tile,
+        prompts=count // request.num_images,
+        num_images=request.num_images,
+    )
+    return tuple(
+        replace(
+            first,
+            prompt=None if request.prompts is None else request.prompts[i // request.num_images],
+            seed=request.seeds[i] if request.seeds else None,
+            index=i,
+        )
+        for i in range(count)
+    )
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions on which the values of pixels depend."""
+    return {"tiue-runtime": __version__, **installed_wheels(), "numpy": np.__version__}
+
+
+def _quoted(value: str) -> str:
+    """Quote a value of `parameters` as webui does."""
+    return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value

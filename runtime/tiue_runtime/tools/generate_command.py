@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         metavar="PICTURE",
-        help="make a saved picture again, with the bundle given here or the default one",
+        help="make a saved picture again, with the bundle given here or the one that made it",
     )
     parser.add_argument(
         "--metadata", action=argparse.BooleanOptionalAction, default=True, help="save how the picture was made"
@@ -45,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(arguments: argparse.Namespace, loading: LoadOptions, request: RequestOptions, write: Write) -> int:
     """Run the command. Raises RequestError, and errors of the pipeline."""
     from tiue_runtime.pipeline import Pipeline
+    from tiue_runtime.repeating import load_for
     from tiue_runtime.request import LARGEST
-    from tiue_runtime.saving import check_picture_path, numbered
+    from tiue_runtime.saving import check_picture_path, numbered, read_record
 
     prompt = " ".join(arguments.prompt)
     if bool(arguments.prompt) == bool(arguments.source):
@@ -58,8 +59,12 @@ def generate(arguments: argparse.Namespace, loading: LoadOptions, request: Reque
     count = min(request.get("num_images", 1) or 1, LARGEST)  # More are refused by the pipeline.
     for path in islice(numbered(out or Path(".png-is-writable.png"), count), _CHECKED_FILES if out else 1):
         check_picture_path(path)
-    with Pipeline.load(arguments.bundle, memory=request.get("memory") or "auto", **loading) as pipeline:
-        result = pipeline.repeat(arguments.source) if arguments.source else pipeline(prompt, **request)
+    if arguments.source:
+        with load_for(read_record(arguments.source), arguments.bundle, **loading) as pipeline:
+            result = pipeline.repeat(arguments.source)
+    else:
+        with Pipeline.load(arguments.bundle, memory=request.get("memory") or "auto", **loading) as pipeline:
+            result = pipeline(prompt, **request)
     if out is None:
         name = prompt or Path(arguments.source).stem
         out = _new_name(name, result.seeds[0], len(result.images))
