@@ -3,11 +3,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiue_runtime import OutOfMemoryError, Pipeline
+from tiue_runtime.bundle import Bundle, Prompts, write_bundle
 from tiue_runtime.ort import sessions
 from tiue_runtime.ort.graph import Graph
 from tiue_runtime.tools.cli import main
@@ -337,3 +339,13 @@ def test_sigterm_ends_with_143_and_nothing_half_written(tmp_path, heavy):
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (143, "tiue-runtime: error: terminated\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_info_says_what_a_model_can_draw(run, copy):
+    prompts = Prompts(("a red heart", "a rocket"), tuple(f"thing {i}" for i in range(100)))
+    write_bundle(copy, replace(Bundle.load(copy).manifest, prompts=prompts))
+    code, out, _ = run("info", "--bundle", copy)
+    assert code == 0 and "a red heart; a rocket" in out
+    assert "100 things, for example thing 0, thing 8" in out and len(max(out.splitlines(), key=len)) < 300
+    write_bundle(copy, replace(Bundle.load(copy).manifest, prompts=None))
+    assert "examples" not in run("info", "--bundle", copy)[1]

@@ -11,7 +11,7 @@ The modules, in the order in which a request meets them:
     aio             pictures for asyncio
     options, choices    the options of a request and of loading, each written once
     request         the options of one request, checked and complete
-    tokenizer, noise    a prompt's tokens; a seed's noise z_T
+    tokenizer, vocabulary, noise    a prompt's tokens and unknown words; a seed's noise z_T
     sampler         from a request to pictures: text, latents, pixels
     denoise         the method: the encoder once, the decoder at N timesteps, z_0 = w_0 z_T + sum_i w_i eps_i
     graphs          the four graphs: loaded, run in turn, freed

@@ -34,6 +34,7 @@ from tiue_runtime.preview import Previews
 from tiue_runtime.request import Request
 from tiue_runtime.run import Run
 from tiue_runtime.tokenizer import PromptTokenizer
+from tiue_runtime.vocabulary import Vocabulary
 
 Float32 = NDArray[np.float32]
 Tile = tuple[int, int]
@@ -50,6 +51,7 @@ class Sampler:
     def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
         self.graphs = graphs
         self._manifest = bundle.manifest
+        self._vocabulary = Vocabulary(bundle.manifest.prompts)
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.text_length)
 
     def sample(
@@ -96,6 +98,8 @@ class Sampler:
 
     def _encode(self, prompts: list[str], turns: Turns) -> Float32:
         """Return text embeddings (B, L, D), one row per prompt."""
+        for complaint in filter(None, map(self._vocabulary.complaint, prompts)):
+            warnings.warn(complaint, stacklevel=4)
         tokens, length = self._tokenizer(prompts), self._manifest.text_length
         for cut in filter(None, tokens.cut):
             warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=4)

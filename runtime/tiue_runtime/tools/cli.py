@@ -12,17 +12,21 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import IO, Any, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
 from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
 from tiue_runtime.tools import generate_command, model_commands
 
+if TYPE_CHECKING:
+    from tiue_runtime.bundle import Prompts
+
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
 _SHOWN = 300  # characters of a message about flags
+_SOME = 12  # things that `info` names
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,10 +149,23 @@ def _info(arguments: argparse.Namespace) -> int:
         "image": f"{manifest.default_width}x{manifest.default_height}; multiples of {manifest.size_multiple}",
         "prompt": f"up to {manifest.text_length} tokens",
         "steps": f"{', '.join(map(str, sorted(manifest.schedules)))} (default {manifest.default_steps})",
+        **_drawable(manifest.prompts),
         **{f"from {key}": text for key, text in manifest.created_from.items()},
     }
     _print_rows(rows)
     return 0
+
+
+def _drawable(prompts: "Prompts | None") -> dict[str, object]:
+    """Return rows that say what a model can draw."""
+    if prompts is None:
+        return {}
+    rows: dict[str, object] = {"examples": "; ".join(prompts.examples)} if prompts.examples else {}
+    count = len(prompts.vocabulary)
+    if count:
+        some = ", ".join(prompts.vocabulary[:: max(count // _SOME, 1)][:_SOME])
+        rows["knows"] = f"{count} things, for example {some}; all of them: tiue-runtime info --json"
+    return rows
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

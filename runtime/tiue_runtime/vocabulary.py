@@ -1,0 +1,55 @@
+"""Words that a model knows, if it was trained on a closed list of them: a warning instead of a strange picture."""
+
+import difflib
+import re
+
+from tiue_runtime.bundle import Prompts
+from tiue_runtime.errors import clip
+
+# Words that say nothing about a picture's content.
+_SMALL = {
+    *("a", "an", "and", "at", "by", "for", "from", "in", "into", "is", "it", "its", "my", "of", "on", "or", "over"),
+    *("style", "that", "the", "this", "to", "under", "with"),
+}
+_CLOSE = 0.7  # the similarity of a word that was probably meant, as difflib measures it
+
+
+class Vocabulary:
+    """The words of a bundle's `prompts`.
+
+    Args:
+        prompts: of the bundle. Without a vocabulary, every word counts as known.
+    """
+
+    def __init__(self, prompts: Prompts | None) -> None:
+        self._examples = prompts.examples if prompts else ()
+        self._phrases: dict[str, str] = {}  # word => the first phrase that has it
+        for phrase in prompts.vocabulary if prompts else ():
+            for word in _words(phrase):
+                self._phrases.setdefault(word, phrase)
+        self._forms = {form for word in self._phrases for form in _forms(word)}
+
+    def complaint(self, prompt: str) -> str | None:
+        """Return a warning about a prompt of which no word is known, else None.
+
+        Plural and singular are the same word. A prompt without words of content has none that could be unknown.
+        """
+        words = _words(prompt)
+        if not self._phrases or not words or any(_forms(word) & self._forms for word in words):
+            return None
+        meant = [close for word in words for close in difflib.get_close_matches(word, self._phrases, 1, _CLOSE)]
+        suggestions = [self._phrases[word] for word in meant] or list(self._examples) or list(self._phrases.values())
+        return f"the model knows no word of {clip(prompt)!r}; it knows for example {', '.join(suggestions[:3])}"
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in _SMALL]
+
+
+def _forms(word: str) -> set[str]:
+    """Return a word and its possible singulars."""
+    forms = {word}
+    for ending, singular in (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f")):
+        if word.endswith(ending) and len(word) > len(ending) + 1:
+            forms.add(word.removesuffix(ending) + singular)
+    return forms
