@@ -27,6 +27,8 @@ from tiue_runtime.images import Picture
 from tiue_runtime.metadata import AI_SOURCE
 from tiue_runtime.saving import check_picture_path, save_picture
 
+pytestmark = pytest.mark.filterwarnings("ignore:the model knows no word")  # the prompts are strange on purpose
+
 POSIX = pytest.mark.skipif(os.name != "posix", reason="links and permissions of POSIX")
 
 
