@@ -98,6 +98,7 @@ def run(tmp_path: Path, archive: Path, *arguments: str) -> int:
     return cli.main([*files, "--samples", "5", *arguments])
 
 
+@pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
 def test_a_bundle_is_evaluated_from_prompts_to_report(tmp_path, archive, encoder, capsys):
     options = ["--bundle", str(BUNDLE), "--features", f"emoji={encoder}", "--seeds", "3"]
     assert run(tmp_path, archive, *options, "--save", str(tmp_path / "pictures")) == 0

@@ -68,6 +68,7 @@ def prepared(drawings: data.Drawings, directory: Path):
     (directory / "captions.json").write_text(json.dumps(drawings.captions))
 
 
+@pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
 def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, monkeypatch):
     monkeypatch.setattr(report, "MEASURED", 130)
     monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
