@@ -239,3 +239,34 @@ def test_devices_that_do_not_survive_a_fork_name_the_remedy(tiny, tmp_path):
 
 def test_a_spawned_process_makes_the_same_pictures(tiny, tmp_path):
     assert run(SPAWN, tiny, tmp_path)[0] == "same"
+
+
+HELD = """
+import os, sys, threading
+from tiue_runtime.host.forks import ForkSafeLock
+lock, held, done = ForkSafeLock(), threading.Event(), threading.Event()
+
+def hold():
+    with lock.hold():
+        held.set()
+        done.wait()
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+if os.fork() == 0:
+    with lock.hold():
+        print("free in the child", flush=True)
+    os._exit(0)
+assert os.wait()[1] == 0
+done.set()
+with lock.hold():  # A block in which its own thread forks ends well in both processes.
+    child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+
+
+@needs_fork
+def test_a_lock_that_another_thread_holds_is_free_in_a_forked_process(tiny, tmp_path):
+    assert run(HELD, tiny, tmp_path)[0] == "free in the child"

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Lock
 
 from tiue_runtime.bundle import CUDA, PORTABLE, UNET_DECODER, Manifest
 from tiue_runtime.errors import OutOfMemoryError, RequestError
+from tiue_runtime.host.forks import ForkSafeLock
 from tiue_runtime.host.memory import free_memory
 from tiue_runtime.modes import MODES, Mode, timesteps_at_once
 from tiue_runtime.ort.devices import Device
@@ -40,18 +40,18 @@ class Budget:
         self._variant = variant
         self._device = device
         self._held: dict[str, float] = {}
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
         self._requests = 0
 
     @contextmanager
     def request(self) -> Generator[None]:
         """Count a request while it runs. If several run at once, none may rely on memory that a graph holds."""
-        with self._lock:
+        with self._lock.hold():
             self._requests += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self._lock.hold():
                 self._requests -= 1
 
     def fits(self, graph: str, rows: int, latents: int, before: tuple[str, int, int] | None = None) -> bool:

@@ -1,11 +1,9 @@
 """The graphs of a pipeline: loading, checking, running and freeing them."""
 
-import os
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from threading import Lock
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -16,6 +14,7 @@ from tiue_runtime import bundle as contract
 from tiue_runtime.budget import Budget
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.errors import OutOfMemoryError
+from tiue_runtime.host.forks import ForkSafeLock
 from tiue_runtime.modes import Memory
 from tiue_runtime.ort.cuda_graphs import CudaGraphs
 from tiue_runtime.ort.engines import with_cache
@@ -143,9 +142,7 @@ class Graphs:
 
 
 _shared: WeakValueDictionary[Hashable, Graphs] = WeakValueDictionary()
-_sharing = Lock()
-if hasattr(os, "register_at_fork"):  # Another thread of the parent may hold the lock.
-    os.register_at_fork(after_in_child=lambda: globals().update(_sharing=Lock()))
+_sharing = ForkSafeLock()
 
 
 def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory) -> Graphs:
@@ -163,7 +160,7 @@ def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory
         graphs = Graphs(bundle, placement, vae)
     else:
         key = bundle.directory.resolve(), tuple(sorted(bundle.stamps.items())), repr(placement), vae
-        with _sharing:
+        with _sharing.hold():
             graphs = _shared.get(key)
             if graphs is None:
                 graphs = _shared[key] = Graphs(bundle, placement, vae)

@@ -3,10 +3,8 @@
 The module is not named `generate`, because a submodule of that name would replace the function in the package.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Unpack
 
 from PIL.Image import Image
@@ -14,6 +12,7 @@ from PIL.Image import Image
 from tiue_runtime.bundle import Bundle
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.choices import Vae
+from tiue_runtime.host.forks import ForkSafeLock
 from tiue_runtime.modes import Memory
 from tiue_runtime.options import LoadOptions, RequestOptions, complete
 from tiue_runtime.pipeline import Pipeline
@@ -63,12 +62,12 @@ class KeptPipelines:
     def __init__(self, most: int = 2) -> None:
         self._most = most
         self._kept: dict[tuple[Path, str, Vae | None], Pipeline] = {}  # in the order of their last use
-        self._loading = Lock()
+        self._loading = ForkSafeLock()
 
     def get(self, bundle: Bundle, device: str, vae: Vae | None, memory: Memory) -> Pipeline:
         """Return the kept pipeline of the same files, else a new one that is loaded for a call with `memory`."""
         key = bundle.directory, device, vae
-        with self._loading:
+        with self._loading.hold():
             pipeline = self._kept.pop(key, None)
             if pipeline is None or pipeline.bundle != bundle:
                 pipeline = None  # Free this one and the one used longest ago before loading another.
@@ -78,15 +77,9 @@ class KeptPipelines:
             self._kept[key] = pipeline
             return pipeline
 
-    def renew_lock(self) -> None:
-        """Replace the lock in a forked process: another thread of the parent may hold it."""
-        self._loading = Lock()
-
     def all(self) -> list[Pipeline]:
         """Return the kept pipelines in the order of their last use."""
         return list(self._kept.values())
 
 
 kept_pipelines = KeptPipelines()  # of this process
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=kept_pipelines.renew_lock)

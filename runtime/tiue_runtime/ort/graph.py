@@ -1,12 +1,10 @@
 """An ONNX graph: named arrays in, named arrays out, both checked against the contract."""
 
 import ctypes
-import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -23,6 +21,7 @@ from tiue_runtime.errors import (
     clip,
     is_out_of_memory,
 )
+from tiue_runtime.host.forks import ForkSafeLock, after_fork
 from tiue_runtime.host.memory import give_back
 from tiue_runtime.ort.cuda_graphs import WITHOUT, CudaGraphs, Recordings
 from tiue_runtime.ort.devices import Device, Settings
@@ -62,8 +61,7 @@ def _after_fork() -> None:
         graph.after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 _CONTRACT = {name: Declared(f"tensor({dtype})", (None,) * rank) for name, (dtype, rank) in TENSORS.items()}
 
@@ -103,7 +101,7 @@ class Graph:
         self._create = lambda: create_session(path, device, settings)
         self._check = check
         self._check_files = check_files
-        self._loading = Lock()
+        self._loading = ForkSafeLock()
         self._forked = False  # whether this is a process's copy of a graph that its parent made
         self._session: Any = None
         self._inputs: dict[str, Declared] | None = None
@@ -128,7 +126,7 @@ class Graph:
                 f"device: {self.device} does not work in a forked process: load the bundle after the fork, "
                 "or start processes by the method spawn"
             )
-        with self._loading:
+        with self._loading.hold():
             if self._session is not None:
                 return self._session
             if self._check_files is not None:
@@ -181,7 +179,7 @@ class Graph:
         The session's threads exist in the parent only. Destroying the session would wait for them forever, so this
         process keeps its copy of the memory until it ends.
         """
-        self._loading, self._forked = Lock(), True
+        self._forked = True
         if self._session is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
             self._session = None

@@ -4,13 +4,13 @@ Python handles signals between bytecodes of the main thread. A call into ONNX Ru
 makes it, and the calling thread waits in short steps.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import TypeVar
 
 from tiue_runtime.errors import Cancelled
+from tiue_runtime.host.forks import after_fork
 
 T = TypeVar("T")
 
@@ -87,8 +87,7 @@ class _Worker:
 
 
 _idle: list[_Worker] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_idle.clear)  # Threads do not survive a fork.
+after_fork(_idle.clear)  # Threads do not survive a fork.
 
 
 def _on_a_worker(call: Callable[[], None]) -> None:

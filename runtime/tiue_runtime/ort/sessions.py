@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from tiue_runtime.errors import BundleError, DeviceError, LoadingError, clip, is_out_of_memory
+from tiue_runtime.host.forks import ForkSafeLock
 from tiue_runtime.ort.devices import INSTALLS, KINDS, Device, Settings, provider_options
 
 _LONGEST_REASON = 400  # characters of ONNX Runtime's text in a message
@@ -211,12 +211,12 @@ def preload_libraries(ort: Any, device: Device) -> None:
                     ctypes.CDLL(str(library))
 
 
-_registering = Lock()
+_registering = ForkSafeLock()
 
 
 def _plugin_device(ort: Any, device: Device) -> Any:
     """Return ONNX Runtime's handle of a plugin's device. Register the plugin at its first use. Raises DeviceError."""
-    with _registering:
+    with _registering.hold():
         if not _plugin_devices(ort, device):
             plugin = importlib.import_module(device.row.plugin)
             ort.register_execution_provider_library(device.provider, plugin.get_library_path())
