@@ -58,6 +58,7 @@ class Pipeline:
         Raises:
             BundleError, DeviceError, OutOfMemoryError, RequestError: as `Pipeline.load`.
         """
+        from tiue_runtime.bundle import SAFETY_CHECKER
         from tiue_runtime.graphs import shared_graphs
         from tiue_runtime.sampler import Sampler
 
@@ -69,7 +70,7 @@ class Pipeline:
         self.vae = manifest.vaes[0] if vae is None else vae
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {shorten(vae)}")
-        if "safety_checker" in manifest.graphs:
+        if SAFETY_CHECKER in manifest.graphs:
             warnings.warn(
                 f"bundle {manifest.name} has a safety checker, which this version of tiue-runtime does not run: "
                 "pictures are not checked",

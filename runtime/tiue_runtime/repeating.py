@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tiue_runtime.bundle.find import installed_bundles
 from tiue_runtime.bundle.pulled import pulled_bundles
 from tiue_runtime.errors import RequestError, clip
-from tiue_runtime.record import Record, versions
+from tiue_runtime.record import Record
 from tiue_runtime.saving import read_record
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _differences(made: Record, record: Record) -> Iterator[str]:
         if then != now:
             yield f"{name} was {then}, now {now}"
     for name in dict.fromkeys((*record.versions, *made.versions)):
-        then, now = record.versions.get(name, "absent"), versions().get(name, "absent")
+        then, now = record.versions.get(name, "absent"), made.versions.get(name, "absent")
         if then != now:
             yield f"{name} was {clip(then)}, now {now}"
     if record.prompts * record.num_images > MOST_PICTURES:

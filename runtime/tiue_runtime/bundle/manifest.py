@@ -268,6 +268,11 @@ class Manifest:
                 require(graph in self.graphs, f"memory.{variant}", expected, graph)
 
     @property
+    def size(self) -> int:
+        """Bytes of all files of the bundle, without bundle.json."""
+        return sum(file.size for file in self.files.values())
+
+    @property
     def vae_graphs(self) -> dict[str, str]:
         """The graph of each kind of image decoder, the default first."""
         return vae_graphs(self.vaes)

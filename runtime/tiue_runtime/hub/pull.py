@@ -125,16 +125,17 @@ def _free_name(name: str, found: Source) -> str:
 
 def _collect(found: Source, manifest: Manifest, staged: Path, old: Pulled | None, report: Report | None) -> None:
     """Bring every file of a bundle into `staged`. Files that are there, or in an older version, are not fetched."""
-    total = sum(info.size for info in manifest.files.values())
+    total = manifest.size
     for path in staged.rglob("*"):
         if path.is_file() and path.relative_to(staged).as_posix() not in manifest.files:
             path.unlink()  # Another version left it.
     missing = {name: info for name, info in manifest.files.items() if not _is_same(staged / name, info)}
-    there = total - sum(info.size for info in missing.values())
+    needed = sum(info.size for info in missing.values())
+    there = total - needed
     parts = staged.with_name("parts")
     with writable():
         parts.mkdir(exist_ok=True)
-        _check_space(parts, sum(info.size for info in missing.values()))
+        _check_space(parts, needed)
     for name, info in missing.items():
         begun = there
 

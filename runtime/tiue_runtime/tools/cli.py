@@ -137,7 +137,7 @@ def _info(arguments: argparse.Namespace) -> int:
         _write(json.dumps({"directory": str(bundle.directory), **content}, indent=2))
         return 0
     manifest = bundle.manifest
-    megabytes = sum(file.size for file in manifest.files.values()) / 1e6
+    megabytes = manifest.size / 1e6
     rows: dict[str, object] = {
         "name": manifest.name,
         "license": manifest.license,

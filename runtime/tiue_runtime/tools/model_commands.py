@@ -104,7 +104,7 @@ def _pull(given: argparse.Namespace, write: Callable[[str], None]) -> int:
         if progress:
             progress.end()
     bundle = Bundle.load(pulled.directory)
-    write(f"{pulled.name}  {_megabytes(_size(bundle))}  {bundle.manifest.license}  {pulled.directory}")
+    write(f"{pulled.name}  {_megabytes(bundle.manifest.size)}  {bundle.manifest.license}  {pulled.directory}")
     return 0
 
 
@@ -141,7 +141,11 @@ def _list(given: argparse.Namespace, write: Callable[[str], None]) -> int:
         row: dict[str, Any] = {"name": name, "origin": origin}
         try:
             bundle = Bundle.load(find_bundle(name))
-            row |= {"bytes": _size(bundle), "license": bundle.manifest.license, "directory": str(bundle.directory)}
+            row |= {
+                "bytes": bundle.manifest.size,
+                "license": bundle.manifest.license,
+                "directory": str(bundle.directory),
+            }
         except TiueError as error:
             row |= {"problem": str(error)}
         rows.append(row)
@@ -197,10 +201,6 @@ def _verify(given: argparse.Namespace, write: Callable[[str], None]) -> int:
         bundle.verify()
         write(f"{bundle.directory}: {len(bundle.manifest.files)} files are as the exporter wrote them")
     return 0
-
-
-def _size(bundle: Any) -> int:
-    return sum(file.size for file in bundle.manifest.files.values())
 
 
 def _megabytes(size: int) -> str:
