@@ -1,4 +1,4 @@
-"""Keep latents instead of pictures, and decode them later. They take little space, and their mean is a blend."""
+"""Keep latents instead of pictures, and decode them later."""
 
 import numpy as np
 from tiue_runtime import Pipeline
