@@ -3,7 +3,7 @@ PYTHON ?= python3
 FULL := .venv
 LIGHT := .venv-runtime
 
-.PHONY: setup demo dist test test-full test-runtime lint fuzz emoji check clean
+.PHONY: setup demo dist test test-full test-runtime lint docs fuzz emoji check clean
 
 setup: $(FULL)/ready $(LIGHT)/ready
 
@@ -11,7 +11,7 @@ setup: $(FULL)/ready $(LIGHT)/ready
 $(FULL)/ready: pyproject.toml runtime/pyproject.toml models/emoji/pyproject.toml
 	$(PYTHON) -m venv $(FULL)
 	$(FULL)/bin/pip install --quiet torch==2.13.0
-	$(FULL)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji -e ".[recipe,dev]"
+	$(FULL)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji -e ".[recipe,dev,docs]"
 	touch $@
 
 # What an application has: the runtime and the default model.
@@ -41,15 +41,19 @@ lint: $(FULL)/ready
 	$(FULL)/bin/ruff format --check
 	$(FULL)/bin/pyright --pythonpath $(FULL)/bin/python
 
+# The documentation site, as build/site/index.html. A dead link or a file from another host fails.
+docs: $(FULL)/ready
+	$(FULL)/bin/python -m website
+
 # 20,000 damaged files: half an hour. The test of the same name runs a few hundred.
 fuzz: $(FULL)/ready
 	$(FULL)/bin/python tests/fuzzer.py --cases 20000 --seed 1
 
-check: lint test
+check: lint docs test
 
 # Makes the default model from scratch: about two hours on 2 cores. Stopped and begun again, it goes on.
 emoji: $(FULL)/ready
 	$(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji
 
 clean:
-	rm -rf $(FULL) $(LIGHT) dist build runtime/build models/emoji/build heart.png
+	rm -rf $(FULL) $(LIGHT) .cache dist build runtime/build models/emoji/build heart.png

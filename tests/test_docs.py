@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 from tiue_runtime.tools import cli as runtime_cli
 
+from website.pages import navigation
+
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("*.md", "docs/*.md", "models/*.md", "models/emoji/*.md", "runtime/*.md", "tests/data/*.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
-FOLDERS = "tiue|export|runtime|recipes|benchmarks|evaluation|examples|docs|tests|models"
+FOLDERS = "website|tiue|export|runtime|recipes|benchmarks|evaluation|examples|docs|tests|models"
 # The spelling that docs/glossary.md decides; the pattern finds other ones.
 MISSPELLED = re.compile(r"\b(?:licence\w*|(?:de)?quantis\w*|distil(?!l)\w*)", re.I)
 LONGEST_LINE = 120
@@ -147,6 +150,23 @@ def test_python_blocks_are_python(document):
 def test_lines_are_short(document):
     lines = document.read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > LONGEST_LINE and not line.startswith("|")]
+
+
+@every_document
+def test_lists_and_tables_begin_after_an_empty_line(document):
+    """GitHub shows them anyhow. The site shows them as text."""
+    lines = parts(document)[0].splitlines()
+    for before, line in itertools.pairwise(lines):
+        begins = line.startswith("|") and not before.startswith(("|", "#"))
+        begins |= bool(re.match(r"- |\d+\. ", line)) and not re.match(r"- |\d+\. |  |#", before)
+        assert not (begins and before.strip()), line
+
+
+def test_the_navigation_has_every_document():
+    """A new document needs a line in mkdocs.yml."""
+    named = navigation(ROOT)
+    assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")} <= set(named)
+    assert len(named) == len(set(named))
 
 
 @every_document
