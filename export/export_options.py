@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,12 @@ class Options:
     text_encoder: str = setting(
         "fp32", "how the file of the text encoder stores weights; int8 quarters it", choices=("fp32", "int8")
     )
+    sizes: tuple[str, ...] = setting(
+        (),
+        "further sizes in pixels that the model was trained for; the runtime warns of all others",
+        metavar="WIDTHxHEIGHT[,...]",
+        shown="only the size of the model's configuration",
+    )
     overwrite: bool = setting(False, "replace a bundle that exists")
     tiny_vae: AutoencoderTiny | None = None  # beside the model's own decoder, or in its place
     calibration_prompts: tuple[str, ...] = ()  # for int8 to measure ranges on; () uses 16 built-in prompts
@@ -66,6 +73,9 @@ class Options:
         for name, values in (("target", self.target), ("vae", self.vae)):
             if len(set(values)) < len(values):
                 raise ExportError(f"`{name}` must name each kind once, got {','.join(values)}")
+        for size in self.sizes:
+            if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", size):
+                raise ExportError(f"`sizes`: expected WIDTHxHEIGHT in pixels, for example 768x512, got {size!r}")
         if self.precision == "fp16" and self.weights == "fp32":
             raise ExportError("`weights` fp32: graphs that compute in fp16 have fp16 weights; leave it out")
         if self.precision == "fp16" and self.target == (bundle.CPU,):
@@ -74,6 +84,12 @@ class Options:
             raise ExportError("`precision` int8: CUDA has no such kernels; export the cuda target in fp16")
         if (bundle.TINY in self.vae) != (self.tiny_vae is not None):
             raise ExportError("`vae` tiny and `vae_path`, a directory of a diffusers AutoencoderTiny, need each other")
+
+    @property
+    def further_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return `sizes` as (height, width) in pixels."""
+        pairs = (size.split("x") for size in self.sizes)
+        return tuple((int(height), int(width)) for width, height in pairs)
 
     @property
     def stored(self) -> str:

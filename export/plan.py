@@ -118,4 +118,5 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
         default_steps=max(schedules),
         variants=_variants(options, vae_kinds),
         vaes=vae_kinds,
+        sizes=options.further_sizes,
     )

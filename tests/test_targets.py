@@ -17,12 +17,14 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 from test_export import SCHEDULES, assert_refused, export
-from tiue_runtime import DeviceError, Pipeline, bundle
+from tiue_runtime import BundleError, DeviceError, Pipeline, bundle
 from tolerances import EXTRA_FOR_CPU, MEASURED_128_MIB, REORDERED
 from torch import nn
 
 from export import cuda, cuda_definitions, plan, trace, translate, working_memory
 from export import writer as files
+from export.errors import ExportError
+from export.export_options import Options
 from export.parity import PSNR_FLOOR_DB
 from tiue.checkpoint import Student
 from tiue.hoist import hoist
@@ -42,6 +44,18 @@ def operators(graph):
 
 def of_type(module, kind):
     return [m for m in module.modules() if isinstance(m, kind)]
+
+
+def test_further_sizes_go_into_the_bundle_as_height_and_width():
+    student = Student(tiny.with_unet(tiny.unet()), 751, SCHEDULES)
+    manifest = plan.make_plan(student, Options(sizes=("64x32", "32x64"))).manifest
+    own = (manifest.default_height, manifest.default_width)
+    assert manifest.sizes == ((32, 64), (64, 32)) and manifest.made_for == (own, (32, 64), (64, 32))
+    with pytest.raises(BundleError, match="multiple of size_multiple"):
+        plan.make_plan(student, Options(sizes=("63x32",)))
+    for size in ("64", "64*32", "0x32", "-64x32", "64x32x1"):
+        with pytest.raises(ExportError, match="`sizes`: expected WIDTHxHEIGHT"):
+            Options(sizes=(size,))
 
 
 # The CUDA variant. A fusion that is lost changes a count.

@@ -347,6 +347,7 @@ def limited_from_stage_on(graph, *arguments, **options):
 Graph.__call__ = limited_from_stage_on
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
+    warnings.filterwarnings("ignore", "width, height")
     result = pipe("a red heart", latents=z, memory=memory, output_type="np")
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 Graph.__call__ = run_graph

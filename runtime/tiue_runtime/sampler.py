@@ -52,6 +52,7 @@ class Sampler:
         self.graphs = graphs
         self._manifest = bundle.manifest
         self._vocabulary = Vocabulary(bundle.manifest.prompts)
+        self._sizes = set(bundle.manifest.made_for)  # (height, width) in pixels of which no warning is due
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.text_length)
 
     def sample(
@@ -70,6 +71,7 @@ class Sampler:
         """
         text_stage = () if request.prompts is None else (TEXT_ENCODER,)
         image_stage = () if output_type == "latent" else (VAE_DECODER,)
+        self._warn_of_size(request)
         run.expect((*text_stage, UNET_ENCODER, UNET_DECODER, *image_stage), Previews(self._manifest, decode))
         z_T = request.noise(run)
         with self.graphs.request(run, low=request.memory == "low") as turns:
@@ -109,6 +111,20 @@ class Sampler:
         graph.check_output(TEXT, text, (len(prompts), length, text.shape[-1]), self.graphs.overflow_remedy())
         turns.run.report(TEXT_ENCODER, 1, 1)
         return text
+
+    def _warn_of_size(self, request: Request) -> None:
+        """Warn once of each size that the model was not made for."""
+        scale = self._manifest.pixels_per_latent
+        height, width = (side * scale for side in request.shape[2:])
+        if (height, width) in self._sizes:
+            return
+        self._sizes.add((height, width))
+        known = ", ".join(f"{columns}x{rows}" for rows, columns in self._manifest.made_for)
+        warnings.warn(
+            f"width, height: the model was made for pictures of {clip(known)}; at {width}x{height} it may draw "
+            "nothing that one recognizes",
+            stacklevel=4,
+        )
 
     def _first_mode(self, request: Request) -> Mode:
         """Return the mode to begin with: the requested one, or the first that fits into free memory."""

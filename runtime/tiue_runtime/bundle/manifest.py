@@ -182,7 +182,7 @@ class Manifest:
     ] = (KL,)
     sizes: Annotated[
         tuple[tuple[Annotated[int, _pixels("")], Annotated[int, _pixels("")]], ...],
-        Field("Further (height, width) in pixels that the model was trained for.", longest=1000),
+        Field("Further (height, width) in pixels that the model was trained for. Others get a warning.", longest=1000),
     ] = ()
     memory: Annotated[
         Mapping[str, Mapping[str, MemoryUse]], Field("Variant => graph => estimate; absent if unknown.")
@@ -271,6 +271,11 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files of the bundle, without bundle.json."""
         return sum(file.size for file in self.files.values())
+
+    @property
+    def made_for(self) -> tuple[tuple[int, int], ...]:
+        """Every (height, width) in pixels that the model was trained for, the default first."""
+        return tuple(dict.fromkeys([(self.default_height, self.default_width), *self.sizes]))
 
     @property
     def vae_graphs(self) -> dict[str, str]:

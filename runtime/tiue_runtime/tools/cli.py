@@ -1,32 +1,26 @@
 """The command line: `tiue-runtime` and `python -m tiue_runtime`."""
 
 import argparse
-import errno
 import io
-import json
-import os
-import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
 from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
 from tiue_runtime.tools import generate_command, model_commands
-
-if TYPE_CHECKING:
-    from tiue_runtime.bundle import Prompts
+from tiue_runtime.tools.console import print_rows, say, write
+from tiue_runtime.tools.info_command import describe
 
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
 _SHOWN = 300  # characters of a message about flags
-_SOME = 12  # things that `info` names
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{short} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        _write(message, sys.stderr if file is None else file, end="")
+        write(message, sys.stderr if file is None else file, end="")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             return command(arguments)
     except (TiueError, OSError) as error:
-        _say("error", error)
+        say("error", error)
         return _USER_ERROR
     except _Terminated:
-        _say("error", "terminated")
+        say("error", "terminated")
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        _say("error", "interrupted")
+        say("error", "interrupted")
         return _INTERRUPTED
     finally:
         if in_main:
@@ -78,103 +72,21 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _show_warning(message: object, *_: object, **__: object) -> None:
-    _say("warning", message)
-
-
-def _say(kind: str, message: object) -> None:
-    _write(f"tiue-runtime: {kind}: {_with_flags(' '.join(str(message).split()))}", sys.stderr)
-
-
-def _write(text: str, stream: IO[str] | None = None, end: str = "\n") -> None:
-    """Print to a stream, or to stdout. If its reader (for example head) has gone, the command continues silently."""
-    output: IO[str] | None = stream or sys.stdout
-    if output is None:  # Programs without a console have none.
-        return
-    try:
-        print(text, file=output, end=end, flush=True)
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError) and error.errno != errno.EINVAL:  # EINVAL: a closed pipe on Windows
-            raise
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, output.fileno())
-        os.close(nothing)
-
-
-def _with_flags(message: str) -> str:
-    """Replace the names of options in a message of the library by the flags of the command line."""
-    message = re.sub(rf"^{_NAME}(, {_NAME})*(?=:)", lambda found: re.sub(_NAME, _flag, found[0]), message)
-    message = re.sub(rf"\b{_NAME}=\"([^\"]+)\"", lambda found: f"{_flag(found)} {found[2]}", message)
-    return re.sub(f"`{_NAME}`", _flag, message)
-
-
-def _flag(found: re.Match[str]) -> str:
-    return "--" + found[1].replace("_", "-")
-
-
-def _names() -> Iterator[str]:
-    """List the options that have flags."""
-    yield from ("bundle", "cuda_graphs", "out", "runs", "name", "offline", "allow_http", "key", "certificates")
-    for options in (RequestOptions, LoadOptions):
-        yield from (name for name, (_, option, _) in described(options).items() if option.flag)
-
-
-_NAME = f"({'|'.join(_names())})"
+    say("warning", message)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     loading, request = _given(arguments, LoadOptions), _given(arguments, RequestOptions)
-    return generate_command.generate(arguments, loading, request, _write)
-
-
-def _info(arguments: argparse.Namespace) -> int:
-    from tiue_runtime.bundle import MANIFEST, Bundle
-    from tiue_runtime.bundle.find import find_bundle
-
-    bundle = Bundle.load(find_bundle(arguments.bundle))
-    if arguments.json:
-        content = json.loads((bundle.directory / MANIFEST).read_text(encoding="utf-8"))
-        # ASCII, because `_write` would replace characters that the terminal cannot show by escapes foreign to JSON.
-        _write(json.dumps({"directory": str(bundle.directory), **content}, indent=2))
-        return 0
-    manifest = bundle.manifest
-    megabytes = manifest.size / 1e6
-    rows: dict[str, object] = {
-        "name": manifest.name,
-        "license": manifest.license,
-        "directory": bundle.directory,
-        "size": f"{megabytes:.1f} MB in {len(manifest.files)} files; weights in {manifest.weights}",
-        "precision": manifest.precision,
-        "variants": ", ".join(manifest.variants),
-        "vae": f"{', '.join(manifest.vaes)} (default {manifest.vaes[0]})",
-        "image": f"{manifest.default_width}x{manifest.default_height}; multiples of {manifest.size_multiple}",
-        "prompt": f"up to {manifest.text_length} tokens",
-        "steps": f"{', '.join(map(str, sorted(manifest.schedules)))} (default {manifest.default_steps})",
-        **_drawable(manifest.prompts),
-        **{f"from {key}": text for key, text in manifest.created_from.items()},
-    }
-    _print_rows(rows)
-    return 0
-
-
-def _drawable(prompts: "Prompts | None") -> dict[str, object]:
-    """Return rows that say what a model can draw."""
-    if prompts is None:
-        return {}
-    rows: dict[str, object] = {"examples": "; ".join(prompts.examples)} if prompts.examples else {}
-    count = len(prompts.vocabulary)
-    if count:
-        some = ", ".join(prompts.vocabulary[:: max(count // _SOME, 1)][:_SOME])
-        rows["knows"] = f"{count} things, for example {some}; all of them: tiue-runtime info --json"
-    return rows
+    return generate_command.generate(arguments, loading, request, write)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from tiue_runtime.tools.doctor import examine
 
     rows, problems = examine(arguments.bundle, arguments.device)
-    _print_rows(rows)
+    print_rows(rows)
     for problem in problems:
-        _say("error", problem)
+        say("error", problem)
     return _USER_ERROR if problems else 0
 
 
@@ -184,14 +96,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     loading = _given(arguments, LoadOptions)
     loading["cuda_graphs"] = arguments.cuda_graphs
     rows = bench(arguments.bundle, runs=arguments.runs, loading=loading, request=_given(arguments, RequestOptions))
-    _print_rows(rows)
+    print_rows(rows)
     return 0
-
-
-def _print_rows(rows: dict[str, object]) -> None:
-    column = max(map(len, rows)) + 2
-    for key, value in rows.items():
-        _write(f"{key:<{column}}{value}")
 
 
 def _parser() -> _Parser:
@@ -211,11 +117,12 @@ def _parser() -> _Parser:
     _option_flags(generate, LoadOptions)
     _lesson_flags(generate)
 
-    info = _command(commands, "info", _info, "describe a bundle: license, sizes, step counts, origin")
+    info = _command(commands, "info", describe, "describe a bundle: license, sizes, step counts, what it can draw")
     _bundle_flag(info)
+    info.add_argument("--all", action="store_true", help="print everything that the model can draw, one a line")
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 
-    model_commands.register(partial(_command, commands), _write)
+    model_commands.register(partial(_command, commands), write)
 
     doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
     _bundle_flag(doctor)
