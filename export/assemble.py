@@ -142,6 +142,7 @@ def write_tokenizer(path: Path, components: Components) -> None:
 
 def _describe(directory: Path, plan: Plan, manifest: bundle.Manifest) -> None:
     """Write README.md and bundle.json."""
-    card = model_card(manifest, plan.student.base_model, plan.options.stored_text_encoder)
+    made_from = " + ".join((plan.student.base_model, *plan.student.loras))
+    card = model_card(manifest, made_from, plan.options.stored_text_encoder)
     (directory / "README.md").write_text(card, encoding="utf-8")
     bundle.write_bundle(directory, manifest)

@@ -12,7 +12,7 @@ tags: [text-to-image, onnx, tiue]
 A text-to-image model in four ONNX graphs, for tiue-runtime: one pass of the UNet's encoder, then its decoder
 at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 
-- Made from: {base_model}
+- Made from: {made_from}
 - License: {license}
 - Default size: {width} x {height} pixels; sides are multiples of {multiple}
 - Steps: {all_steps}
@@ -30,12 +30,12 @@ Install tiue-runtime from a checkout of tiue: `pip install "./runtime[cpu]"`, or
 """
 
 
-def model_card(manifest: bundle.Manifest, base_model: str, text_encoder: str) -> str:
+def model_card(manifest: bundle.Manifest, made_from: str, text_encoder: str) -> str:
     """Write README.md for a bundle: its model, origin and license, and how to use it.
 
     Args:
         manifest: of the bundle.
-        base_model: the model that the student was made from.
+        made_from: the model that the student was made from, and LoRAs.
         text_encoder: how the file of the text encoder stores weights.
 
     Returns:
@@ -44,7 +44,7 @@ def model_card(manifest: bundle.Manifest, base_model: str, text_encoder: str) ->
     return _CARD.format(
         name=manifest.name,
         license=manifest.license,
-        base_model=base_model,
+        made_from=made_from,
         precision=manifest.precision,
         variants=", ".join(manifest.variants),
         vaes=", ".join(manifest.vaes),

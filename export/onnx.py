@@ -60,6 +60,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     # These import torch, which takes seconds. --help and errors in flags stay fast.
     from export.assemble import export_bundle
+    from export.lora import parse_lora
     from export.parity import table
     from export.publish import check_target
     from export.source import load_source
@@ -69,6 +70,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     source = arguments.ckpt  # A Path drops ./, and owner/name would then look like an id of the Hub.
     chosen = Source(**given(arguments, Source))
     out = Path(chosen.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
+    loras = [parse_lora(text) for text in chosen.lora]
     prompts = load_prompts(Path(chosen.calibration_prompts)) if chosen.calibration_prompts else ()
     options = Options(
         **given(arguments, Options),
@@ -77,7 +79,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     )
     check_target(out, MANIFEST, overwrite=options.overwrite)
     _progress(f"loading {source}")
-    student = load_source(source, chosen.steps, chosen.base, chosen.shared_up_blocks)
+    student = load_source(source, chosen.steps, chosen.base, chosen.shared_up_blocks, loras)
     if not student.declared:
         _show_warning(
             f"{source} does not say what it was trained for. It is exported as a TiUE student of "
@@ -85,6 +87,8 @@ def _export(arguments: argparse.Namespace) -> Path:
         )
     if student.components.license == "unknown":
         _show_warning(f"the license of {source} is unknown: find it out before you share the bundle")
+    if loras:
+        _show_warning("the license in the bundle is the model's: see whether those of the LoRAs allow what you plan")
     export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     return out
 
@@ -112,6 +116,13 @@ class Source:
         at_least=0,
         metavar="K",
         shown="0; a student has its own",
+    )
+    lora: tuple[str, ...] = setting(
+        (),
+        "a LoRA to merge into the model (safetensors), and its strength, 1 by default; may be given several times",
+        repeated=True,
+        metavar="FILE[:SCALE]",
+        shown="none",
     )
     vae_path: str | None = setting(
         None, "for the vae tiny: a diffusers AutoencoderTiny (TAESD's layout)", metavar="DIR", shown="none"

@@ -103,6 +103,7 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
             "base_model": student.base_model,
             "tiue": version("tiue"),
             "text_encoder": options.stored_text_encoder,
+            **{f"lora_{i}": lora for i, lora in enumerate(student.loras, start=1)},
         },
         precision=options.precision,
         weights="int8" if options.precision == "int8" else options.stored,

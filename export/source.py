@@ -8,6 +8,7 @@ from diffusers import AutoencoderTiny
 from safetensors import safe_open
 
 from export.errors import ExportError
+from export.lora import Lora, merge_lora
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, ComponentsError, check_fit, load_components
 from tiue.files import is_directory, is_file
@@ -26,6 +27,7 @@ def load_source(
     steps: Sequence[int] | None = None,
     base: str | Path | None = None,
     shared_up_blocks: int | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Student:
     """Load the model to export, and choose its schedules.
 
@@ -37,6 +39,7 @@ def load_source(
             schedule of 4 steps. A pipeline's encoder runs at the first timestep of its longest schedule.
         base: the pipeline directory, or Hub id, that has the rest of a UNet's model, and its configuration.
         shared_up_blocks: number of up blocks that run once, of a model that does not declare it. 0 by default.
+        loras: to merge into the model, in this order. Pickles are refused.
 
     Raises:
         ValueError: (CheckpointError, ComponentsError, ExportError) in one line.
@@ -52,6 +55,8 @@ def load_source(
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
         components = load_components(path_or_id, local_files_only=False)
         student = _with_ddim_schedules(components, steps, components.name, shared_up_blocks)
+    if loras:
+        student = replace(student, loras=tuple(str(merge_lora(student.components, lora)) for lora in loras))
     _check_finite(path_or_id, student.components)
     try:
         check_fit(student.components)

@@ -53,6 +53,7 @@ class Student:
     shared_up_blocks: int = 0  # up blocks that belong to the encoder
     share_encoder: bool = True  # False: a control, whose encoder was trained to run at every timestep
     declared: bool = True  # False: made from a pipeline, which does not declare the schedules of its training
+    loras: tuple[str, ...] = ()  # merged since the student was read, for the record: name, scale and sha256 of each
 
     def tiue(self, steps: int | None = None) -> TiUE:
         """Return the network for one of the schedules, by default for the longest.

@@ -201,7 +201,7 @@ def _other_directory(root: Path) -> str:
     if (root / "bundle.json").is_file():
         return "; it is a bundle, which is exported already"
     if (root / "adapter_config.json").is_file() or any(root.glob("*lora*.safetensors")):
-        return "; it holds a LoRA, which must be merged into its model first"
+        return "; it holds a LoRA: give its model, and name the LoRA's file in `lora`"
     if (root / "config.json").is_file():
         return "; it is one part of a pipeline: give the folder above it"
     if files := sorted(root.glob("*.safetensors")):

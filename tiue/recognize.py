@@ -104,8 +104,8 @@ _KINDS = (
     (
         r"(lora_(unet|te\d?|transformer)_|.*\.lora_(A|B|up|down)\b|.*\.lora\.(up|down)\.|.*_lora\.(up|down)\."
         r"|.*\.(hada_w1_a|lokr_w1|lokr_w1_a|oft_blocks|dora_scale)\b)",
-        "is a LoRA (changes to a model, not a model): merge it into its model first, with `load_lora_weights`, "
-        "`fuse_lora` and `save_pretrained` of diffusers",
+        "is a LoRA (changes to a model, not a model): export its model, and name this file in `lora`; for training, "
+        "merge it first, with `load_lora_weights`, `fuse_lora` and `save_pretrained` of diffusers",
     ),
     (
         r"(control_model\.|controlnet_|.*controlnet_cond_embedding|input_hint_block|zero_convs)",

@@ -41,6 +41,7 @@ class _Rule:
     aliases: tuple[str, ...]
     metavar: str | None
     shown: str | None
+    repeated: bool
 
 
 def setting(
@@ -55,6 +56,7 @@ def setting(
     aliases: Sequence[str] = (),
     metavar: str | None = None,
     shown: str | None = None,
+    repeated: bool = False,
 ) -> Any:
     """Make a dataclass field that holds a setting.
 
@@ -70,11 +72,12 @@ def setting(
         aliases: shorter names. `kl` adds the flag `--kl`.
         metavar: the name of the value in the help.
         shown: the default in the help, for a default of None or an empty one.
+        repeated: a tuple's flag takes one value, and is given once for each. Other tuples are separated by commas.
 
     Returns:
         The field, for the body of the dataclass.
     """
-    rule = _Rule(help, group, at_least, above, at_most, tuple(choices), tuple(aliases), metavar, shown)
+    rule = _Rule(help, group, at_least, above, at_most, tuple(choices), tuple(aliases), metavar, shown, repeated)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
@@ -107,6 +110,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         options: dict[str, Any] = {"default": None, "help": f"{rule.help} (default {shown})".replace("%", "%%")}
         if kind.of is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif rule.repeated:
+            options |= {"action": "append", "type": kind.of, "metavar": rule.metavar}
         else:
             options |= {"type": _parser(kind), "metavar": rule.metavar}
             if rule.choices and not kind.several:
@@ -120,7 +125,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
     """Return the settings whose flags were given: name of the field => value."""
     values = {name: getattr(arguments, name) for name, _, _ in _rules(settings)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
 
 
 def with_flags(message: str, settings: type) -> str:
