@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from installed import ROOT, build_wheels, copy_checkout, new_environment
+from screens import draw_a_heart, screen, why_no_screen
 
 pytestmark = [
     pytest.mark.slow,
@@ -93,3 +94,21 @@ def test_a_frozen_application_draws_on_a_machine_without_python(programs, tmp_pa
     with capsys.disabled():
         seconds = ", ".join(f"{second:.2f}" for second in times)
         print(f"\n{' '.join(flags) or 'folder'}: {size / 1e6:.0f} MB; seconds from start to picture: {seconds}")
+
+
+@pytest.mark.skipif(bool(why_no_screen()), reason=why_no_screen() or "-")
+def test_the_frozen_desktop_application_draws(programs, tmp_path, capsys):
+    package = f"PySide6-Essentials=={version('PySide6-Essentials')}"
+    subprocess.run([programs / "python", "-m", "pip", "install", "-q", package], check=True, env=without_path())
+    shutil.copytree(ROOT / "examples/desktop", tmp_path / "examples/desktop")
+    flags = ["--noconfirm", "--log-level", "ERROR", "--paths", ".", "--name", "tiue-desktop"]
+    command = [programs / "pyinstaller", *flags, "examples/desktop/__main__.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, env=without_path())
+    folder = tmp_path / "dist/tiue-desktop"
+    with screen() as shown:
+        home = {"HOME": str(tmp_path), "DISPLAY": shown.environment["DISPLAY"]}
+        runs = [draw_a_heart(shown, [folder / "tiue-desktop", "--device", "cpu"], env=home) for _ in range(3)]
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    with capsys.disabled():
+        seconds = ", ".join(f"{first:.2f} and {second:.2f}" for first, second in runs)
+        print(f"\ndesktop: {size / 1e6:.0f} MB; seconds from start to window and to model: {seconds}")
