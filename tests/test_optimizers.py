@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
-from tiue.distill.optimizers import make_optimizer
+from tiue.distill.optimizers import make_muon, make_optimizer
 from tiue.distill.vsd import prepare
 
 
@@ -41,3 +41,24 @@ def test_8_bits_follow_adam():
         found[name] = weight.detach() - start
     error = (found["adam8bit"] - found["adam"]).square().mean().sqrt()
     assert 0 < error < 0.05 * found["adam"].square().mean().sqrt()
+
+
+def test_muon_moves_a_matrix_in_all_directions_alike():
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.Conv2d(4, 8, 3)
+    before = network.weight.detach().clone()
+    optimizer = make_muon(network, 0.02, 1e-3)
+    directions = torch.randn(8, 36, generator=generator) @ torch.diag(torch.logspace(0, -1, 36))
+    network.weight.grad = directions.view_as(network.weight)
+    network.bias.grad = torch.ones(8)
+    bias = network.bias.detach().clone()
+    optimizer.step()
+    moved = torch.linalg.svdvals((network.weight.detach() - before).reshape(8, 36))
+    assert moved.min() > 0.5 * 0.02 and moved.max() < 1.3 * 0.02  # Newton-Schulz brings them near 1, not to it.
+    assert torch.allclose(bias - network.bias, torch.full((8,), 1e-3))  # the first step of Adam
+
+
+def test_muon_leaves_frozen_parameters_alone():
+    network = torch.nn.Linear(3, 3)
+    network.weight.requires_grad_(False)
+    assert [len(group["params"]) for group in make_muon(network, 0.02, 1e-3).param_groups] == [1]

@@ -3,15 +3,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from tiue_runtime import Pipeline
-from tolerances import FRECHET, OF_4000_SAMPLES
+from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 
 from evaluation.metrics import frechet
 from recipes.emoji import data, report
 from recipes.emoji.__main__ import main
+from recipes.emoji.autoencoder import encode, whiten
 from recipes.emoji.presets import PRESETS
 from recipes.emoji.studies import drift
+from recipes.emoji.teacher import SCHEDULER
 from tiue.checkpoint import load_student
+from tiue.schedule import NoiseSchedule
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,44 @@ def test_captions_name_the_style_only_when_asked(drawings):
 
 def test_chosen_concepts_are_unique():
     labels = data.concept_list()
-    assert len(labels) == len(set(labels)) == 292
+    assert len(labels) == len(set(labels)) == 299
+
+
+def test_a_spoken_name_belongs_to_one_concept():
+    names = data.spoken_names()
+    every = [name for several in names.values() for name in several]
+    assert len(every) == len(set(every)) > 250 and all(name == name.strip() != "" for name in every)
+    assert "cup of coffee" in names["hot beverage"] and "happy cat" in names["grinning cat"]
+
+
+def test_captions_hold_the_label_first_then_what_people_say():
+    entry = {"label": "hot beverage", "hexcode": "2615", "tags": ["coffee", "tea"]}
+    captions = data._captions(entry, [{"2615": "coffee"}], {"coffee": 1, "tea": 2}, ["cup of coffee"])
+    assert captions[:4] == ["hot beverage", "a hot beverage", "cup of coffee", "a cup of coffee"]
+    assert "coffee" in captions and "tea" not in captions  # Another concept has the tag "tea" as well.
+
+
+def test_the_teacher_starts_at_pure_noise():
+    process = NoiseSchedule.from_config(SCHEDULER)
+    assert process.timesteps(4) == [999, 749, 499, 249] and process.abar[999] == 0
+    one = process.closed_form(1)  # z_0 = sqrt(abar) z - sqrt(1 - abar) v, with abar = 0
+    assert (one.noise_weight, one.step_weights) == (0, (-1,))
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4, scaling_factor=1.0).eval()
+    pixels = torch.randn(16, 3, 8, 8)
+    before, pictures = vae.encode(pixels).latent_dist, vae(pixels).sample
+    whiten(vae, encode(vae, pixels))
+    after = vae.encode(pixels).latent_dist
+    deviation, mean = torch.std_mean(after.mean, dim=(0, 2, 3))
+    assert torch.allclose(deviation, torch.ones(3), atol=REORDERED) and torch.allclose(
+        mean, torch.zeros(3), atol=REORDERED
+    )
+    scale = torch.std(before.mean, dim=(0, 2, 3)).view(1, -1, 1, 1)
+    assert torch.allclose(after.std * scale, before.std, atol=REORDERED)
+    assert torch.allclose(vae(pixels).sample, pictures, atol=REORDERED)
 
 
 def test_frechet_distance_of_gaussians():

@@ -27,6 +27,7 @@ from evaluation.encoder.sentences import Sentences
 from evaluation.reference import Reference
 from tiue.distill.draws import Batch
 from tiue.distill.method import Means, Method, Run, Trained
+from tiue.distill.optimizers import make_muon
 
 _SALT = "evaluation"  # makes the split another one than that of any model that is judged
 
@@ -122,7 +123,8 @@ class EncoderTraining(Method):
         )
         self.model, self._config = encoder.train(), config
         objective = Contrast(encoder, reference, texts, config)
-        self._objective = Trained(run.accelerator, objective, muon(encoder, config), config.grad_clip)
+        optimizer = make_muon(encoder, config.learning_rate, config.adam_learning_rate)
+        self._objective = Trained(run.accelerator, objective, optimizer, config.grad_clip)
         self.networks = {"encoder": self._objective}
 
     def update(self, step: int, batch: Batch) -> dict[str, Tensor]:
@@ -138,23 +140,3 @@ class EncoderTraining(Method):
     def save(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write the encoder."""
         save_encoder(path, self._config.shape, weights)
-
-
-def muon(network: nn.Module, config: EncoderConfig) -> torch.optim.Optimizer:
-    """Make the optimizer: Muon for convolutions and matrices, AdamW for vectors and numbers.
-
-    Raises:
-        ValueError: pytorch_optimizer is not installed.
-    """
-    try:
-        from pytorch_optimizer import Muon
-    except ImportError as error:
-        raise ValueError("training needs pytorch_optimizer: pip install pytorch_optimizer") from error
-    matrices = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
-    rest = [parameter for parameter in network.parameters() if parameter.ndim < 2]
-    return Muon(
-        [
-            {"params": matrices, "use_muon": True, "lr": config.learning_rate},
-            {"params": rest, "use_muon": False, "lr": config.adam_learning_rate},
-        ]
-    )

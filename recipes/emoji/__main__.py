@@ -14,7 +14,7 @@ STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distill", "bun
 def main(argv: list[str] | None = None) -> int:
     """Run the stages up to and including `--until`."""
     parser = argparse.ArgumentParser(prog="python -m recipes.emoji", description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size and length (default cpu: 2 hours)")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size and length (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="directory of all results")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     arguments = parser.parse_args(argv)

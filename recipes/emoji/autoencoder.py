@@ -1,4 +1,4 @@
-"""An AutoencoderKL, trained with an L1 and a gradient loss. Latents have an eighth of a picture's height and width."""
+"""An AutoencoderKL, trained with an L1 and a gradient loss. Its latents are whitened, channel by channel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def to_pixels(images) -> Tensor:
 
 
 def autoencoder(preset: Preset, drawings: Drawings, directory: Path) -> AutoencoderKL:
-    """Train (once) and load the autoencoder. Its `scaling_factor` gives the training latents unit variance."""
+    """Train (once) and load the autoencoder. Every channel of its training latents has mean 0 and variance 1."""
     if not (directory / "config.json").exists():
         _train(preset, drawings, directory)
     return AutoencoderKL.from_pretrained(directory).to(device()).eval()
@@ -38,6 +38,8 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
         latent_channels=preset.latent_channels,
         layers_per_block=1,
         norm_num_groups=8,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
         sample_size=preset.resolution,
     ).to(device())
     pixels = to_pixels(drawings.images[~drawings.held_out])
@@ -57,11 +59,12 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
         directory.parent / "runs/autoencoder",
         iterations=preset.autoencoder_steps,
         batch_size=preset.autoencoder_batch,
+        muon=preset.autoencoder_muon,
         learning_rate=preset.autoencoder_lr,
-        ema_decay=0.0,
+        ema_decay=preset.autoencoder_ema_decay,
         seed=preset.seed,
     )
-    vae.register_to_config(scaling_factor=1 / encode(vae, pixels, scale=False).std().item())
+    whiten(vae, encode(vae, pixels))
     vae.save_pretrained(directory)
 
 
@@ -71,10 +74,30 @@ def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, scale: bool = True) -> Tensor:
-    """Turn pixels (n, 3, H, W) in [-1, 1] into latents (n, C, h, w) on the CPU, of unit variance if `scale`."""
+def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Give every channel of the latents mean 0 and variance 1. Pictures and their reconstructions stay the same.
+
+    With mean m_c and deviation s_c of channel c, the latents become (z_c - m_c) / s_c. The two 1x1 convolutions beside
+    the latents take this in: quant_conv, whose outputs are means and log variances, and post_quant_conv.
+
+    Args:
+        vae: an autoencoder without scaling. It is changed in place.
+        latents: its latents of the training pictures, (n, C, h, w).
+    """
+    mean, deviation = (f(latents.double(), dim=(0, 2, 3)).float().to(vae.device) for f in (torch.mean, torch.std))
+    first, last, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    first.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+    first.bias[:channels] = (first.bias[:channels] - mean) / deviation
+    first.bias[channels:] -= 2 * deviation.log()
+    last.bias += last.weight[:, :, 0, 0] @ mean
+    last.weight *= deviation.view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Turn pixels (n, 3, H, W) in [-1, 1] into scaled latents (n, C, h, w) on the CPU."""
     means = [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in pixels.split(64)]
-    return torch.cat(means) * (latent_scaling(vae)[0] if scale else 1.0)
+    return torch.cat(means) * latent_scaling(vae)[0]
 
 
 @torch.no_grad()

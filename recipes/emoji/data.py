@@ -27,6 +27,7 @@ STYLES = {
 }
 LABELS = "emojibase-data@17.0.0"
 CONCEPTS = Path(__file__).with_name("concepts.txt")
+NAMES = Path(__file__).with_name("names.txt")
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def _render_all(directory: Path, archive: Path, captions_file: Path, resolution:
     if missing := [label for label in chosen if label not in everywhere]:
         raise ValueError(f"not drawn in all six styles: {', '.join(missing)}")
 
-    rows, captions = [], []
+    rows, captions, spoken = [], [], spoken_names()
     tag_owners = _count(tag for label in chosen for tag in set(everywhere[label].get("tags", [])))
     for index, label in enumerate(tqdm(chosen, desc="drawing", unit="concept")):
         entry = everywhere[label]
-        captions.append(_captions(entry, names, tag_owners))
+        captions.append(_captions(entry, names, tag_owners, spoken.get(label, [])))
         for number, (style, icons) in enumerate(sets.items()):
             image = render(icons.svg(icons.find(entry)), resolution)
             rows.append((image, index, number, is_held_out(entry["hexcode"], style)))
@@ -142,11 +143,19 @@ def concept_list() -> list[str]:
     return [label.strip() for line in lines for label in line.split(";")]
 
 
-def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int]) -> list[str]:
-    """List an emoji's captions: its label, with and without an article; short names; unique tags; label with tags."""
+def spoken_names() -> dict[str, list[str]]:
+    """Return what people call a concept, by its label."""
+    lines = [line for line in NAMES.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return {label: names.split(", ") for label, names in (line.split(": ", 1) for line in lines)}
+
+
+def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int], spoken: list[str]) -> list[str]:
+    """List an emoji's captions, the label first, then everything else that people may call it.
+
+    These are: label and spoken names, with and without an article; short names; unique tags; the label with tags.
+    """
     label, tags = entry["label"], entry.get("tags", [])
-    article = "an" if label[0].lower() in "aeiou" else "a"
-    texts = [label, f"{article} {label}"]
+    texts = [text for name in (label, *spoken) for text in (name, _with_article(name))]
     for source in names:
         found = source.get(entry["hexcode"], [])
         texts += [name.replace("_", " ") for name in ([found] if isinstance(found, str) else found)]
@@ -154,6 +163,10 @@ def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int]) -> lis
     if tags:
         texts.append(f"{label}, {', '.join(tags[:3])}")
     return list(dict.fromkeys(texts))
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _count(items) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """After the teacher: train the image decoder further. The encoder does not change, so all latents stay valid.
 
-The teacher needs only latents, so it can start before the autoencoder is at its best. The look of pictures depends on
-the image decoder, which can be improved at any later time.
+The teacher needs only latents. The look of pictures depends on the image decoder as well, which can be improved at any
+later time, and learns here to forgive small errors of a student.
 """
 
 from __future__ import annotations

@@ -17,34 +17,34 @@ class Preset:
 
     name: str
     all_concepts: bool = False  # False: the list in concepts.txt; True: every emoji drawn in all six styles
-    resolution: int = 64  # pixels
+    resolution: int = 128  # pixels
     seed: int = 0
 
-    latent_channels: int = 16
-    autoencoder_widths: tuple[int, ...] = (32, 64, 96, 128)  # 4 levels: three halvings, 8 pixels per latent
-    autoencoder_steps: int = 1400
+    latent_channels: int = 32
+    autoencoder_widths: tuple[int, ...] = (32, 32, 64, 128, 256)  # 5 levels: four halvings, 16 pixels per latent
+    autoencoder_steps: int = 1800
     autoencoder_batch: int = 32
-    autoencoder_lr: float = 1e-3
+    autoencoder_muon: float = 0.02  # learning rate of Muon, for matrices and convolutions
+    autoencoder_lr: float = 1e-3  # of AdamW, for the rest
+    autoencoder_ema_decay: float = 0.99
 
     polish_steps: int = 500  # of the image decoder alone, at the end
     polish_lr: float = 5e-4
 
-    teacher_widths: tuple[int, ...] = (128, 192)
+    teacher_widths: tuple[int, ...] = (192, 320)
     teacher_layers: int = 1
-    teacher_steps: int = 4800
-    teacher_batch: int = 64
+    teacher_steps: int = 5600
+    teacher_batch: int = 128
+    teacher_muon: float = 0.02
     teacher_lr: float = 8e-4
     teacher_ema_decay: float = 0.999
-    colour_steps: int = 2000  # of the teacher's second phase, see teacher.colour_weight
-    colour_lr: float = 4e-4
     null_text_probability: float = 0.1
 
     guidance: float = 3.0  # of the teacher when it samples the pairs of the warm start
     pair_steps: int = 12  # DDIM steps per pair
-    pairs: int = 6720
-    student_steps: int = 4  # decoders
-    regression_steps: int = 1000
-    regression_batch: int = 24
+    pairs: int = 9600
+    regression_steps: int = 2000
+    regression_batch: int = 32
     regression_lr: float = 1e-4
 
     distill: DistillConfig = DISTILL
@@ -59,12 +59,15 @@ PRESETS = {
     "smoke": replace(
         CPU,
         name="smoke",
+        resolution=64,
+        latent_channels=16,
         autoencoder_widths=(8, 8, 16, 16),
         autoencoder_steps=4,
+        autoencoder_batch=4,
         polish_steps=2,
         teacher_widths=(32, 32),
         teacher_steps=4,
-        colour_steps=2,
+        teacher_batch=4,
         pair_steps=2,
         pairs=8,
         regression_steps=2,
@@ -72,7 +75,7 @@ PRESETS = {
         distill=replace(DISTILL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
         encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
-    # All 1,030 concepts, for one data-centre GPU in less than an hour.
+    # All 1,031 concepts, for one data-center GPU.
     "gpu": replace(
         CPU,
         name="gpu",
@@ -83,9 +86,7 @@ PRESETS = {
         teacher_widths=(256, 384),
         teacher_layers=2,
         teacher_steps=40_000,
-        colour_steps=10_000,
         teacher_batch=256,
-        teacher_lr=4e-4,
         teacher_ema_decay=0.9995,
         pairs=60_000,
         pair_steps=25,

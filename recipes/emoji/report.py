@@ -55,6 +55,38 @@ GRID_PROMPTS = [
 ]
 
 
+# What a person would try, written before the model was trained. Two of the things were never drawn together.
+ASKED = [
+    "a happy cat",
+    "red sports car",
+    "pizza slice, flat style",
+    "a green heart",
+    "unicorn",
+    "house with garden",
+    "smiling sun",
+    "blue whale",
+    "cup of coffee",
+    "a dog on a skateboard",
+    "robot",
+    "birthday cake",
+]
+ASKED_TOO = [
+    "a laughing face",
+    "yellow school bus",
+    "an ice cream cone",
+    "a bunch of flowers",
+    "christmas tree",
+    "little penguin",
+    "space rocket",
+    "a slice of watermelon",
+    "spooky ghost",
+    "a red rose",
+    "burger and fries",
+    "a gold trophy, fluent style",
+]
+SHEET_SEEDS = range(1, 5)
+
+
 def report(preset: Preset, drawings: Drawings, out: Path) -> None:
     """Measure drawings, teacher and both students. Write figures.json, losses.png and grid.png into `out`."""
     judge = load_judge(preset, drawings, out / "encoder")
@@ -72,7 +104,10 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
     figures = {name: judge.measure(*pictures) for name, pictures in contenders.items()}
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     plot_losses(out, out / "losses.png")
-    grid(pipeline, Pipeline.load(out / "bundle"), drawings, GRID_PROMPTS, preset.guidance, out / "grid.png")
+    bundle = Pipeline.load(out / "bundle")
+    grid(pipeline, bundle, drawings, GRID_PROMPTS, preset.guidance, out / "grid.png")
+    for name, prompts in {"asked": ASKED, "asked-too": ASKED_TOO}.items():
+        contact_sheet(bundle, prompts, out / f"{name}.png")
 
 
 def asked(drawings: Drawings) -> np.ndarray:
@@ -140,6 +175,24 @@ def grid(
     plt.close(figure)
 
 
+def contact_sheet(student: Pipeline, prompts: list[str], path: Path) -> None:
+    """Plot the bundle's pictures of each prompt, for seeds 1 to 4, unselected. Each prompt has a column."""
+    count, first = len(SHEET_SEEDS), SHEET_SEEDS[0]
+    columns = [student(prompt, num_images=count, seed=first).images for prompt in prompts]
+    figure, axes = plt.subplots(
+        len(SHEET_SEEDS), len(prompts), figsize=(len(prompts) * 1.2, len(SHEET_SEEDS) * 1.3), dpi=120
+    )
+    for row, pictures in zip(axes, zip(*columns, strict=True), strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture, interpolation="lanczos")
+            axis.axis("off")
+    for axis, prompt in zip(axes[0], prompts, strict=True):
+        axis.set_title(prompt.replace(", ", ",\n"), fontsize=7)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
 def plot_students(students: dict[str, Student], path: Path) -> None:
     """Plot a row of pictures per student, of GRID_PROMPTS, all from the same noise."""
     figure, axes = plt.subplots(
@@ -157,12 +210,11 @@ def plot_students(students: dict[str, Student], path: Path) -> None:
 
 def plot_losses(out: Path, path: Path) -> None:
     """Plot the loss of every stage over its updates, from the logs of the runs."""
-    stages = {"autoencoder": "autoencoder", "teacher: shapes": "teacher-shapes", "teacher: colours": "teacher-colours"}
-    stages["warm start"] = "warm-start"
+    stages = {"autoencoder": "autoencoder", "teacher": "teacher", "warm start": "warm-start"}
     logs = [(title, out / f"runs/{name}/losses.csv", "loss") for title, name in stages.items()]
     logs += [(f"distill: {name}", out / "distill/losses.csv", name) for name in ("vsd", "kl")]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), dpi=100)
-    for axis, (title, file, column) in zip(axes.flat, logs, strict=True):
+    figure, axes = plt.subplots(1, len(logs), figsize=(15, 3), dpi=100)
+    for axis, (title, file, column) in zip(axes, logs, strict=True):
         log = read_log(file)
         steps, values = log["step"], log[column]
         axis.plot(steps, values, linewidth=0.5, alpha=0.5)

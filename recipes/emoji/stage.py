@@ -16,6 +16,7 @@ from tiue.distill.config import RunConfig
 from tiue.distill.draws import Batch
 from tiue.distill.loop import train
 from tiue.distill.method import Means, Method, Run, Trained
+from tiue.distill.optimizers import make_muon
 from tiue.files import written_whole
 
 # Takes a generator on the CPU and a batch size. Draws a batch, and returns its loss.
@@ -49,22 +50,21 @@ class _Objective(nn.Module):
 
 
 class Stage(Method):
-    """Minimizes a loss with AdamW.
+    """Minimizes a loss.
 
     Args:
         run: the run.
         name: of the stage.
         network: on the device. All its parameters are trained.
         loss: of `network`.
-        weight_decay: of AdamW.
+        optimizer: of `network`.
     """
 
     result = "weights.safetensors"
     columns = ("loss",)
 
-    def __init__(self, run: Run, name: str, network: nn.Module, loss: Loss, weight_decay: float = 0.0):
+    def __init__(self, run: Run, name: str, network: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer):
         self.name, self.model = name, network.train()
-        optimizer = torch.optim.AdamW(network.parameters(), run.config.learning_rate, weight_decay=weight_decay)
         self._objective = Trained(run.accelerator, _Objective(network, loss), optimizer, run.config.grad_clip)
         self.networks = {"model": self._objective}
 
@@ -84,20 +84,29 @@ class Stage(Method):
             save_file(dict(weights), temporary)
 
 
-def minimize(network: nn.Module, loss: Loss, out: Path, weight_decay: float = 0.0, **settings: Any) -> None:
-    """Train `network` to minimize a loss, in place. The learning rate falls linearly to zero.
+def minimize(
+    network: nn.Module, loss: Loss, out: Path, *, muon: float = 0.0, weight_decay: float = 0.0, **settings: Any
+) -> None:
+    """Train `network` to minimize a loss, in place. All learning rates fall linearly to zero.
 
     Args:
         network: on the device of the recipe.
         loss: of `network`.
         out: directory of the run. A stopped run resumes, and a finished one is not repeated.
-        weight_decay: of AdamW.
-        settings: of RunConfig.
+        muon: learning rate of Muon, for convolutions and matrices. 0: AdamW trains everything.
+        weight_decay: of the optimizer.
+        settings: of RunConfig. `learning_rate` is AdamW's.
     """
     path = out / Stage.result
     if not path.exists():
         settings = {"mixed_precision": precision(), "learning_rate_decay": "linear", "keep": 1} | settings
         run = Run(out, RunConfig(**settings))
-        train(run, Stage(run, out.name, network, loss, weight_decay))
+        rate = run.config.learning_rate
+        if muon:
+            optimizer = make_muon(network, muon, rate, weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=weight_decay)
+        run.identify(muon=str(muon))
+        train(run, Stage(run, out.name, network, loss, optimizer))
     network.load_state_dict(load_file(path))
     network.eval()

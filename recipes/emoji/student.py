@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from tiue_runtime.bundle import Bundle, Prompts, write_bundle
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +23,6 @@ from tiue.components import load_components
 from tiue.distill.loop import train
 from tiue.distill.vsd import prepare
 from tiue.files import written_whole
-from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text
 
 PAIR_BATCH = 64
@@ -59,13 +58,7 @@ def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
 def sample_teacher(
     pipeline: StableDiffusionPipeline, text: Tensor, null: Tensor, noise: Tensor, steps: int, guidance: float
 ) -> Tensor:
-    """Turn noise (n, C, h, w) into the teacher's scaled latents, by `steps` DDIM steps with guidance.
-
-    The teacher starts at t = 999, the noisiest timestep of its training ("trailing" spacing). Stable Diffusion's
-    "leading" spacing starts lower, which washes out colours (arXiv 2305.08891). The student itself may use "leading",
-    because it learns the results.
-    """
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    """Turn noise (n, C, h, w) into the teacher's scaled latents, by `steps` DDIM steps with guidance."""
     with autocast():
         return pipeline(
             prompt_embeds=text.to(device()),
@@ -101,16 +94,20 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         pipeline = load_teacher(teacher)
         pairs = make_pairs(preset, drawings, pipeline, path.with_name("pairs.pt"))
         components = replace(load_components(teacher), name="emoji", license=LICENSE)
-        timesteps = ddim_timesteps(components.scheduler_config, preset.student_steps)
-        student = Student(components, timesteps[0], {len(timesteps): timesteps}, base_model="emoji teacher")
+        process, counts = components.noise_schedule, preset.distill.steps
+        timesteps = {steps: process.timesteps(steps) for steps in counts}
+        student = Student(components, timesteps[max(counts)][0], timesteps, base_model="emoji teacher")
         model = student.tiue().to(device())
+        schedules = [process.closed_form(timesteps[steps]) for steps in counts]
         components.text_encoder.to(device()).requires_grad_(False)
 
         def loss(generator: torch.Generator, count: int) -> Tensor:
             rows = torch.randint(preset.pairs, (count,), generator=generator)
             with torch.no_grad():
                 text = encode_text(components, [pairs["captions"][row] for row in rows])
-            return F.mse_loss(model(pairs["noise"][rows].to(text.device), text), pairs["latents"][rows].to(text.device))
+            schedule = schedules[int(torch.randint(len(schedules), (), generator=generator))]
+            z_0 = model(pairs["noise"][rows].to(text.device), text, schedule)
+            return F.mse_loss(z_0, pairs["latents"][rows].to(text.device))
 
         minimize(
             model,

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import compute_snr
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel
 
 from evaluation.encoder.sentences import minilm_directory
 from recipes.emoji.autoencoder import encode, to_pixels
 from recipes.emoji.data import STYLES, Drawings
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import autocast, device, minimize
+from recipes.emoji.stage import Loss, autocast, device, minimize
 
 TEXT_LENGTH = 32  # tokens
-SNR_GAMMA = 5.0
 STYLE_PROBABILITY = 0.6  # probability that a caption names its style
 
-# Stable Diffusion's schedule
+# Stable Diffusion's schedule with zero terminal SNR and v prediction (arXiv 2305.08891): the last timestep is noise
+# alone, sampling starts there, and the network decides the colors of a picture at its first step.
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,  # unused with this spacing; diffusers warns of other values
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
 }
 
 
@@ -109,43 +112,35 @@ def build_unet(preset: Preset) -> UNet2DConditionModel:
     )
 
 
-def min_snr(snr: Tensor) -> Tensor:
-    """Return Min-SNR weights of an epsilon loss (arXiv 2303.09556). Nearly clean latents teach little."""
-    return snr.clamp(max=SNR_GAMMA) / snr
-
-
-def colour_weight(snr: Tensor) -> Tensor:
-    """Return Min-SNR weights over sqrt(abar): more for the noisiest timesteps, which decide a picture's colours.
-
-    An error in epsilon is an error in the picture that is sqrt(1 - abar) / sqrt(abar) times as large: 15 at t = 999.
-    """
-    return min_snr(snr) * ((1 + snr) / snr).sqrt()
-
-
 def denoising(
-    unet: UNet2DConditionModel, preset: Preset, drawings: Drawings, vae
-) -> Callable[[torch.Generator, int, Callable[[Tensor], Tensor]], Tensor]:
-    """Make the loss of `unet`, on its device: a function of a generator, a number of samples and weights by SNR."""
-    scheduler = DDIMScheduler(**SCHEDULER)
+    unet: UNet2DConditionModel, preset: Preset, drawings: Drawings, vae, scheduler_config: Mapping[str, Any]
+) -> Loss:
+    """Make the loss of `unet`, on its device: the mean squared error of v, or of epsilon, at uniform timesteps.
+
+    v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512) is the noise where there is almost none of it,
+    and the picture where there is almost nothing else. Its error therefore needs no weights by timestep.
+    """
+    scheduler = DDIMScheduler.from_config(dict(scheduler_config))
+    velocity = scheduler.config.prediction_type == "v_prediction"
     captions = Captions(drawings)
     seen = torch.from_numpy(~drawings.held_out)
     latents = encode(vae, to_pixels(drawings.images[~drawings.held_out]))
     concept, style = (torch.from_numpy(a)[seen] for a in (drawings.concept, drawings.style))
 
-    def loss(generator: torch.Generator, count: int, weight: Callable[[Tensor], Tensor]) -> Tensor:
+    def loss(generator: torch.Generator, count: int) -> Tensor:
         rows = torch.randint(len(latents), (count,), generator=generator)
         t = torch.randint(1000, (len(rows),), generator=generator)
         text = captions.draw(concept[rows], style[rows], generator, preset.null_text_probability)
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = scheduler.add_noise(latents[rows], noise, t)
-        eps = unet(noisy.to(device()), t.to(device()), text.to(device()).float()).sample
-        error = (eps.float() - noise.to(device())).square().mean(dim=(1, 2, 3))
-        return (error * weight(compute_snr(scheduler, t)).to(device())).mean()
+        target = scheduler.get_velocity(latents[rows], noise, t) if velocity else noise
+        predicted = unet(noisy.to(device()), t.to(device()), text.to(device()).float()).sample
+        return F.mse_loss(predicted.float(), target.to(device()))
 
     return loss
 
 
-def save_teacher(unet: UNet2DConditionModel, vae, directory: Path) -> None:
+def save_teacher(unet: UNet2DConditionModel, vae, directory: Path, scheduler_config: Mapping[str, Any]) -> None:
     """Write the pipeline."""
     text_encoder, tokenizer = text_parts()
     StableDiffusionPipeline(
@@ -153,7 +148,7 @@ def save_teacher(unet: UNet2DConditionModel, vae, directory: Path) -> None:
         text_encoder=text_encoder.cpu(),
         tokenizer=tokenizer,
         unet=unet.cpu(),
-        scheduler=DDIMScheduler(**SCHEDULER),
+        scheduler=DDIMScheduler.from_config(dict(scheduler_config)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -163,21 +158,17 @@ def save_teacher(unet: UNet2DConditionModel, vae, directory: Path) -> None:
 def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
     torch.manual_seed(preset.seed)
     unet = build_unet(preset).to(device())
-    loss = denoising(unet, preset, drawings, vae)
-    phases = {
-        "shapes": (min_snr, preset.teacher_steps, preset.teacher_lr),
-        "colours": (colour_weight, preset.colour_steps, preset.colour_lr),
-    }
-    for name, (weight, steps, rate) in phases.items():
-        minimize(
-            unet,
-            partial(loss, weight=weight),
-            directory.parent / f"runs/teacher-{name}",
-            weight_decay=0.01,
-            iterations=steps,
-            batch_size=preset.teacher_batch,
-            learning_rate=rate,
-            ema_decay=preset.teacher_ema_decay,
-            seed=preset.seed,
-        )
-    save_teacher(unet, vae, directory)
+    minimize(
+        unet,
+        denoising(unet, preset, drawings, vae, SCHEDULER),
+        directory.parent / "runs/teacher",
+        muon=preset.teacher_muon,
+        weight_decay=0.01,
+        iterations=preset.teacher_steps,
+        batch_size=preset.teacher_batch,
+        learning_rate=preset.teacher_lr,
+        ema_decay=preset.teacher_ema_decay,
+        seed=preset.seed,
+        checkpoint_every=100,
+    )
+    save_teacher(unet, vae, directory, SCHEDULER)

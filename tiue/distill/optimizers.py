@@ -1,4 +1,4 @@
-"""The optimizers of a distillation."""
+"""The optimizers of a distillation, and Muon, for networks that are trained from nothing."""
 
 from __future__ import annotations
 
@@ -41,6 +41,40 @@ def make_optimizer(
     last = [p for p in parameters if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)]
     optimizer.register_step_post_hook(lambda *_: _to_channels_last(last))
     return optimizer
+
+
+def make_muon(
+    network: nn.Module, learning_rate: float, adam_learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a new network: Muon for convolutions and matrices, AdamW for vectors and numbers.
+
+    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that all directions
+    of a weight are learned at the same pace. A convolution counts as a matrix with one row per output channel.
+
+    Args:
+        network: the network. All its parameters that require gradients are trained.
+        learning_rate: of Muon.
+        adam_learning_rate: of AdamW.
+        weight_decay: of both, times the learning rate, per update.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: pytorch_optimizer is not installed.
+    """
+    try:
+        from pytorch_optimizer import Muon
+    except ImportError as error:
+        raise ValueError("Muon needs pytorch_optimizer: pip install pytorch_optimizer") from error
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    rest = [parameter for parameter in trained if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "use_muon": True, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": rest, "use_muon": False, "lr": adam_learning_rate, "weight_decay": weight_decay},
+    ]
+    return Muon([group for group in groups if group["params"]])
 
 
 def _adam8bit() -> type[torch.optim.Optimizer]:

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from recipes.emoji.report import asked, plot_students, sample_student
 from recipes.emoji.stage import device, minimize, precision
 from recipes.emoji.student import all_captions, random_captions
 from recipes.emoji.studies.sharing import SHIPPED
-from recipes.emoji.teacher import colour_weight, denoising, save_teacher
+from recipes.emoji.teacher import denoising, save_teacher
 from tiue.checkpoint import load_student
 from tiue.components import load_components
 from tiue.distill.loop import train
@@ -83,10 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 def _make_teacher(preset: Preset, drawings: data.Drawings, steps: int, out: Path) -> None:
     components = load_student(SHIPPED).components
     unet = components.unet.to(device()).requires_grad_(True)
-    loss = denoising(unet, preset, drawings, components.vae)
     minimize(
         unet,
-        partial(loss, weight=colour_weight),
+        denoising(unet, preset, drawings, components.vae, components.scheduler_config),
         out / "runs/teacher-again",
         weight_decay=0.01,
         iterations=steps,
@@ -95,7 +93,7 @@ def _make_teacher(preset: Preset, drawings: data.Drawings, steps: int, out: Path
         ema_decay=0.99,
         seed=preset.seed + 3,
     )
-    save_teacher(unet, components.vae, out / "teacher")
+    save_teacher(unet, components.vae, out / "teacher", components.scheduler_config)
 
 
 def _directory(name: str) -> str:
