@@ -33,9 +33,29 @@ MODULES = sorted(
 )
 
 
+WITHOUT_EXTRA = ("serve", "serve.jobs", "serve.worker", "serve.server_settings")
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_a_training_library_or_onnxruntime(module):
+    if module.startswith("serve.") and module not in WITHOUT_EXTRA:
+        pytest.importorskip("starlette")
     assert not modules_after(f"import tiue_runtime.{module}") & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("missing", "module"), [("starlette", "app"), ("python_multipart", "app"), ("uvicorn", "server")]
+)
+def test_without_the_packages_of_the_server_the_remedy_is_one_line(missing, module):
+    pytest.importorskip("starlette")
+    code = f"import sys; sys.modules[{missing!r}] = None\nimport tiue_runtime.serve.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f'the package {missing}: pip install "tiue-runtime[server]"' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", WITHOUT_EXTRA)
+def test_the_queue_works_without_the_packages_of_the_server(module):
+    assert not modules_after(f"import tiue_runtime.{module}") & {"starlette", "uvicorn", "prometheus_client"}
 
 
 def test_the_contract_needs_the_standard_library_only():

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError
 from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
-from tiue_runtime.tools import generate_command, model_commands
+from tiue_runtime.tools import generate_command, model_commands, serve_command
 from tiue_runtime.tools.console import print_rows, say, write
 from tiue_runtime.tools.info_command import describe
 
@@ -123,6 +123,7 @@ def _parser() -> _Parser:
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 
     model_commands.register(partial(_command, commands), write)
+    serve_command.register(partial(_command, commands), write, _option_flags, _given)
 
     doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
     _bundle_flag(doctor)

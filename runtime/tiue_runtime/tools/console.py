@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO
 
 from tiue_runtime.options import LoadOptions, RequestOptions, described
+from tiue_runtime.tools.serve_command import NAMES
 
 
 def say(kind: str, message: object) -> None:
@@ -51,6 +52,7 @@ def _flag(found: re.Match[str]) -> str:
 def _names() -> Iterator[str]:
     """List the options that have flags."""
     yield from ("bundle", "cuda_graphs", "out", "runs", "name", "offline", "allow_http", "key", "certificates")
+    yield from NAMES
     for options in (RequestOptions, LoadOptions):
         yield from (name for name, (_, option, _) in described(options).items() if option.flag)
 

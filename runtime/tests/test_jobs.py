@@ -1,0 +1,190 @@
+import threading
+
+import pytest
+from gate import WAIT, Gate
+from tiue_runtime import Cancelled, RequestError
+from tiue_runtime.serve.jobs import Drawing, JobQueue, Late, QueueClosed, QueueFull
+
+
+@pytest.fixture
+def gate(pipe):
+    return Gate(pipe)
+
+
+def pixels(pictures):
+    return [picture.tobytes() for picture in pictures]
+
+
+def test_pictures_of_a_job_equal_those_of_the_library(pipe):
+    with JobQueue(pipe) as queue:
+        drawn = queue.submit(Drawing("a red heart", seed=5, count=3)).future.result(WAIT)
+    expected = [pipe("a red heart", seed=seed).images[0] for seed in (5, 6, 7)]
+    assert pixels(drawn.pictures) == pixels(expected)
+    assert drawn.seeds == (5, 6, 7)
+    assert {"waiting", "unet_decoder", "total"} <= set(drawn.timings)
+    assert [picture.record.seed for picture in drawn.pictures] == [5, 6, 7]
+
+
+def test_without_a_listener_the_mode_is_that_of_the_library(pipe):
+    with JobQueue(pipe) as queue:
+        plain = queue.submit(Drawing("a red heart", seed=1)).future.result(WAIT)
+        heard = queue.submit(Drawing("a red heart", seed=1), on_progress=lambda _: None).future.result(WAIT)
+    assert plain.pictures[0].record.memory == pipe("a red heart", seed=1).memory == "parallel"
+    assert heard.pictures[0].record.memory == "sequential"
+
+
+def test_a_batch_of_several_jobs_draws_what_each_draws_alone(gate):
+    with JobQueue(gate, batch=4) as queue:
+        first = queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        jobs = [queue.submit(Drawing(prompt, seed=seed, count=count)) for prompt, seed, count in WAITING]
+        gate.open.set()
+        drawn = [job.future.result(WAIT) for job in jobs]
+        first.future.result(WAIT)
+    assert [len(prompt) if isinstance(prompt, list) else 1 for prompt, _ in gate.requests] == [1, 4]
+    for (prompt, seed, count), result in zip(WAITING, drawn, strict=True):
+        alone = [gate.pipeline(prompt, seed=seed + i).images[0] for i in range(count)]
+        assert pixels(result.pictures) == pixels(alone)
+        for picture, picture_seed in zip(result.pictures, range(seed, seed + count), strict=True):
+            assert picture.record.seed == picture_seed and picture.record.prompt == prompt
+            assert gate.pipeline.repeat(picture.record).images[0].tobytes() == picture.tobytes()
+
+
+WAITING = [("a red heart", 0, 2), ("a blue star", 1, 1), ("a red heart", 2**64 - 1, 1)]
+
+
+def test_other_shapes_are_not_in_a_batch_and_keep_their_turn(gate):
+    with JobQueue(gate, batch=8) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        drawings = [Drawing("a", seed=0), Drawing("a", seed=1, steps=2), Drawing("a", seed=2)]
+        jobs = [queue.submit(each) for each in drawings]
+        gate.open.set()
+        for job in jobs:
+            job.future.result(WAIT)
+    assert [options["steps"] for _, options in gate.requests] == [None, None, 2]
+
+
+def test_progress_has_previews_and_pictures_come_as_they_are_finished(pipe):
+    heard, pictures = [], []
+
+    def hear(progress):
+        heard.append((progress.index, progress.progress.stage, progress.job.fraction, progress.preview()))
+
+    with JobQueue(pipe) as queue:
+        drawing = Drawing("a red heart", seed=1, count=2)
+        job = queue.submit(drawing, on_progress=hear, on_picture=lambda job, i, picture: pictures.append((i, picture)))
+        drawn = job.future.result(WAIT)
+    assert [index for index, _ in pictures] == [0, 1]
+    assert [picture for _, picture in pictures] == drawn.pictures
+    fractions = [fraction for *_, fraction, _ in heard]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    for index in (0, 1):
+        previews = [preview for i, stage, _, preview in heard if i == index and stage == "unet_decoder"]
+        assert len(previews) == 4 and all(preview.size == (12, 8) for preview in previews)
+
+
+def test_a_full_queue_refuses_and_says_when(gate):
+    with JobQueue(gate, most=2) as queue:
+        queue.submit(Drawing("a", seed=0))
+        assert gate.entered.wait(WAIT)
+        for seed in (1, 2):
+            queue.submit(Drawing("a", seed=seed))
+        with pytest.raises(QueueFull) as caught:
+            queue.submit(Drawing("a", seed=3))
+        assert caught.value.seconds >= 1
+        assert (queue.waiting, queue.running) == (2, 1)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(gate, running):
+    with JobQueue(gate) as queue:
+        jobs = [queue.submit(Drawing("a", seed=seed)) for seed in range(3)]
+        assert gate.entered.wait(WAIT)
+        gone = jobs[0 if running else 1]
+        assert queue.cancel(gone.id) and not queue.cancel(gone.id)
+        with pytest.raises(Cancelled):
+            gone.future.result(WAIT)
+        gate.open.set()
+        for job in jobs:
+            if job is not gone:
+                assert len(job.future.result(WAIT).pictures) == 1
+    assert queue.job(gone.id).state == "cancelled"
+    assert len(gate.requests) == (3 if running else 2)
+
+
+def test_one_job_of_a_batch_is_cancelled_and_the_others_are_drawn(gate):
+    with JobQueue(gate, batch=2) as queue:
+        queue.submit(Drawing("a", seed=0))
+        assert gate.entered.wait(WAIT)
+        gone, other = (queue.submit(Drawing("a red heart", seed=seed)) for seed in (1, 2))
+        gate.entered.clear()
+        gate.open.set()
+        queue.cancel(gone.id)
+        assert pixels(other.future.result(WAIT).pictures) == pixels(gate.pipeline("a red heart", seed=2).images)
+
+
+def test_time_ends_for_jobs_that_wait_and_that_run(gate):
+    with JobQueue(gate) as queue:
+        jobs = [queue.submit(Drawing("a", seed=seed, timeout=0.05)) for seed in range(2)]
+        for job in jobs:
+            with pytest.raises(Late, match=r"within 0.05 seconds"):
+                job.future.result(WAIT)
+        gate.open.set()
+        assert queue.submit(Drawing("a", seed=3)).future.result(WAIT)
+
+
+@pytest.mark.parametrize("where", ["on_progress", "on_picture"])
+def test_an_error_of_a_listener_is_that_of_its_job_only(pipe, where):
+    def fail(*_):
+        raise KeyError("mine")
+
+    with JobQueue(pipe) as queue:
+        job = queue.submit(Drawing("a", seed=1, count=2), **{where: fail})
+        with pytest.raises(KeyError, match="mine"):
+            job.future.result(WAIT)
+        assert queue.submit(Drawing("a", seed=1)).future.result(WAIT)
+    assert job.state == "failed"
+
+
+def test_a_wrong_drawing_is_an_error_of_its_job(pipe):
+    with JobQueue(pipe) as queue:
+        with pytest.raises(RequestError, match="steps"):
+            queue.submit(Drawing("a", seed=1, steps=3)).future.result(WAIT)
+        assert queue.submit(Drawing("a", seed=1)).future.result(WAIT)
+
+
+def test_closing_cancels_and_ends_the_thread(gate):
+    queue = JobQueue(gate)
+    jobs = [queue.submit(Drawing("a", seed=seed)) for seed in range(2)]
+    queue.close()
+    for job in jobs:
+        with pytest.raises(Cancelled):
+            job.future.result(0)
+    assert not queue._thread.is_alive()
+    with pytest.raises(QueueClosed):
+        queue.submit(Drawing("a", seed=1))
+
+
+def test_closing_gives_time_to_end(gate):
+    queue = JobQueue(gate)
+    jobs = [queue.submit(Drawing("a", seed=seed)) for seed in range(2)]
+    threading.Timer(0.05, gate.open.set).start()
+    queue.close(WAIT)
+    assert all(len(job.future.result(0).pictures) == 1 for job in jobs)
+
+
+def test_ids_are_found_until_many_others_have_ended(pipe, monkeypatch):
+    monkeypatch.setattr("tiue_runtime.serve.jobs._ENDED", 2)
+    with JobQueue(pipe) as queue:
+        for name in ("one", "two", "three"):
+            queue.submit(Drawing("a", seed=1), id=name).future.result(WAIT)
+        assert [queue.job(name) is not None for name in ("one", "two", "three")] == [False, True, True]
+        assert queue.submit(Drawing("a", seed=1), id="three").future.result(WAIT)
+
+
+def test_two_jobs_of_one_id_are_refused(gate):
+    with JobQueue(gate) as queue:
+        queue.submit(Drawing("a", seed=1), id="same")
+        with pytest.raises(RequestError, match="already there"):
+            queue.submit(Drawing("a", seed=1), id="same")

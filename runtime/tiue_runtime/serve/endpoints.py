@@ -1,0 +1,194 @@
+"""What each address of the server does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from tiue_runtime.serve.answers import JsonAnswer, answer, base64_of, encoded
+from tiue_runtime.serve.api_errors import ApiError, as_api_error
+from tiue_runtime.serve.bodies import parse_body, read_body
+from tiue_runtime.serve.guard import PICTURES
+from tiue_runtime.serve.image_request import ImageRequest, read_request
+from tiue_runtime.serve.image_stream import ImageStream
+from tiue_runtime.serve.jobs import Drawn, Job, JobQueue
+from tiue_runtime.serve.kept_pictures import KeptPictures
+from tiue_runtime.serve.nearest_size import made_for
+from tiue_runtime.serve.serve_metrics import ServeMetrics
+from tiue_runtime.serve.server_settings import ServerSettings
+from tiue_runtime.tokenizer import PromptTokenizer
+
+PAGE = Path(__file__).parent / "page"
+# The page loads its own files only, and no other page may frame it.
+_POLICY = "; ".join(
+    (
+        *("default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' blob: data:"),
+        *("connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    )
+)
+_GONE = 499  # the status in figures of a client that hung up; nobody receives it
+
+
+class Endpoints:
+    """The addresses, and what they share.
+
+    Args:
+        queues: by the name of their model, the default first.
+        settings: limits.
+        metrics: figures.
+    """
+
+    def __init__(self, queues: Mapping[str, JobQueue], settings: ServerSettings, metrics: ServeMetrics) -> None:
+        self.queues, self.settings, self.metrics = queues, settings, metrics
+        self.warm = False  # whether each model has drawn a picture
+        self.ending = False
+        self._manifests = {name: queue.pipeline.bundle.manifest for name, queue in queues.items()}
+        self._tokenizers = {
+            name: PromptTokenizer(queue.pipeline.bundle.tokenizer_path, self._manifests[name].text_length)
+            for name, queue in queues.items()
+        }
+        self._kept = KeptPictures(settings.kept_pictures, settings.kept_bytes, settings.kept_seconds)
+
+    async def generate(self, request: Request) -> Response:
+        """POST /v1/images/generations: draw pictures."""
+        settings = self.settings
+        body = await read_body(request, settings.most_body, settings.body_seconds)
+        content = await parse_body(request, body)
+        form = "json" not in request.headers.get("content-type", "").lower()
+        wanted = read_request(content, self._manifests, settings, form=form)
+        queue, name = self.queues[wanted.model], request.state.request_id
+        tokens = int(self._tokenizers[wanted.model]([wanted.drawing.prompt]).attention_mask.sum())
+        try:
+            if wanted.stream:
+                return ImageStream(queue, name, wanted, tokens, metadata=settings.metadata)
+            job = queue.submit(wanted.drawing, id=name)
+            drawn = await self._result(request, queue, job)
+        except Exception as error:
+            raise as_api_error(error) from error
+        if drawn is None:
+            return Response(status_code=_GONE)
+        self.metrics.waited(wanted.model, drawn.timings["waiting"])
+        data = [await self._picture(request, picture, wanted) for picture in drawn.pictures]
+        return JsonAnswer(answer(wanted, data, drawn.timings, tokens, list(drawn.warnings)))
+
+    async def _result(self, request: Request, queue: JobQueue, job: Job) -> Drawn | None:
+        """Wait for a job. Returns None, and cancels the job, if the client hangs up."""
+        drawn = asyncio.ensure_future(asyncio.wrap_future(job.future))
+        gone = asyncio.create_task(_until_gone(request))
+        try:
+            await asyncio.wait((drawn, gone), return_when=asyncio.FIRST_COMPLETED)
+            return drawn.result() if drawn.done() else None
+        finally:
+            queue.cancel(job.id)  # does nothing if the job has ended
+            gone.cancel()
+            drawn.cancel()
+            await asyncio.wait((drawn, gone))
+            if not drawn.cancelled():
+                drawn.exception()  # Without this, asyncio would log an error that nobody asked for.
+
+    async def _picture(self, request: Request, picture: Any, wanted: ImageRequest) -> dict[str, str]:
+        data = await asyncio.to_thread(encoded, picture, wanted, metadata=self.settings.metadata)
+        if not wanted.as_url:
+            return {"b64_json": await asyncio.to_thread(base64_of, data)}
+        name = self._kept.keep(data, wanted.format)
+        return {"url": str(request.url.replace(path=PICTURES + name, query="", fragment=""))}
+
+    async def picture(self, request: Request) -> Response:
+        """GET /v1/pictures/{name}: a picture that an answer named by its URL."""
+        kept = self._kept.get(request.path_params["name"])
+        if kept is None:
+            raise ApiError(404, "there is no such picture, or not any more", code="picture_not_found")
+        return Response(kept.data, media_type=kept.media_type)
+
+    async def edit(self, request: Request) -> Response:
+        """POST /v1/images/edits and /variations: refused."""
+        await read_body(request, self.settings.most_body, self.settings.body_seconds)
+        message = "a student makes pictures from noise and a prompt only: it knows neither edits nor variations"
+        raise ApiError(400, message, code="unsupported_endpoint")
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models: the models that this server draws with."""
+        return JsonAnswer({"object": "list", "data": [_model(name) for name in self.queues]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{name}: one model, with what its bundle says of it."""
+        name = request.path_params["name"]
+        manifest = self._manifests.get(name)
+        if manifest is None:
+            raise ApiError(404, "this server has no such model", param="model", code="model_not_found")
+        prompts = manifest.prompts
+        facts = {
+            "license": manifest.license,
+            "steps": sorted(manifest.schedules),
+            "default_steps": manifest.default_steps,
+            "sizes": [str(size) for size in made_for(manifest)],
+            "examples": list(prompts.examples) if prompts else [],
+            "device": self.queues[name].pipeline.device,
+            "most_pictures": self.settings.most_pictures,
+        }
+        return JsonAnswer({**_model(name), "tiue": facts})
+
+    async def job(self, request: Request) -> Response:
+        """GET /v1/jobs/{id}: how far a job is."""
+        queue, job = self._find(request)
+        drawing = job.drawing
+        content = {
+            "id": job.id,
+            "object": "job",
+            "status": job.state,
+            "progress": round(job.fraction, 4),
+            "stage": job.stage,
+            "pictures": drawing.count if job.state == "done" else len(job.pictures),
+            "of": drawing.count,
+            "ahead": queue.position(job),
+            "created_at": int(job.created),
+        }
+        return JsonAnswer(content)
+
+    async def cancel_job(self, request: Request) -> Response:
+        """DELETE /v1/jobs/{id}: cancel a job. Its request is answered with an error that says so."""
+        queue, job = self._find(request)
+        cancelled = queue.cancel(job.id)
+        return JsonAnswer({"id": job.id, "object": "job", "status": job.state, "cancelled": cancelled})
+
+    def _find(self, request: Request) -> tuple[JobQueue, Job]:
+        for queue in self.queues.values():
+            job = queue.job(request.path_params["id"])
+            if job is not None:
+                return queue, job
+        raise ApiError(404, "there is no such job, or not any more", param="id", code="job_not_found")
+
+    async def health(self, _: Request) -> Response:
+        """GET /health: the process answers."""
+        return JsonAnswer({"status": "ok"})
+
+    async def is_ready(self, _: Request) -> Response:
+        """GET /ready: whether requests are drawn now."""
+        if self.ending or not self.warm:
+            return JsonAnswer({"status": "ending" if self.ending else "starting"}, 503)
+        return JsonAnswer({"status": "ready"})
+
+    async def figures(self, _: Request) -> Response:
+        """GET /metrics: figures for Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self, _: Request) -> Response:
+        """GET /: the page."""
+        index = PAGE / "index.html"
+        if not index.is_file():
+            raise ApiError(404, "this server has no page; POST to /v1/images/generations", code="not_found")
+        return FileResponse(index, headers={"cache-control": "no-cache", "content-security-policy": _POLICY})
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "tiue"}
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

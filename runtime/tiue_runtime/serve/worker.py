@@ -1,0 +1,175 @@
+"""The worker of a queue: it draws pictures of equal shape, and tells their jobs."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tiue_runtime.bundle import UNET_DECODER
+from tiue_runtime.errors import OutOfMemoryError
+from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
+
+if TYPE_CHECKING:
+    from tiue_runtime.pipeline import Pipeline
+    from tiue_runtime.progress import Progress
+    from tiue_runtime.result import Result
+
+Part = tuple[Job, int]
+"""A job, and the index of one of its pictures."""
+
+_RECORD = "tiue"  # the key of a picture's record in `Image.info`
+
+
+class Heard(threading.local):
+    """Where warnings of this thread go, if `hear_warnings` was called."""
+
+    sink: list[str] | None = None
+
+
+_heard = Heard()
+
+
+def hear_warnings() -> None:
+    """Give warnings of drawing to their jobs, for the rest of this process. Others are shown as before."""
+    show: Any = warnings.showwarning
+
+    def hear(message: Warning | str, *others: Any, **named: Any) -> None:
+        if _heard.sink is None:
+            show(message, *others, **named)
+        elif str(message) not in _heard.sink:
+            _heard.sink.append(str(message))
+
+    warnings.simplefilter("always", UserWarning)
+    warnings.showwarning = hear
+
+
+class Worker:
+    """Draws the jobs of a queue on one thread.
+
+    Args:
+        queue: gives the work.
+        pipeline: does it.
+    """
+
+    def __init__(self, queue: JobQueue, pipeline: Pipeline) -> None:
+        self._queue = queue
+        self._pipeline = pipeline
+
+    def work(self) -> None:
+        """Draw until the queue closes."""
+        while parts := self._queue.take():
+            self._draw(parts)
+
+    def _draw(self, parts: list[Part]) -> None:
+        """Draw some pictures. Errors go to the jobs."""
+        jobs = list(dict.fromkeys(job for job, _ in parts))
+        heard: list[str] = []
+        _heard.sink = heard
+        try:
+            result = self._request(parts, jobs)
+        except OutOfMemoryError as error:
+            if len(parts) > 1:
+                warnings.warn(f"{error}; drawing the {len(parts)} pictures one by one", stacklevel=2)
+                for part in parts:
+                    self._draw([part])
+                return
+            self._fail(jobs, error)
+        except Exception as error:  # of the pipeline, or of a caller's function; the next job must be drawn
+            self._fail(jobs, error)
+        else:
+            self._queue.drawn(result.timings, len(parts))
+            self._deliver(parts, result, heard)
+        finally:
+            _heard.sink = None
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        for job in jobs:
+            self._queue.finish(job, error)
+
+    def _request(self, parts: list[Part], jobs: list[Job]) -> Result[list[Any]]:
+        """Ask the pipeline for pictures: consecutive seeds of a job as one request, else with noise of their seeds."""
+        drawing, first = parts[0][0].drawing, parts[0][1]
+
+        def report(progress: Progress) -> None:
+            self._report(parts, progress)
+
+        options: dict[str, Any] = {
+            "steps": drawing.steps,
+            "height": drawing.height,
+            "width": drawing.width,
+            "memory": self._memory(parts),
+            "callback": report,
+            "cancel": lambda: self._queue.stopped(jobs),
+        }
+        draw: Any = self._pipeline
+        if len(jobs) == 1:
+            return draw(drawing.prompt, num_images=len(parts), seed=drawing.seed + first, **options)
+        seeds = [job.drawing.seed + index for job, index in parts]
+        result = draw([job.drawing.prompt for job, _ in parts], latents=self._noise(drawing, seeds), **options)
+        for picture, seed in zip(result.images, seeds, strict=True):
+            # The pipeline does not know the seeds of noise that it is given. A picture's place in the batch does not
+            # matter, so each is recorded as the first.
+            picture.info[_RECORD] = replace(picture.info[_RECORD], seed=seed, index=0)
+        return result
+
+    def _memory(self, parts: Sequence[Part]) -> str:
+        """Return the memory mode that the pipeline itself would choose.
+
+        It chooses sequential mode if it has a callback. The worker always has one, but needs previews only for jobs
+        that ask for them.
+        """
+        job = parts[0][0]
+        if self._pipeline.memory != "auto" or job.on_progress is not None:
+            return self._pipeline.memory
+        manifest, drawing = self._pipeline.bundle.manifest, job.drawing
+        height, width = drawing.height or manifest.default_height, drawing.width or manifest.default_width
+        latents = height * width // manifest.pixels_per_latent**2
+        steps = manifest.default_steps if drawing.steps is None else drawing.steps
+        return self._pipeline.graphs.budget.fastest_mode(UNET_DECODER, steps, len(parts), latents)
+
+    def _noise(self, drawing: Any, seeds: Sequence[int]) -> Any:
+        """Return z_T of several seeds, float32 (B, C, h, w)."""
+        import numpy as np
+
+        from tiue_runtime.noise import gaussian
+
+        manifest = self._pipeline.bundle.manifest
+        scale = manifest.pixels_per_latent
+        height, width = drawing.height or manifest.default_height, drawing.width or manifest.default_width
+        shape = manifest.latent_channels, height // scale, width // scale
+        return np.stack([gaussian(seed, shape) for seed in seeds])
+
+    def _report(self, parts: list[Part], progress: Progress) -> None:
+        for row, (job, index) in enumerate(parts):
+            job.stage = progress.stage
+            job.fraction = max(job.fraction, (index + progress.fraction) / job.drawing.count)
+            hears = job.on_progress
+            if hears is not None:
+                hears(JobProgress(job, index, progress, row))
+
+    def _deliver(self, parts: list[Part], result: Result[list[Any]], heard: list[str]) -> None:
+        for (job, index), picture in zip(parts, result.images, strict=True):
+            if job.ended:
+                continue
+            job.pictures.append(picture)
+            job.warnings += [text for text in heard if text not in job.warnings]
+            tell = job.on_picture
+            try:
+                if tell is not None:
+                    tell(job, index, picture)
+            except Exception as error:  # of the caller's function
+                self._queue.finish(job, error)
+        for job in dict.fromkeys(job for job, _ in parts):
+            _add(job.timings, result.timings)
+            drawing = job.drawing
+            if len(job.pictures) == drawing.count:
+                seeds = tuple(range(drawing.seed, drawing.seed + drawing.count))
+                self._queue.finish(job, Drawn(job.pictures, seeds, dict(job.timings), tuple(job.warnings)))
+
+
+def _add(sums: dict[str, float], timings: Mapping[str, float]) -> None:
+    for stage, seconds in timings.items():
+        sums[stage] = sums.get(stage, 0.0) + seconds
