@@ -2,8 +2,9 @@
 PYTHON ?= python3
 FULL := .venv
 LIGHT := .venv-runtime
+WEB := runtime/web
 
-.PHONY: setup demo dist test test-full test-runtime lint docs fuzz emoji check clean
+.PHONY: setup demo dist test test-full test-runtime test-web test-browser lint docs fuzz emoji check clean
 
 setup: $(FULL)/ready $(LIGHT)/ready
 
@@ -28,7 +29,21 @@ dist: $(LIGHT)/ready
 	rm -rf dist build runtime/build models/emoji/build
 	$(LIGHT)/bin/pip wheel --quiet --no-deps --wheel-dir dist ./runtime ./models/emoji .
 
-test: test-runtime test-full
+test: test-web test-runtime test-full
+
+# The package for JavaScript. Its tests need Node and the packages of its lock file, nothing of Python.
+test-web:
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(WEB)/node_modules/ready && cd $(WEB) && npm test --silent; \
+	else echo "runtime/web: Node is not installed, so the tests of the package for JavaScript do not run"; fi
+
+# In Debian's Chromium, or the browser that the environment variable CHROMIUM names: minutes.
+test-browser: $(WEB)/node_modules/ready
+	cd $(WEB) && npm run --silent test:browser
+
+# onnxruntime-node would download CUDA in its install script.
+$(WEB)/node_modules/ready: $(WEB)/package-lock.json
+	cd $(WEB) && npm ci --ignore-scripts --silent
+	touch $@
 
 test-runtime: $(LIGHT)/ready
 	$(LIGHT)/bin/python -m pytest runtime/tests
@@ -57,4 +72,4 @@ emoji: $(FULL)/ready
 	$(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji
 
 clean:
-	rm -rf $(FULL) $(LIGHT) .cache dist build runtime/build models/emoji/build heart.png
+	rm -rf $(FULL) $(LIGHT) $(WEB)/node_modules $(WEB)/dist $(WEB)/src/generated .cache dist build runtime/build models/emoji/build heart.png

@@ -1,0 +1,52 @@
+/** Words that a model knows, if it was trained on a closed list of them: a warning instead of a strange picture. */
+import type { Manifest } from "../bundle/manifest.js";
+import { clip } from "../errors.js";
+import { closest } from "./similarity.js";
+
+// Words that say nothing about a picture's content.
+const SMALL = new Set(
+  (
+    "a an and at by for from in into is it its my of on or over " + "style that the this to under with"
+  ).split(" "),
+);
+const CLOSE = 0.7; // the similarity of a word that was probably meant
+
+/** The words of a bundle's `prompts`. Without a vocabulary, every word counts as known. */
+export class Vocabulary {
+  readonly #examples: string[];
+  readonly #phrases = new Map<string, string>(); // word => the first phrase that has it
+  readonly #forms = new Set<string>();
+
+  constructor(prompts: Manifest["prompts"]) {
+    this.#examples = prompts?.examples ?? [];
+    for (const phrase of prompts?.vocabulary ?? []) {
+      for (const word of words(phrase)) if (!this.#phrases.has(word)) this.#phrases.set(word, phrase);
+    }
+    for (const word of this.#phrases.keys()) for (const form of forms(word)) this.#forms.add(form);
+  }
+
+  /** Return a warning about a prompt of which no word is known, else null. Plural and singular are the same word. */
+  complaint(prompt: string): string | null {
+    const asked = words(prompt);
+    const known = asked.some((word) => forms(word).some((form) => this.#forms.has(form)));
+    if (this.#phrases.size === 0 || asked.length === 0 || known) return null;
+    const meant = asked.flatMap((word) => closest(word, [...this.#phrases.keys()], CLOSE) ?? []);
+    const phrases = meant.map((word) => this.#phrases.get(word) ?? word);
+    const suggestions = [phrases, this.#examples, [...this.#phrases.values()]].find((list) => list.length > 0) ?? [];
+    const shown = suggestions.slice(0, 3).join(", ");
+    return `the model knows no word of '${clip(prompt)}'; it knows for example ${shown}`;
+  }
+}
+
+function words(text: string): string[] {
+  return (text.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? []).filter((word) => !SMALL.has(word));
+}
+
+/** Return a word and its possible singulars. */
+function forms(word: string): string[] {
+  const endings = [["s", ""], ["es", ""], ["ies", "y"], ["ves", "f"]] as const;
+  const singulars = endings
+    .filter(([ending]) => word.endsWith(ending) && word.length > ending.length + 1)
+    .map(([ending, singular]) => word.slice(0, -ending.length) + singular);
+  return [word, ...singulars];
+}
