@@ -8,27 +8,41 @@ const LONGEST = 1000;
 export class TiueError extends Error {
   constructor(message: string, options?: ErrorOptions) {
     super(cut(printable(message.slice(0, LONGEST)), LONGEST), options);
-    this.name = new.target.name;
   }
+
+  // Written out in each class, because minifiers change the names of classes.
+  override readonly name: string = "TiueError";
 }
 
 /** A bundle is missing, damaged, of another format, or breaks its contract. */
-export class BundleError extends TiueError {}
+export class BundleError extends TiueError {
+  override readonly name: string = "BundleError";
+}
 
 /** The requested device, or ONNX Runtime itself, cannot be used as installed. */
-export class DeviceError extends TiueError {}
+export class DeviceError extends TiueError {
+  override readonly name: string = "DeviceError";
+}
 
 /** An argument of a request is wrong. */
-export class RequestError extends TiueError {}
+export class RequestError extends TiueError {
+  override readonly name: string = "RequestError";
+}
 
 /** The request was asked to stop. `cause` is the reason of the AbortSignal. */
-export class Cancelled extends TiueError {}
+export class Cancelled extends TiueError {
+  override readonly name: string = "Cancelled";
+}
 
 /** A graph failed while running, or computed values that are not finite. */
-export class InferenceError extends TiueError {}
+export class InferenceError extends TiueError {
+  override readonly name: string = "InferenceError";
+}
 
 /** There was not enough memory to load a graph, or to run it on the smallest part of the request. */
-export class OutOfMemoryError extends InferenceError {}
+export class OutOfMemoryError extends InferenceError {
+  override readonly name: string = "OutOfMemoryError";
+}
 
 const KINDS = { TiueError, BundleError, DeviceError, RequestError, Cancelled, InferenceError, OutOfMemoryError };
 

@@ -16,6 +16,10 @@ export interface Source {
   read(name: string, info: FileInfo): Promise<Uint8Array<ArrayBuffer>>;
   /** Return the path of a file, if ONNX Runtime can open it itself. */
   path(name: string): string | null;
+  /** Hear which files will be read, for reports of progress. */
+  expect?(infos: FileInfo[]): void;
+  /** Hear that all files were read. */
+  complete?(manifest: Manifest): Promise<void>;
 }
 
 export interface FileInfo {
@@ -62,6 +66,11 @@ export class Bundle {
     return new Bundle(source, manifest, await sha256(data));
   }
 
+  /** Announce files, for reports of progress. */
+  expect(names: string[]): void {
+    this.source.expect?.(names.map((name) => this.#info(name)));
+  }
+
   read(name: string): Promise<Uint8Array<ArrayBuffer>> {
     return this.source.read(name, this.#info(name));
   }
@@ -82,6 +91,7 @@ export class Bundle {
     });
     const path = this.source.path(file);
     if (path !== null) return { model: path, externalData: [] };
+    this.expect(data.map(({ name }) => name));
     const read = data.map(async ({ path: location, name }) => ({ path: location, data: await this.read(name) }));
     return { model, externalData: await Promise.all(read) };
   }

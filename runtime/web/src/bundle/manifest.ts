@@ -30,6 +30,7 @@ interface Problem {
   schema: unknown;
   parentSchema: Record<string, unknown>;
   data: unknown;
+  propertyName?: string; // if the problem is a key
 }
 
 /** Read the bytes of bundle.json. Throws BundleError. */
@@ -57,7 +58,6 @@ class NewerFormat extends BundleError {
     super(
       `format: this tiue-runtime reads ${FORMAT}, got ${version}: written by a newer tiue; install a newer tiue-runtime`,
     );
-    this.name = "BundleError";
   }
 }
 
@@ -71,7 +71,7 @@ function remedied(read: () => Manifest): Manifest {
 }
 
 /** Say in one line what the generated check expected and what arrived. */
-function describe({ instancePath, keyword, params, schema, parentSchema, data }: Problem): string {
+function describe({ instancePath, keyword, params, schema, parentSchema, data, propertyName }: Problem): string {
   const parts = instancePath.split("/").slice(1);
   const names = parts.map((part) => part.replaceAll("~1", "/").replaceAll("~0", "~"));
   const where = clip(names.reduce((path, name) => join(path, name), "")) || MANIFEST;
@@ -80,7 +80,9 @@ function describe({ instancePath, keyword, params, schema, parentSchema, data }:
     return `unknown field ${clip(join(parts.length ? where : "", String(params["additionalProperty"])))}`;
   }
   const got = `got ${shorten(data)}`;
-  if (keyword === "propertyNames") return `${where}: expected step counts as keys, for example '4', got ${shorten(params["propertyName"])}`;
+  if (propertyName !== undefined) {
+    return `${where}: expected step counts as keys, for example '4', got ${shorten(propertyName)}`;
+  }
   if (keyword === "enum") return `${where}: expected one of ${(schema as unknown[]).join(", ")}, ${got}`;
   if (keyword === "const") return `${where}: expected ${String(schema)}, ${got}`;
   if (keyword === "type") return `${where}: expected ${article(String(schema))}, ${got} (${typeName(data)})`;

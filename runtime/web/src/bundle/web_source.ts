@@ -1,50 +1,258 @@
-/** A bundle behind a URL. */
+/** A bundle behind a URL: fetched with progress, checked by sha256, kept in the browser, and resumed. */
 import { BundleError, Cancelled, clip, firstLine } from "../errors.js";
 import type { LoadOptions } from "../options.js";
 import type { FileInfo, Source } from "./files.js";
-import { MANIFEST, REMEDY } from "./manifest.js";
+import { MANIFEST, MANIFEST_LIMIT, REMEDY, type Manifest } from "./manifest.js";
 import { sha256 } from "./sha256.js";
+import { CHUNK, type Store } from "./store.js";
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+const TRIES = 3; // of a download in a row that bring no new byte
+const PAUSE = 500; // milliseconds before the second try; each later pause is twice as long
 
 export class WebSource implements Source {
   readonly where: string;
+  #store: Store | null;
+  #manifest: Bytes | null = null; // as fetched
+  #loaded = 0;
+  #total = 0;
 
+  /**
+   * @param url of the folder that holds bundle.json.
+   * @param store where files are kept, or null.
+   */
   constructor(
     url: string,
-    readonly options: LoadOptions,
-    readonly store: null,
+    readonly options: Pick<LoadOptions, "signal" | "onProgress" | "onWarning">,
+    store: Store | null,
   ) {
     this.where = url.replace(/\/+$/, "");
+    this.#store = store;
   }
 
-  manifest(): Promise<Uint8Array> {
-    return this.#fetch(MANIFEST);
-  }
-
-  async check(): Promise<void> {}
-
-  async read(name: string, info: FileInfo): Promise<Uint8Array<ArrayBuffer>> {
-    const data = await this.#fetch(name);
-    if ((await sha256(data)) !== info.sha256) {
-      throw new BundleError(`${this.where}: content differs from ${MANIFEST}: ${clip(name)}. ${REMEDY}`);
+  /** Return bundle.json as the server has it, or as it was kept, if there is no network. */
+  async manifest(): Promise<Bytes> {
+    const url = this.#url(MANIFEST);
+    let response: Response;
+    try {
+      response = await this.#fetch(url, { cache: "no-cache" });
+    } catch (error) {
+      const kept = error instanceof Offline ? await this.#store?.manifest(this.where) : null;
+      if (!kept) throw error;
+      return kept as Bytes;
     }
-    return data;
+    if (response.status === 404) {
+      throw new BundleError(`${this.where} is not a bundle: expected a file ${MANIFEST} in it, found none.`);
+    }
+    if (!response.ok) throw new BundleError(`${url}: the server answered ${response.status}`);
+    if (Number(response.headers.get("Content-Length")) > MANIFEST_LIMIT) {
+      throw new BundleError(`${url}: expected at most ${MANIFEST_LIMIT} bytes`);
+    }
+    this.#manifest = new Uint8Array(await this.#body(url, () => response.arrayBuffer()));
+    return this.#manifest;
+  }
+
+  async check(): Promise<void> {
+    // Each file is checked when it is read.
+  }
+
+  expect(infos: FileInfo[]): void {
+    this.#total += infos.reduce((sum, { size }) => sum + size, 0);
+  }
+
+  async read(name: string, info: FileInfo): Promise<Bytes> {
+    const data = new Uint8Array(info.size);
+    let at = (await this.#store?.read(info, data)) ?? 0;
+    if (at === info.size) {
+      if ((await sha256(data)) === info.sha256) return this.#done(name, info, data);
+      this.#warn(`${name}: the copy that this browser kept is damaged; it is downloaded again`);
+      await this.#store?.remove(info.sha256);
+      at = 0;
+    }
+    const pieces = await this.#download(name, info, data, at);
+    if ((await sha256(data)) === info.sha256) return this.#done(name, info, data);
+    await this.#store?.remove(info.sha256);
+    // One of several pieces may be of another version of the file. So fetch it whole.
+    if (pieces > 1) {
+      await this.#download(name, info, data, 0);
+      if ((await sha256(data)) === info.sha256) return this.#done(name, info, data);
+      await this.#store?.remove(info.sha256);
+    }
+    throw new BundleError(`${this.where}: content differs from ${MANIFEST}: ${clip(name)}. ${REMEDY}`);
   }
 
   path(): null {
     return null;
   }
 
-  async #fetch(name: string): Promise<Uint8Array<ArrayBuffer>> {
-    const url = `${this.where}/${name}`;
-    const { signal } = this.options;
+  /** Keep bundle.json, now that all files are here, and delete the files that only an older one named. */
+  async complete(manifest: Manifest): Promise<void> {
+    if (!this.#store || !this.#manifest) return;
     try {
-      const response = await fetch(url, signal ? { signal } : {});
-      if (!response.ok) throw new BundleError(`${url}: the server answered ${response.status}`);
-      return new Uint8Array(await response.arrayBuffer());
+      const older = await this.#store.manifest(this.where);
+      await this.#store.keepManifest(this.where, this.#manifest);
+      const files = older ? (JSON.parse(new TextDecoder().decode(older)) as Manifest).files : {};
+      const needed = new Set(Object.values(manifest.files).map((info) => info.sha256));
+      for (const info of Object.values(files)) if (!needed.has(info.sha256)) await this.#store.remove(info.sha256);
     } catch (error) {
-      if (signal?.aborted) throw new Cancelled("cancelled while files were fetched", { cause: signal.reason });
-      if (error instanceof BundleError) throw error;
-      throw new BundleError(`${url}: cannot be fetched: ${firstLine(error)}`, { cause: error });
+      this.#storeFailed(error);
     }
+  }
+
+  #done(name: string, info: FileInfo, data: Bytes): Bytes {
+    this.#loaded += info.size;
+    this.#report(name, 0);
+    return data;
+  }
+
+  #report(file: string, here: number): void {
+    this.options.onProgress?.({ file, loaded: this.#loaded + here, total: Math.max(this.#total, this.#loaded + here) });
+  }
+
+  /**
+   * Fetch a file from byte `at` on into `data`. A broken connection is tried again from where it broke.
+   *
+   * @returns the number of pieces that the file is made of, the kept beginning included.
+   */
+  async #download(name: string, info: FileInfo, data: Bytes, at: number): Promise<number> {
+    const url = this.#url(name);
+    let fruitless = 0;
+    let pieces = at > 0 ? 1 : 0;
+    while (at < info.size) {
+      pieces++;
+      const before = at;
+      try {
+        at = await this.#receive(name, url, info, data, at);
+      } catch (error) {
+        if (!(error instanceof Broken)) throw error;
+        fruitless = error.at > before ? 1 : fruitless + 1;
+        at = error.at;
+        if (fruitless >= TRIES) {
+          const kept = this.#store ? "; what has arrived is kept, so load it again later" : "";
+          throw new BundleError(`${url}: cannot be fetched: ${error.problem}${kept}`, { cause: error.cause });
+        }
+        await this.#pause(PAUSE * 2 ** (fruitless - 1));
+      }
+    }
+    return pieces;
+  }
+
+  /** Receive one answer of the server. Returns where it ended. Throws Broken, BundleError, Cancelled. */
+  async #receive(name: string, url: string, info: FileInfo, data: Bytes, from: number): Promise<number> {
+    let response: Response;
+    try {
+      response = await this.#fetch(url, from > 0 ? { headers: { Range: `bytes=${from}-` } } : {});
+    } catch (error) {
+      if (error instanceof Offline) throw new Broken(from, error.problem, error);
+      throw error;
+    }
+    if (response.status >= 500) throw new Broken(from, `the server answered ${response.status}`, undefined);
+    if (response.status === 416) return this.#receive(name, url, info, data, 0);
+    if (!response.ok || !response.body) throw new BundleError(`${url}: the server answered ${response.status}`);
+    const range = response.headers.get("Content-Range");
+    const goesOn = response.status === 206 && (range === null || range.startsWith(`bytes ${from}-`));
+    let at = goesOn ? from : 0;
+    let kept = at; // bytes that the store has
+    const reader = response.body.getReader();
+    for (;;) {
+      let part;
+      try {
+        part = await reader.read();
+      } catch (error) {
+        this.#stopIfAborted(error);
+        throw new Broken(at, firstLine(error), error);
+      }
+      if (part.done) break;
+      if (at + part.value.length > info.size) {
+        await reader.cancel();
+        throw new BundleError(`${url}: expected ${info.size} bytes, and the server sends more. ${REMEDY}`);
+      }
+      data.set(part.value, at);
+      at += part.value.length;
+      if (at - kept >= CHUNK || at === info.size) {
+        await this.#keep(info, kept, data.slice(kept, at));
+        kept = at;
+      }
+      this.#report(name, at);
+    }
+    if (at < info.size) throw new Broken(at, `the connection ended after ${at} of ${info.size} bytes`, undefined);
+    return at;
+  }
+
+  async #keep(info: FileInfo, at: number, data: Bytes): Promise<void> {
+    const store = this.#store;
+    if (!store) return;
+    try {
+      await store.write(info, at, data);
+    } catch (error) {
+      this.#storeFailed(error);
+      // Parts of a file that does not fit would only take room.
+      await store.remove(info.sha256).catch(() => undefined);
+    }
+  }
+
+  #storeFailed(error: unknown): void {
+    this.#store = null;
+    const full = error instanceof Error && error.name === "QuotaExceededError";
+    const problem = full ? "this browser's storage is full" : `this browser's storage fails: ${firstLine(error)}`;
+    this.#warn(`${problem}. The model works, but it is downloaded again next time`);
+  }
+
+  /** Fetch a URL. Throws Offline if there is no answer, Cancelled. */
+  async #fetch(url: string, init: RequestInit): Promise<Response> {
+    const { signal } = this.options;
+    return this.#body(url, () => fetch(url, signal ? { ...init, signal } : init));
+  }
+
+  async #body<T>(url: string, fetching: () => Promise<T>): Promise<T> {
+    try {
+      return await fetching();
+    } catch (error) {
+      this.#stopIfAborted(error);
+      throw new Offline(url, firstLine(error), error);
+    }
+  }
+
+  #stopIfAborted(error: unknown): void {
+    if (this.options.signal?.aborted) throw new Cancelled("cancelled while files were fetched", { cause: error });
+  }
+
+  #pause(milliseconds: number): Promise<void> {
+    const { signal } = this.options;
+    return new Promise((resolve, reject) => {
+      setTimeout(resolve, milliseconds);
+      signal?.addEventListener("abort", () => reject(new Cancelled("cancelled while files were fetched")), { once: true });
+    });
+  }
+
+  #url(name: string): string {
+    return `${this.where}/${name.split("/").map(encodeURIComponent).join("/")}`;
+  }
+
+  #warn(message: string): void {
+    this.options.onWarning?.(message);
+  }
+}
+
+/** There is no answer. */
+class Offline extends BundleError {
+  constructor(
+    url: string,
+    readonly problem: string,
+    cause: unknown,
+  ) {
+    super(`${url}: cannot be fetched: ${problem}`, { cause });
+  }
+}
+
+/** An answer ended early, after byte `at`. */
+class Broken extends Error {
+  constructor(
+    readonly at: number,
+    readonly problem: string,
+    override readonly cause: unknown,
+  ) {
+    super(problem);
   }
 }

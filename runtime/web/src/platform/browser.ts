@@ -1,7 +1,14 @@
-/** Browsers, and the renderer of Electron. */
+/** Pages, and the renderer of Electron: bundles behind a URL, graphs in a worker. */
+import { DeviceError } from "../errors.js";
 import type { LoadOptions } from "../options.js";
 import type { Engine } from "../sampling/engine.js";
+import { RemoteEngine } from "../worker/remote.js";
+import { openHere } from "./browser_engine.js";
 
-export async function openEngine(_bundle: string, _options: LoadOptions): Promise<Engine> {
-  throw new Error("not yet");
+export async function openEngine(bundle: string, options: LoadOptions): Promise<Engine> {
+  const base = globalThis.location?.href;
+  const url = new URL(bundle, base).href;
+  if (options.worker === false) return openHere(url, options);
+  if (!("Worker" in globalThis)) throw new DeviceError("this page has no workers: pass worker: false");
+  return RemoteEngine.load(url, options);
 }

@@ -104,6 +104,7 @@ async function working(device: Device, threads: number | undefined): Promise<Run
     const problem = missing ? "is not installed" : `cannot be loaded: ${firstLine(error)}`;
     throw new DeviceError(`device: ${device} needs ${name}, which ${problem}. Install it: npm install ${name}`, { cause: error });
   }
+  ort.env.logLevel = "fatal"; // errors are thrown anyway
   if (device === "wasm") ort.env.wasm.numThreads = threads ?? 1;
   const version = (ort.env.versions as { common: string; web?: string; node?: string })[device === "wasm" ? "web" : "node"];
   const runtime: Runtime = {

@@ -6,7 +6,7 @@
  *     z_0 -> vae_decoder -> image
  */
 import { Bundle, type Source } from "../bundle/files.js";
-import { TOKENIZER, vaeGraphs, type Manifest } from "../bundle/manifest.js";
+import { TEXT_ENCODER, TOKENIZER, UNET_DECODER, UNET_ENCODER, vaeGraphs, type Manifest } from "../bundle/manifest.js";
 import { Cancelled, clip, RequestError } from "../errors.js";
 import { gaussian } from "../noise.js";
 import type { Device, LoadOptions, Mode } from "../options.js";
@@ -77,9 +77,14 @@ export class LocalEngine implements Engine {
       throw new RequestError(`vae: bundle ${manifest.name} has ${Object.keys(decoders).join(", ")}, got ${vae}`);
     }
     const variant = chooseVariant(manifest.variants, runtime.device, options.variant);
+    const graphFiles = manifest.variants[variant] ?? {};
+    const needed = [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, vaeGraph].flatMap((graph) => graphFiles[graph] ?? []);
+    bundle.expect([TOKENIZER, ...needed]);
     const tokenizer = new PromptTokenizer(await bundle.read(TOKENIZER), manifest.text_length);
     const graphs = new Graphs(bundle, runtime, variant, vaeGraph);
     if (options.memory !== "low") await graphs.load();
+    else if (source.complete) for (const file of needed) await bundle.graph(file); // fetch them now
+    await source.complete?.(manifest);
     const info: EngineInfo = {
       where: source.where,
       manifest,

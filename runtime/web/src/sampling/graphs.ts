@@ -96,5 +96,3 @@ export class Graphs {
     return "Look for damaged weights";
   }
 }
-
-export const NAMES = { TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER } as const;

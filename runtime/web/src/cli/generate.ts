@@ -1,0 +1,88 @@
+/** The command `generate`: pictures of a prompt in files. */
+import { constants, existsSync, statSync } from "node:fs";
+import { access, rename, rm, writeFile } from "node:fs/promises";
+import { dirname, extname } from "node:path";
+import { Cancelled, clip, RequestError } from "../errors.js";
+import { Pipeline } from "../pipeline.js";
+import type { Arguments } from "./flags.js";
+
+const LONGEST_NAME = 60; // characters of a prompt in a file name
+const SHOWN = 300; // characters of a path in a message
+
+/** Run the command. Throws errors of the pipeline, and of the file system. */
+export async function generate(
+  given: Arguments,
+  signal: AbortSignal,
+  say: (text: string) => void,
+  onWarning: (message: string) => void,
+): Promise<void> {
+  if (given.out !== undefined) await checkPicturePath(given.out);
+  const pipe = await Pipeline.load(given.bundle, { ...given.loading, onWarning, signal });
+  const late = given.timeout === undefined ? null : AbortSignal.timeout(Math.ceil(given.timeout * 1000));
+  let result;
+  try {
+    result = await pipe(given.prompt, { ...given.request, signal: late ? AbortSignal.any([signal, late]) : signal });
+  } catch (error) {
+    if (!(error instanceof Cancelled) || !late?.aborted || signal.aborted) throw error;
+    throw new Cancelled(`timeout: ${given.timeout ?? 0} seconds were over`, { cause: error });
+  }
+  const first = given.out ?? newName(given.prompt, result.seeds[0] ?? 0n, result.images.length);
+  for (const [i, image] of result.images.entries()) {
+    const path = numbered(first, i, result.images.length);
+    await replaceFile(path, await image.png({ metadata: given.metadata, aiMark: given.aiMark }));
+    const seed = result.seeds[i] ?? 0n;
+    const { width, height } = image;
+    const row = JSON.stringify({ path, width, height, seed: "SEED", prompt: given.prompt }).replace('"SEED"', String(seed));
+    say(given.json ? row : `${path}  ${width}x${height}  seed ${seed}`);
+  }
+  if (!given.json) say(`${(result.timings["total"] ?? 0).toFixed(2)} s on ${result.device}, without loading`);
+  await pipe.dispose();
+}
+
+/** Throw RequestError unless a picture can be saved to `path`. */
+async function checkPicturePath(path: string): Promise<void> {
+  const shown = clip(path, SHOWN);
+  if (extname(path).toLowerCase() !== ".png") {
+    throw new RequestError(`out: expected a file name that ends in .png, got '${shown}'`);
+  }
+  if (existsSync(path) && statSync(path).isDirectory()) {
+    throw new RequestError(`out: expected a file name, but ${shown} is a directory`);
+  }
+  try {
+    await access(dirname(path), constants.W_OK);
+  } catch (error) {
+    const missing = (error as NodeJS.ErrnoException).code === "ENOENT";
+    throw new RequestError(`out: cannot write ${shown}: ${missing ? "No such file or directory" : "Permission denied"}`, {
+      cause: error,
+    });
+  }
+}
+
+/** Name the files of several pictures: heart.png for one, heart-1.png, heart-2.png and so on for more. */
+function numbered(path: string, index: number, count: number): string {
+  if (count === 1) return path;
+  const ending = extname(path);
+  const number = String(index + 1).padStart(String(count).length, "0");
+  return `${path.slice(0, path.length - ending.length)}-${number}${ending}`;
+}
+
+/** Return a file name that no file has: a-red-heart-1.png, or a-red-heart-1-again-2.png if that exists. */
+function newName(prompt: string, seed: bigint, count: number): string {
+  const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, LONGEST_NAME).replace(/^-+|-+$/g, "");
+  for (let again = 1; ; again++) {
+    const path = `${words.toWellFormed() || "picture"}-${seed}${again > 1 ? `-again-${again}` : ""}.png`;
+    if (!Array.from({ length: count }, (_, i) => numbered(path, i, count)).some(existsSync)) return path;
+  }
+}
+
+/** Write a file whole or not at all. */
+async function replaceFile(path: string, data: Uint8Array): Promise<void> {
+  const temporary = `${path}.${process.pid}.part`;
+  try {
+    await writeFile(temporary, data);
+    await rename(temporary, path);
+  } catch (error) {
+    await rm(temporary, { force: true });
+    throw error;
+  }
+}

@@ -1,0 +1,88 @@
+/** The command line: exit codes and messages. */
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { mkdtemp, readdir, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import { fileURLToPath } from "node:url";
+import { TINY } from "./shared.js";
+
+const MAIN = fileURLToPath(new URL("../src/cli/main.js", import.meta.url));
+let folder: string;
+before(async () => {
+  folder = await mkdtemp(join(tmpdir(), "tiue-"));
+});
+after(() => rm(folder, { recursive: true }));
+
+interface Ended {
+  code: number | null;
+  out: string;
+  err: string;
+}
+
+function run(words: string[], signal?: NodeJS.Signals): Promise<Ended> {
+  const child = spawn(process.execPath, [MAIN, ...words], { cwd: folder, env: { ...process.env, TIUE_BUNDLE: "" } });
+  const ended: Ended = { code: null, out: "", err: "" };
+  child.stdout.on("data", (data) => (ended.out += String(data)));
+  child.stderr.on("data", (data) => (ended.err += String(data)));
+  if (signal) setTimeout(() => child.kill(signal), 300);
+  return new Promise((resolve) => child.on("close", (code) => resolve({ ...ended, code })));
+}
+
+test("a picture is saved with its record", async () => {
+  const made = await run(["generate", "a", "red", "heart", "-o", "heart.png", "--seed", "1", "--bundle", TINY]);
+  assert.deepEqual([made.code, made.err], [0, ""]);
+  assert.match(made.out, /^heart\.png {2}12x8 {2}seed 1\n\d+\.\d\d s on cpu, without loading\n$/);
+  assert.match((await readFile(join(folder, "heart.png"))).toString("latin1"), /"prompt": "a red heart", "seed": 1, /);
+});
+
+test("several pictures are numbered, and JSON holds large seeds", async () => {
+  const seed = String(2n ** 63n);
+  const made = await run(["generate", "a red heart", "-o", "two.png", "--num-images", "2", "--seed", seed, "--json", "--bundle", TINY]);
+  assert.equal(made.code, 0);
+  const expected = `{"path":"two-1.png","width":12,"height":8,"seed":${seed},"prompt":"a red heart"}`;
+  assert.equal(made.out.split("\n")[0], expected);
+  assert.ok((await readdir(folder)).includes("two-2.png"));
+});
+
+test("without a name, the file is named after prompt and seed, and never replaces another", async () => {
+  for (const name of ["a-red-heart-1.png", "a-red-heart-1-again-2.png"]) {
+    assert.match((await run(["generate", "a red heart", "--seed", "1", "--bundle", TINY])).out, new RegExp(`^${name} `));
+  }
+});
+
+const MISTAKES: [string[], RegExp][] = [
+  [["generate", "a", "--steps", "3", "--bundle", TINY], /^--steps: this bundle was trained for 2, 4, got 3$/],
+  [["generate", "a", "--steps", "x", "--bundle", TINY], /^--steps: expected an integer, got 'x'$/],
+  [["generate", "a", "--bundle", "/nowhere"], /^\/nowhere is not a bundle/],
+  [["generate", "a"], /^--bundle: expected a directory or a URL/],
+  [["generate", "--bundle", TINY], /^prompt: expected a description of the picture, got none/],
+  [["generate", "a", "--colour"], /^Unknown option '--colour' \(see tiue-runtime --help\)$/],
+  [["generate", "a", "--guidance-scale=7"], /^--guidance-scale: guidance was distilled/],
+  [["generate", "a", "--num-images-per-prompt", "7"], /^--num-images-per-prompt: use --num-images$/],
+  [["generate", "a", "-o", "a.jpg", "--bundle", TINY], /^--out: expected a file name that ends in \.png, got 'a\.jpg'$/],
+  [["generate", "a", "-o", "no/such/a.png", "--bundle", TINY], /^--out: cannot write no\/such\/a\.png: No such file or directory$/],
+  [["generate", "a", "--timeout", "-1", "--bundle", TINY], /^--timeout: expected a number of seconds above 0, got '-1'$/],
+  [["draw"], /^expected the command generate, got 'draw'/],
+];
+
+for (const [words, message] of MISTAKES) {
+  test(`a mistake ends with 2 and one line: ${String(message)}`, async () => {
+    const { code, out, err } = await run(words);
+    assert.deepEqual([code, out], [2, ""]);
+    assert.match(err, /^tiue-runtime: error: [^\n]*\n$/);
+    assert.match(err.trim().replace("tiue-runtime: error: ", ""), message);
+  });
+}
+
+test("help and version", async () => {
+  assert.match((await run(["--version"])).out, /^tiue-runtime \d+\.\d+\.\d+\n$/);
+  assert.match((await run([])).out, /--num-images N/);
+});
+
+test("a timeout ends with 2", async () => {
+  const { code, err } = await run(["generate", "a red heart", "--timeout", "0.001", "--num-images", "2000", "--bundle", TINY]);
+  assert.equal(code, 2);
+  assert.equal(err, "tiue-runtime: error: --timeout: 0.001 seconds were over\n");
+});
