@@ -21,6 +21,8 @@ from tiue_runtime.options import LESSONS
 from tiue_runtime.record import Record
 from tiue_runtime.tokenizer import PromptTokenizer
 from tiue_runtime.vocabulary import Vocabulary
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 ROOT = Path(__file__).parents[2]
 VECTORS = Path(__file__).parent / "data" / "vectors"
@@ -194,6 +196,34 @@ def vocabulary() -> list[dict[str, Any]]:
     return cases
 
 
+def removed(character: str, **options: bool) -> bool:
+    """Say whether BERT's normalizer removes a character. options: of the normalizer; all others are off."""
+    off = dict.fromkeys(("clean_text", "handle_chinese_chars", "strip_accents", "lowercase"), False)
+    return BertNormalizer(**{**off, **options}).normalize_str(f"a{character}b") == "ab"
+
+
+# The sets of characters in which BERT's tokenizer depends on a version of Unicode: the library's own, which is old.
+CHARACTERS: dict[str, Callable[[str], bool]] = {
+    "control": lambda character: removed(character, clean_text=True),
+    "mark": lambda character: removed(character, strip_accents=True),
+    "punctuation": lambda character: len(BertPreTokenizer().pre_tokenize_str(f"a{character}b")) == 3,
+}
+
+
+def characters() -> list[dict[str, Any]]:
+    cases = []
+    for name, belongs in CHARACTERS.items():
+        codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000 and belongs(chr(code))]
+        ranges: list[list[int]] = []
+        for code in codes:
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+        cases.append({"set": name, "ranges": ranges})
+    return cases
+
+
 def lessons() -> list[dict[str, Any]]:
     return [{"name": name, "lesson": lesson} for name, lesson in LESSONS.items()]
 
@@ -206,6 +236,7 @@ FILES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "records.json": records,
     "chunks.json": chunks,
     "vocabulary.json": vocabulary,
+    "characters.json": characters,
     "lessons.json": lessons,
 }
 

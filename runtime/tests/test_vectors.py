@@ -18,7 +18,7 @@ def read(name):
     return json.loads((make_vectors.VECTORS / name).read_text(encoding="ascii"))
 
 
-@pytest.mark.parametrize("name", sorted(set(make_vectors.FILES) - {"pictures.json"}))
+@pytest.mark.parametrize("name", sorted(set(make_vectors.FILES) - {"pictures.json", "characters.json"}))
 def test_vectors_are_what_the_runtime_computes(name):
     """`python make_vectors.py` writes the files. A difference means that bundles give other pictures than before."""
     assert read(name) == json.loads(json.dumps(make_vectors.FILES[name]()))
@@ -36,6 +36,16 @@ def test_pictures_are_what_the_runtime_computes():
             for one, other in zip(then[key], now[key], strict=True):
                 levels = [np.frombuffer(bytes.fromhex(each), dtype=np.uint8).astype(int) for each in (one, other)]
                 assert np.abs(levels[0] - levels[1]).max(initial=0) <= 1
+
+
+def test_characters_belong_to_the_same_sets():
+    """All 1.1 million characters take half a minute. So this looks at the ends of the ranges, and beside them."""
+    for case in read("characters.json"):
+        belongs = make_vectors.CHARACTERS[case["set"]]
+        for first, last in case["ranges"]:
+            assert belongs(chr(first)) and belongs(chr(last))
+            beside = [code for code in (first - 1, last + 1) if code >= 0 and not 0xD800 <= code < 0xE000]
+            assert not any(belongs(chr(code)) for code in beside if code < 0x110000)
 
 
 def test_closed_form_gives_the_golden_latents(closed_form):

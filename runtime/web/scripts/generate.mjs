@@ -49,3 +49,9 @@ const translated = lessons.map(({ name, lesson }) => [
 ]);
 const table = JSON.stringify(Object.fromEntries(translated), null, 2);
 await writeFile(`${generated}/lessons.ts`, `${about}export const LESSONS: Record<string, string> = ${table};\n`);
+
+// Sets of characters, for use inside the brackets of regular expressions with the flag u.
+const sets = JSON.parse(await readFile(`${root}../tests/data/vectors/characters.json`, "utf8"));
+const range = ([first, last]) => `\\u{${first.toString(16)}}-\\u{${last.toString(16)}}`;
+const lines = sets.map(({ set, ranges }) => `export const ${set.toUpperCase()} = ${JSON.stringify(ranges.map(range).join(""))};\n`);
+await writeFile(`${generated}/characters.ts`, `${about}${lines.join("")}`);

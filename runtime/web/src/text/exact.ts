@@ -1,8 +1,10 @@
 /**
  * Parts of tokenizers in which the library for JavaScript differs from the one that Python uses. They work on whole
- * characters instead of UTF-16 units, and turn capitals into small letters one character at a time.
+ * characters instead of UTF-16 units, turn capitals into small letters one character at a time, and take control
+ * characters, marks and punctuation from the version of Unicode that Python's library has.
  */
 import type { Tokenizer } from "@huggingface/tokenizers";
+import { CONTROL, MARK, PUNCTUATION } from "../generated/characters.js";
 
 /** A normalizer, or a list of them, in tokenizer.json. */
 export interface NormalizerJson {
@@ -74,7 +76,6 @@ function splitterOf(json: PreTokenizerJson | null, original: Split | null): Spli
   }
 }
 
-const PUNCTUATION = "!-/:-@\\[-`{-~\\p{P}";
 const BERT_WORD = new RegExp(`[${PUNCTUATION}]|[^\\p{White_Space}${PUNCTUATION}]+`, "gu");
 const LETTERS = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}";
 const WORD = new RegExp(`[${LETTERS}]+|[^${LETTERS}\\p{White_Space}]+`, "gu");
@@ -83,13 +84,15 @@ const NO_SPACE = /\P{White_Space}+/gu;
 function bert(json: NormalizerJson, given: string): string {
   let text = given;
   if (json.clean_text) {
-    text = text.replace(/[\0\ufffd]|(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}]/gu, "").replace(/\p{White_Space}/gu, " ");
+    text = text.replace(REMOVED, "").replace(/\p{White_Space}/gu, " ");
   }
   if (json.handle_chinese_chars) text = text.replace(CHINESE, " $& ");
-  if (json.strip_accents ?? json.lowercase) text = text.normalize("NFD").replace(/\p{Mn}/gu, "");
+  if (json.strip_accents ?? json.lowercase) text = text.normalize("NFD").replace(MARKS, "");
   return json.lowercase ? lowercase(text) : text;
 }
 
+const REMOVED = new RegExp(`[${CONTROL}]`, "gu");
+const MARKS = new RegExp(`[${MARK}]`, "gu");
 const CHINESE =
   /[\u4e00-\u9fff\u3400-\u4dbf\u{20000}-\u{2a6df}\u{2a700}-\u{2b73f}\u{2b740}-\u{2b81f}\u{2b920}-\u{2ceaf}\uf900-\ufaff\u{2f800}-\u{2fa1f}]/gu;
 
