@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.bundle.find import installed_bundles
 from tiue_runtime.bundle.pulled import pulled_bundles
-from tiue_runtime.errors import RequestError, clip
+from tiue_runtime.errors import DeviceError, RequestError, clip
+from tiue_runtime.ort.devices import parse_device
 from tiue_runtime.record import Record
 from tiue_runtime.saving import read_record
 
@@ -42,12 +43,21 @@ def load_for(record: Record, bundle: str | Path | None = None, **options: Any) -
     """
     from tiue_runtime.pipeline import Pipeline
 
-    recorded: dict[str, Any] = {"device": record.device, "variant": record.variant, "vae": record.vae}
+    recorded: dict[str, Any] = {"device": _known(record.device), "variant": record.variant, "vae": record.vae}
     if "device" not in options:
         recorded |= {"precision": record.precision, "threads": record.threads}
     if bundle is None and record.bundle in {*installed_bundles(), *pulled_bundles()}:
         bundle = record.bundle
     return Pipeline.load(bundle, **{**recorded, **options})
+
+
+def _known(device: str) -> str:
+    """Return a recorded device, or "auto" if it belongs to another runtime, for example a browser's "wasm"."""
+    try:
+        parse_device(device)
+    except DeviceError:
+        return "auto"
+    return device
 
 
 def repeat(pipeline: "Pipeline", source: str | Path | Record, **options: Any) -> "Result[list[Image]]":

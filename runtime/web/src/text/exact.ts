@@ -65,6 +65,10 @@ function splitterOf(json: PreTokenizerJson | null, original: Split | null): Spli
       return (text) => text.match(WORD) ?? [];
     case "WhitespaceSplit":
       return (text) => text.match(NO_SPACE) ?? [];
+    case "ByteLevel":
+      // The library's pattern has \s, which is another set of characters in JavaScript: with U+FEFF, without U+0085.
+      if (original) (original as unknown as { pattern: RegExp }).pattern = BYTE_LEVEL_WORD;
+      return original;
     case "Sequence": {
       const inner = (original as unknown as { tokenizers: (Split | null)[] }).tokenizers;
       const parts = (json.pretokenizers ?? []).map((one, i) => splitterOf(one, inner[i] ?? null));
@@ -79,6 +83,8 @@ function splitterOf(json: PreTokenizerJson | null, original: Split | null): Spli
 const BERT_WORD = new RegExp(`[${PUNCTUATION}]|[^\\p{White_Space}${PUNCTUATION}]+`, "gu");
 const LETTERS = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}";
 const WORD = new RegExp(`[${LETTERS}]+|[^${LETTERS}\\p{White_Space}]+`, "gu");
+const BYTE_LEVEL_WORD =
+  /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
 const NO_SPACE = /\P{White_Space}+/gu;
 
 function bert(json: NormalizerJson, given: string): string {
