@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+GUIDES = ("docs/quick-start.md", "docs/embed.md", "docs/previews.md", "README.md", "runtime/README.md")
+PROGRAMS = [
+    pytest.param(program, id=f"{guide}-{number}".replace("/", "-"))
+    for guide in GUIDES
+    for number, program in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / guide).read_text(), re.M | re.S))
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -18,3 +26,11 @@ def test_example_runs_and_is_short(example, tmp_path):
     with Image.open(picture) as image:
         colours = image.convert("RGB").getcolors(maxcolors=2**20)
     assert colours is not None and len(colours) > 20
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_of_the_guides_run(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "guide", "exec"), {"__name__": "__main__"})
+    saved = re.findall(r"save\(f?\"", program)
+    assert bool(saved) == any(tmp_path.iterdir())

@@ -1,8 +1,16 @@
 """The documentation site: pages are gathered by their links, and the built pages are checked."""
 
+import ast
+import html
+import re
+
 import pytest
+import tiue_runtime
+from PIL import Image
+from tiue_runtime.options import RequestOptions, described
 
 from website import __main__ as website
+from website import wall
 from website.check import problems
 from website.pages import gather
 
@@ -90,3 +98,45 @@ def test_stylesheets_load_nothing_from_elsewhere(tmp_path):
 def test_the_site_builds(capfd):
     """`make docs`, with the environment of the tests. It needs no network and takes a few seconds."""
     assert website.main() == 0, capfd.readouterr().err
+    api = html.unescape((website.ROOT / "build/site/docs/api/index.html").read_text(encoding="utf-8"))
+    for name in set(tiue_runtime.__all__) - {"__version__"}:
+        assert re.search(rf'id="tiue_runtime\.[\w.]*\b{name}"', api), name
+    assert "{options}" not in api
+    assert described(RequestOptions)["timeout"].option.help in api  # from an annotation
+    assert "seconds: each graph that ran" in api  # from a comment: Result.timings
+
+
+MESSAGE_TABLES = ("Installing", "Bundles", "Devices", "Requests", "Memory and numbers", "Files")
+
+
+def test_messages_of_the_errors_page_are_those_of_the_runtime():
+    """Each quoted message occurs in the runtime's code, and every exception has its row."""
+    page = (website.ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    strings = [
+        node.value
+        for path in (website.ROOT / "runtime/tiue_runtime").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    sections = dict(re.findall(r"^## (.+?)$\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    for title in MESSAGE_TABLES:
+        quoted = re.findall(r"^\| `(.+?)` \|", sections[title], re.M)
+        assert quoted
+        for part in (part.strip() for message in quoted for part in message.split("...")):
+            assert any(part in string for string in strings), part
+    rows = set(re.findall(r"^\| `(\w+)` \|", sections["The exceptions"], re.M))
+    assert rows == {name for name in tiue_runtime.__all__ if name.endswith("Error") or name == "Cancelled"}
+
+
+@pytest.mark.parametrize(
+    "names, count, expected",
+    [("abcd", 2, "ac"), ("abc", 3, "abc"), ("ab", 5, "ababa"), ("abcdefg", 3, "ace")],
+)
+def test_the_wall_goes_through_the_prompts_in_even_steps(names, count, expected):
+    assert "".join(wall.prompts(tuple(names), count)) == expected
+
+
+def test_the_wall_is_a_grid_of_cards():
+    sheet = wall.wall([Image.new("RGB", (64, 64), "red")] * (wall.COLUMNS * wall.ROWS))
+    colors = sheet.getpixel((sheet.width - 75, sheet.height - 75)), sheet.getpixel((145, 20))
+    assert colors == ((255, 0, 0, 255), (0, 0, 0, 0))  # the last picture, and a gap
