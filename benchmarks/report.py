@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.comparing import Measured
 
 SCHEMA = "tiue-latency/1"  # format of the JSON, whose fields are those of comparing.Measured
-# The stages, in the order of work. Their colours differ in grey, and for colour-blind readers.
+# The stages, in the order of work. Their colors differ in gray, and for color-blind readers.
 STAGES = {"text": "#bbbbbb", "unet": "#4477aa", "vae": "#ee9944", "other": "#333333"}
 _LEGEND = {"text": "text encoder", "unet": "UNet", "vae": "VAE", "other": "the rest"}
 
@@ -85,11 +85,11 @@ def bars(about: Mapping[str, Any], measured: Mapping[str, Measured]) -> bytes:
     axes = figure.add_subplot()
     longest = max(max(measured[name].seconds[batch]) for name in names)
     left = [0.0] * len(names)
-    for stage, colour in STAGES.items():
+    for stage, color in STAGES.items():
         widths = [stages(measured[name], batch)[stage] for name in names]
         if max(widths) < longest / 200:
             continue  # The bar would be too short to see.
-        axes.barh(names, widths, left=left, color=colour, height=0.7, label=_LEGEND[stage])
+        axes.barh(names, widths, left=left, color=color, height=0.7, label=_LEGEND[stage])
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width > longest / 14:
                 axes.text(start + width / 2, row, f"{width:.3g}", ha="center", va="center", color="white", fontsize=8)

@@ -71,7 +71,7 @@ def compare(real: Embeddings, made: Embeddings, prompt: NDArray[np.int64], sampl
         "frechet": bootstrap(metrics.frechet, real, made, groups=(None, prompt), samples=samples, biased=True),
         "kernel distance": metrics.kernel_interval(real, made, prompt, samples),
     }
-    if min(len(real), len(made)) > metrics.NEIGHBOURS:
+    if min(len(real), len(made)) > metrics.NEIGHBORS:
         for name, values in metrics.precision_recall(real, made).items():
             group = prompt if len(values) == len(prompt) and name in ("precision", "density") else None
             found[name] = bootstrap(_mean, values, groups=(group,), samples=samples)

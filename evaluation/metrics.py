@@ -4,7 +4,7 @@ Features are float arrays (n, D), one row a picture. "Real" features are those o
 those of the pictures that are judged.
 
 Intervals are of bootstrap samples, which hold some pictures twice. Figures that look at pairs of pictures would take
-the two for near neighbours, so those are written as means over pictures (precision, recall, density, coverage,
+the two for near neighbors, so those are written as means over pictures (precision, recall, density, coverage,
 novelty), or with weights that leave such pairs out (the kernel distance).
 """
 
@@ -20,7 +20,7 @@ from scipy.spatial.distance import cdist
 
 Features = NDArray[np.floating]
 
-NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in their papers
+NEIGHBORS = 5  # k of precision, recall, density and coverage, as in their papers
 SAMPLES = 200  # of a bootstrap
 _ROWS = 1000  # of a kernel's matrix that are computed at once
 
@@ -82,7 +82,7 @@ def kernel_interval(
     return _interval(float(found[0]), found[1:], biased=True)  # a group drawn twice is paired with its like more often
 
 
-def precision_recall(real: Features, made: Features, k: int = NEIGHBOURS) -> dict[str, NDArray[np.float64]]:
+def precision_recall(real: Features, made: Features, k: int = NEIGHBORS) -> dict[str, NDArray[np.float64]]:
     """Compute precision, recall, density and coverage, each as the mean over the values that are returned.
 
     Precision and recall: Kynkaanniemi et al., arXiv 1904.06991. Density and coverage: Naeem et al., arXiv 2002.09797.
@@ -247,7 +247,7 @@ def _kernel_distances(
 
 
 def _radii(features: Features, k: int) -> NDArray[np.float64]:
-    """Distances to the k-th neighbour, not counting the picture itself."""
+    """Distances to the k-th neighbor, not counting the picture itself."""
     return np.partition(cdist(features, features), k, axis=1)[:, k]
 
 

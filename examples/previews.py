@@ -10,8 +10,8 @@ deadline = time.monotonic() + 10
 def show(progress):
     """Print a line after each part of the work. Returning True cancels the request."""
     preview = progress.preview()  # a soft picture from the latents; None before the first timestep
-    colour = preview.resize((1, 1)).getpixel((0, 0)) if preview else "none yet"
-    print(f"{progress.fraction:4.0%} {progress.stage} {progress.step} of {progress.steps}, mean colour {colour}")
+    color = preview.resize((1, 1)).getpixel((0, 0)) if preview else "none yet"
+    print(f"{progress.fraction:4.0%} {progress.stage} {progress.step} of {progress.steps}, mean color {color}")
     return time.monotonic() > deadline
 
 

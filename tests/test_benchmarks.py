@@ -137,9 +137,9 @@ def test_latency_end_to_end(work, tmp_path, capsys):
     assert measured["tiue"]["peak_bytes"] < measured["torch"]["peak_bytes"]
     assert 0 < measured["tiue"]["installed"]["bytes"] < measured["torch"]["installed"]["bytes"]
     with Image.open(tmp_path / "figures.png") as chart:
-        colours = {colour for _, colour in chart.convert("RGB").getcolors(maxcolors=2**24)}
+        colors = {color for _, color in chart.convert("RGB").getcolors(maxcolors=2**24)}
         assert chart.format == "PNG" and min(chart.size) > 300
-    assert {ImageColor.getrgb(report_.STAGES[stage]) for stage in ("unet", "vae")} <= colours
+    assert {ImageColor.getrgb(report_.STAGES[stage]) for stage in ("unet", "vae")} <= colors
 
 
 @pytest.mark.slow

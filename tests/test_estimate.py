@@ -65,7 +65,7 @@ def test_activations_are_those_that_a_backward_pass_keeps(precision):
 def test_what_each_option_saves():
     plain = estimated()
     assert estimated(gradient_checkpointing=True).activations_bytes < plain.activations_bytes / 2
-    # On a GPU normalisations stay in float32.
+    # On a GPU normalizations stay in float32.
     half = estimated(mixed_precision="bf16").activations_bytes
     assert plain.activations_bytes / 2 < half < plain.activations_bytes
     assert estimated(ema_on_cpu=True).ema_bytes == 0

@@ -58,14 +58,14 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawings: a concept is a colour, a style is a shape."""
+    """Drawings: a concept is a color, a style is a shape."""
     directory = tmp_path_factory.mktemp("drawings")
     random = np.random.default_rng(0)
     concept, style = np.repeat(np.arange(CONCEPTS), 3), np.tile(np.arange(3), CONCEPTS)
-    colours = random.integers(0, 200, (CONCEPTS, 3), np.uint8)
+    colors = random.integers(0, 200, (CONCEPTS, 3), np.uint8)
     images = np.full((len(concept), 32, 32, 3), 255, np.uint8)
     for image, c, s in zip(images, concept, style, strict=True):
-        image[4 + 4 * s : 28, 4:28] = colours[c]
+        image[4 + 4 * s : 28, 4:28] = colors[c]
     np.savez(directory / "drawings.npz", images=images, concept=concept, style=style, held_out=np.zeros(36, bool))
     captions = [[f"thing {i}", f"a thing {i}", f"gadget {i}"] for i in range(CONCEPTS)]
     (directory / "captions.json").write_text(json.dumps(captions))
@@ -276,7 +276,7 @@ def test_augmentations_keep_white_paper_dark_lines_and_what_has_a_side():
     assert not augment.may_be_mirrored("alarm clock") and augment.may_be_mirrored("cat face")
 
 
-def test_colours_keep_their_names():
+def test_colors_keep_their_names():
     pixels = torch.ones(200, 3, 16, 16)
     pixels[:, :, 4:12, 4:12] = torch.tensor([1.0, 0.7, -1.0])[:, None, None]  # yellow
     red, green, blue = augment.augment(pixels, torch.zeros(200, dtype=torch.bool), torch.Generator())[:, :, 8, 8].T
@@ -315,7 +315,7 @@ def test_a_run_does_not_resume_on_other_drawings(tmp_path, archive, capsys):
     assert "captions" in capsys.readouterr().err
 
 
-def test_an_encoder_learns_to_find_a_colour(archive, tmp_path):
+def test_an_encoder_learns_to_find_a_color(archive, tmp_path):
     options = [*SMALL, "--iterations", "40", "--learning-rate", "0.01"]
     assert encoder_main(["--drawings", str(archive), "--out", str(tmp_path), *options]) == 0
     log = [line.split(",") for line in (tmp_path / "losses.csv").read_text().splitlines()]

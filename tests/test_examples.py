@@ -24,8 +24,8 @@ def test_example_runs_and_is_short(example, tmp_path):
     assert not done.stderr and done.stdout
     (picture,) = tmp_path.glob("*.png")
     with Image.open(picture) as image:
-        colours = image.convert("RGB").getcolors(maxcolors=2**20)
-    assert colours is not None and len(colours) > 20
+        colors = image.convert("RGB").getcolors(maxcolors=2**20)
+    assert colors is not None and len(colors) > 20
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ZOOM, STRETCH, TURN, SHIFT = 0.3, 0.1, 0.15, 0.12  # at most: factors, radians, and a part of the side
-CONTRAST, SATURATION, TINT, BRIGHTNESS = 0.3, 0.3, 0.1, 0.1  # small enough that a colour keeps its name
-BLURRED, ON_COLOUR = 0.3, 0.3  # probabilities
+CONTRAST, SATURATION, TINT, BRIGHTNESS = 0.3, 0.3, 0.1, 0.1  # small enough that a color keeps its name
+BLURRED, ON_COLOR = 0.3, 0.3  # probabilities
 DARKEST_PAPER = 0.6  # the darkest that a channel of the paper gets, in [0, 1]; drawings are on white
 NOISE = 0.04  # standard deviation at most, of pixels in [-1, 1]
 
@@ -47,10 +47,10 @@ def augment(pixels: Tensor, mirror: Tensor, generator: torch.Generator) -> Tenso
         Drawings (B, 3, H, W), about in [-1, 1].
     """
     pixels = _move(pixels, mirror, generator)
-    pixels = _recolour(pixels, generator)
+    pixels = _recolor(pixels, generator)
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     pixels = torch.where(_chance(BLURRED, pixels, generator), blurred, pixels)
-    pixels = torch.where(_chance(ON_COLOUR, pixels, generator), _on_paper(pixels, generator), pixels)
+    pixels = torch.where(_chance(ON_COLOR, pixels, generator), _on_paper(pixels, generator), pixels)
     strength = NOISE * torch.rand(len(pixels), 1, 1, 1, generator=generator)
     return pixels + strength * torch.randn(pixels.shape, generator=generator)
 
@@ -70,18 +70,18 @@ def _move(pixels: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 
 
-def _recolour(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def _recolor(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Change contrast, saturation, tint and brightness. White stays white, so that the paper does not tell."""
     one, three = (len(pixels), 1, 1, 1), (len(pixels), 3, 1, 1)
-    grey = pixels.mean(dim=1, keepdim=True)
-    pixels = grey + (pixels - grey) * (1 + _signed(SATURATION, one, generator))
+    gray = pixels.mean(dim=1, keepdim=True)
+    pixels = gray + (pixels - gray) * (1 + _signed(SATURATION, one, generator))
     gain = (1 + _signed(CONTRAST, one, generator)) * (1 + _signed(TINT, three, generator))
     drawn = (pixels < 0.99).any(dim=1, keepdim=True)
     return ((pixels - 1) * gain + 1 + drawn * _signed(BRIGHTNESS, one, generator)).clamp(-1, 1)
 
 
 def _on_paper(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Put drawings on paper of a pale colour. What is drawn keeps its colours, but for white."""
+    """Put drawings on paper of a pale color. What is drawn keeps its colors, but for white."""
     paper = 2 * (1 - (1 - DARKEST_PAPER) * torch.rand(len(pixels), 3, 1, 1, generator=generator)) - 1
     drawn = (6 * (1 - pixels.amin(dim=1, keepdim=True))).clamp(0, 1)
     return drawn * pixels + (1 - drawn) * paper

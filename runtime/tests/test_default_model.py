@@ -22,8 +22,8 @@ def test_files_are_as_exported_and_few(emoji):
 @pytest.mark.parametrize(
     ("prompt", "channel"), [("a red heart", 0), ("green heart, twemoji style", 1), ("blue heart, noto style", 2)]
 )
-def test_hearts_have_the_colour_of_the_prompt(emoji, prompt, channel):
-    """In most of four hearts, the middle has the colour and the lower corners are white."""
+def test_hearts_have_the_color_of_the_prompt(emoji, prompt, channel):
+    """In most of four hearts, the middle has the color and the lower corners are white."""
     pictures = emoji(prompt, num_images=4, seed=1, output_type="np").images
     middle = pictures[:, 24:40, 24:40].mean(axis=(1, 2))
     corners = pictures[:, -4:, [0, 1, 2, 3, -4, -3, -2, -1]].mean(axis=(1, 2, 3))

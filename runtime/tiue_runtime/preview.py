@@ -16,7 +16,7 @@ Float32 = NDArray[np.float32]
 def latents_to_rgb(preview: Preview, latents: Float32, pixels_per_latent: int = 1) -> Float32:
     """Turn latents (B, C, h, w) => rgb float32 (B, h * pixels_per_latent, w * pixels_per_latent, 3) in [0, 1].
 
-    The colour of a latent pixel is latents @ matrix + bias, clipped. It fills a square of the picture.
+    The color of a latent pixel is latents @ matrix + bias, clipped. It fills a square of the picture.
 
     Args:
         preview: the matrix and bias of a bundle.

@@ -1,7 +1,7 @@
 """Decoding pictures in less memory: one at a time, then in overlapping tiles that are blended linearly.
 
 Decoding one at a time changes nothing. Tiles change the picture: an autoencoder's group norms and attention see only
-one tile, so each tile gets contrasts and colours of its own. The blend hides the seams.
+one tile, so each tile gets contrasts and colors of its own. The blend hides the seams.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Float32 = NDArray[np.float32]
 # decoder's receptive field is larger.
 MIN_TILE = 16
 
-OVERLAP = 0.25  # of a tile's side, shared with its neighbour
+OVERLAP = 0.25  # of a tile's side, shared with its neighbor
 
 
 @dataclass(frozen=True)
