@@ -140,3 +140,21 @@ def test_the_wall_is_a_grid_of_cards():
     sheet = wall.wall([Image.new("RGB", (64, 64), "red")] * (wall.COLUMNS * wall.ROWS))
     colors = sheet.getpixel((sheet.width - 75, sheet.height - 75)), sheet.getpixel((145, 20))
     assert colors == ((255, 0, 0, 255), (0, 0, 0, 0))  # the last picture, and a gap
+
+
+def test_the_wall_names_a_wrong_bundle_or_place_in_one_line(tmp_path, capsys, monkeypatch):
+    for arguments in (["--bundle", str(tmp_path)], ["--out", str(tmp_path / "nowhere/wall.webp")]):
+        monkeypatch.setattr(wall, "COLUMNS", 1)
+        monkeypatch.setattr(wall, "ROWS", 1)
+        with pytest.raises(SystemExit) as ended:
+            wall.main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("python -m website.wall: error: ")
+
+
+def test_the_wall_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(wall, "COLUMNS", 2)
+    monkeypatch.setattr(wall, "ROWS", 1)
+    assert wall.main(["--out", str(tmp_path / "wall.webp")]) == 0
+    with Image.open(tmp_path / "wall.webp") as picture:
+        assert picture.format == "WEBP" and picture.width > picture.height

@@ -15,7 +15,11 @@ STYLE = "website/site.css"
 def main() -> int:
     """Build the site into build/site. Return 1 if it has a dead link or would load something from another host."""
     pages = ROOT / "build" / "pages"
-    gather(ROOT, navigation(ROOT), pages)
+    try:
+        gather(ROOT, navigation(ROOT), pages)
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
     (pages / "website").mkdir()
     shutil.copyfile(ROOT / STYLE, pages / STYLE)
     built = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from tiue_runtime import Pipeline
+from tiue_runtime import BundleError, Pipeline, TiueError
+from tiue_runtime.bundle.replacing import replacing
 
 COLUMNS, ROWS = 16, 6
 SEED = 1
@@ -42,21 +43,30 @@ def wall(pictures: list[Image.Image]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the picture."""
+    """Write the picture. Return 2 if there is no such bundle, or no such place."""
     parser = argparse.ArgumentParser(prog="python -m website.wall", description="Draw the picture of the README.")
     parser.add_argument("--bundle", help="a bundle's directory or name (default: the default model)")
-    parser.add_argument("--out", type=Path, default=_OUT, help="the file (default: docs/wall.webp)")
+    parser.add_argument("--out", type=Path, default=_OUT, help="the WebP file (default: docs/wall.webp)")
     arguments = parser.parse_args(argv)
-    with Pipeline.load(arguments.bundle) as pipe:
-        known = pipe.bundle.manifest.prompts
-        chosen = prompts(known.vocabulary or known.examples, COLUMNS * ROWS) if known else []
-        if not chosen:
-            parser.error(f"bundle {pipe.bundle.manifest.name} names no prompts")
-        # Equal prompts of a short list get other seeds.
-        pictures = [pipe(p, seed=SEED + chosen[:i].count(p)).images[0] for i, p in enumerate(chosen)]
-    wall(pictures).save(arguments.out, quality=82, method=6)
+    try:
+        pictures = draw(arguments.bundle)
+        with replacing(arguments.out) as file:
+            wall(pictures).save(file, "WEBP", quality=82, method=6)
+    except (TiueError, OSError) as error:
+        parser.error(str(error))
     print(f"{arguments.out.name}: {len(pictures)} pictures, {arguments.out.stat().st_size // 1024} KB")
     return 0
+
+
+def draw(bundle: str | None) -> list[Image.Image]:
+    """Return a picture of each prompt of the wall. Equal prompts of a short list get other seeds."""
+    with Pipeline.load(bundle) as pipe:
+        manifest = pipe.bundle.manifest
+        known = manifest.prompts and (manifest.prompts.vocabulary or manifest.prompts.examples)
+        if not known:
+            raise BundleError(f"bundle {manifest.name} names no prompts that the wall could show")
+        chosen = prompts(known, COLUMNS * ROWS)
+        return [pipe(prompt, seed=SEED + chosen[:i].count(prompt)).images[0] for i, prompt in enumerate(chosen)]
 
 
 if __name__ == "__main__":
