@@ -1,5 +1,7 @@
 """The command `python -m export.onnx --ckpt student.safetensors`: make a bundle and check it against PyTorch."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 import signal
@@ -8,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # With this folder on sys.path, the `import onnx` of libraries would find this file.
 if Path(__file__).resolve().parent in (Path(entry).resolve() for entry in sys.path):
@@ -19,6 +22,10 @@ from tiue_runtime.bundle import MANIFEST
 from export.export_options import Options
 from tiue.files import one_line
 from tiue.settings import add_flags, check, given, setting, with_flags
+
+if TYPE_CHECKING:
+    from tiue.checkpoint import Student
+    from tiue.one_step import SchedulerChoice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,18 +86,25 @@ def _export(arguments: argparse.Namespace) -> Path:
     )
     check_target(out, MANIFEST, overwrite=options.overwrite)
     _progress(f"loading {source}")
-    student = load_source(source, chosen.steps, chosen.base, chosen.shared_up_blocks, loras)
+    student = load_source(source, chosen.steps, chosen.base, chosen.shared_up_blocks, loras, chosen.scheduler_choice())
     if not student.declared:
-        _show_warning(
-            f"{source} does not say what it was trained for. It is exported as a TiUE student of "
-            f"{max(student.schedules)} steps; a UNet that was not distilled as one makes poor pictures"
-        )
+        _show_warning(_what_for(source, student))
     if student.components.license == "unknown":
         _show_warning(f"the license of {source} is unknown: find it out before you share the bundle")
     if loras:
         _show_warning("the license in the bundle is the model's: see whether those of the LoRAs allow what you plan")
     export_bundle(student, out, options, _progress, lambda rows: print(table(rows, options.precision)))
     return out
+
+
+def _what_for(source: str, student: Student) -> str:
+    steps = f"TiUE student of {max(student.schedules)} steps"
+    if student.one_step is not None:
+        steps = f"one-step student: {student.one_step.scheduler}, timestep {student.encoder_timestep}"
+    return (
+        f"{source} does not say what it was trained for. It is exported as a {steps}; a UNet that was not distilled as "
+        "one makes poor pictures"
+    )
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,24 @@ class Source:
         metavar="FILE[:SCALE]",
         shown="none",
     )
+    scheduler: str | None = setting(
+        None,
+        "for a one-step student of another method: the class of its scheduler, such as LCMScheduler, with the "
+        "pipeline's configuration",
+        shown="the pipeline's",
+    )
+    timesteps: int | None = setting(
+        None,
+        "for a one-step student of another method: its timestep, such as 999",
+        at_least=0,
+        metavar="T",
+        shown="the scheduler's",
+    )
+    guidance: float | None = setting(
+        None,
+        "for a latent consistency model whose UNet takes the guidance scale as an input: that scale, such as 8.5",
+        shown="none",
+    )
     vae_path: str | None = setting(
         None, "for the vae tiny: a diffusers AutoencoderTiny (TAESD's layout)", metavar="DIR", shown="none"
     )
@@ -136,6 +168,13 @@ class Source:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def scheduler_choice(self) -> SchedulerChoice | None:
+        """Return how a one-step student makes its step. None if no flag says so."""
+        from tiue.one_step import SchedulerChoice  # imports torch
+
+        choice = SchedulerChoice(self.scheduler, self.timesteps, self.guidance)
+        return None if choice == SchedulerChoice() else choice
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,15 +199,19 @@ def _progress(message: str) -> None:
 
 
 def _show_warning(message: object, *_: object, **__: object) -> None:
-    print(f"export.onnx: warning: {one_line(str(message))}", file=sys.stderr)
+    print(f"export.onnx: warning: {_with_flags(str(message))}", file=sys.stderr)
 
 
 def _fail(error: BaseException | str, status: int) -> int:
-    message = one_line(error)
-    for settings in (Source, Options):
-        message = with_flags(message, settings)
-    print(f"export.onnx: error: {message}", file=sys.stderr)
+    print(f"export.onnx: error: {_with_flags(error)}", file=sys.stderr)
     return status
+
+
+def _with_flags(message: BaseException | str) -> str:
+    text = one_line(message)
+    for settings in (Source, Options):
+        text = with_flags(text, settings)
+    return text
 
 
 if __name__ == "__main__":

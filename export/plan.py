@@ -92,8 +92,8 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
     components = student.components
     geometry = components.geometry
     schedules: dict[int, bundle.Schedule] = {}
-    for steps, timesteps in sorted(student.schedules.items()):
-        s = components.noise_schedule.closed_form(timesteps)
+    for steps in sorted(student.schedules):
+        s = student.schedule(steps)
         schedules[steps] = bundle.Schedule(s.timesteps, s.noise_weight, s.step_weights)
     decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
     return bundle.Manifest(
@@ -104,6 +104,7 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
             "tiue": version("tiue"),
             "text_encoder": options.stored_text_encoder,
             **{f"lora_{i}": lora for i, lora in enumerate(student.loras, start=1)},
+            **({"scheduler": f"one step of {student.one_step.scheduler}"} if student.one_step else {}),
         },
         precision=options.precision,
         weights="int8" if options.precision == "int8" else options.stored,

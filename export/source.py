@@ -1,5 +1,6 @@
 """Reading the model: a student, a diffusers pipeline, or a file of weights with a pipeline for the rest."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from export.lora import Lora, merge_lora
 from tiue.checkpoint import Student, load_student
 from tiue.components import Components, ComponentsError, check_fit, load_components
 from tiue.files import is_directory, is_file
+from tiue.fold import fold_guidance, fold_input_scale
 from tiue.hub import is_hub_id
+from tiue.one_step import OneStep, SchedulerChoice, check_several_steps, one_step
 from tiue.pipeline_directory import WITH_WEIGHTS
 from tiue.plausible import check_runs
 from tiue.recognize import is_original_layout, is_single_file, kind_of_weights
@@ -20,6 +23,7 @@ from tiue.unet import check_shared_up_blocks
 from tiue.weights import WeightsError, read_headers
 
 DEFAULT_STEPS = 4  # of a pipeline directory, which declares no training
+_LITTLE_NOISE = 0.9  # abar, the share of the picture in a model's input
 
 
 def load_source(
@@ -28,6 +32,7 @@ def load_source(
     base: str | Path | None = None,
     shared_up_blocks: int | None = None,
     loras: Sequence[Lora] = (),
+    choice: SchedulerChoice | None = None,
 ) -> Student:
     """Load the model to export, and choose its schedules.
 
@@ -36,27 +41,30 @@ def load_source(
             weights or a single file in the original layout (A1111's); or, where there is no such path, the Hugging Face
             Hub id (owner/name) of a pipeline to download.
         steps: the wanted step counts. By default, a student keeps all its schedules, and a pipeline gets DDIM's
-            schedule of 4 steps. A pipeline's encoder runs at the first timestep of its longest schedule.
+            schedule of 4 steps. A pipeline's encoder runs at the first timestep of its longest schedule. A pipeline
+            with 1 step alone is a one-step student of any method, and makes the step of its own scheduler.
         base: the pipeline directory, or Hub id, that has the rest of a UNet's model, and its configuration.
         shared_up_blocks: number of up blocks that run once, of a model that does not declare it. 0 by default.
         loras: to merge into the model, in this order. Pickles are refused.
+        choice: how a one-step student of another method makes its step, where its pipeline does not say so.
 
     Raises:
         ValueError: (CheckpointError, ComponentsError, ExportError) in one line.
     """
     source = Path(path_or_id)
     if is_file(source):
-        student = _load_file(source, steps, base, shared_up_blocks)
+        student = _load_file(source, steps, base, shared_up_blocks, choice)
     else:
         if base is not None:
             found = "is a pipeline" if is_directory(source) else "is no such file"
             raise ExportError(f"`base` goes with a file of UNet weights, but {path_or_id} {found}")
         if not is_directory(source) and not is_hub_id(str(path_or_id)):
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
-        components = load_components(path_or_id, local_files_only=False)
-        student = _with_ddim_schedules(components, steps, components.name, shared_up_blocks)
+        components = load_components(path_or_id, local_files_only=False, guided=_is_guided(choice))
+        student = _undeclared(components, steps, components.name, shared_up_blocks, choice)
     if loras:
         student = replace(student, loras=tuple(str(merge_lora(student.components, lora)) for lora in loras))
+    _fold(student, choice)
     _check_finite(path_or_id, student.components)
     try:
         check_fit(student.components)
@@ -75,7 +83,11 @@ def _check_finite(path_or_id: str | Path, components: Components) -> None:
 
 
 def _load_file(
-    source: Path, steps: Sequence[int] | None, base: str | Path | None, shared_up_blocks: int | None
+    source: Path,
+    steps: Sequence[int] | None,
+    base: str | Path | None,
+    shared_up_blocks: int | None,
+    choice: SchedulerChoice | None,
 ) -> Student:
     try:
         names = read_headers(source)
@@ -86,13 +98,16 @@ def _load_file(
     if is_student:
         if base is not None:
             raise ExportError(f"`base` goes with a file of UNet weights, but {source} is a student, which has its own")
+        if choice is not None:
+            options = "`timesteps`, `scheduler` and `guidance`"
+            raise ExportError(f"{options} are for students of other methods, but {source} is a TiUE student")
         return _with_own_schedules(load_student(source), steps, source, shared_up_blocks)
     if kind := kind_of_weights(names):
         raise ExportError(f"{source} {kind}")
     if base is None:
         raise ExportError(_without_base(source, names))
-    components = load_components(base, local_files_only=False, unet_file=source)
-    return _with_ddim_schedules(components, steps, Path(base).resolve().name, shared_up_blocks)
+    components = load_components(base, local_files_only=False, unet_file=source, guided=_is_guided(choice))
+    return _undeclared(components, steps, Path(base).resolve().name, shared_up_blocks, choice)
 
 
 def _without_base(source: Path, names: Collection[str]) -> str:
@@ -105,20 +120,64 @@ def _without_base(source: Path, names: Collection[str]) -> str:
     return f"{source} is not a TiUE student; if it is a UNet's weights, `base` must name a pipeline with the rest"
 
 
-def _with_ddim_schedules(
-    components: Components, steps: Sequence[int] | None, base_model: str, shared_up_blocks: int | None
+def _undeclared(
+    components: Components,
+    steps: Sequence[int] | None,
+    base_model: str,
+    shared_up_blocks: int | None,
+    choice: SchedulerChoice | None,
 ) -> Student:
-    """Make a student of a model that declares no training. Its timesteps are DDIM's."""
-    schedules = {n: components.noise_schedule.timesteps(n) for n in steps or [DEFAULT_STEPS]}
+    """Make a student of a model that declares no training. One of several steps has DDIM's timesteps."""
     check_shared_up_blocks(components.unet, shared_up_blocks or 0)
-    return Student(
+    made = Student(
         components,
-        encoder_timestep=schedules[max(schedules)][0],
-        schedules=schedules,
+        encoder_timestep=0,
+        schedules={},
         base_model=base_model,
         shared_up_blocks=shared_up_blocks or 0,
         declared=False,
     )
+    wanted = sorted(set(steps or ([DEFAULT_STEPS] if choice is None else [1])))
+    if choice is not None and wanted != [1]:
+        found = ",".join(map(str, wanted))
+        raise ExportError(f"`timesteps`, `scheduler` and `guidance` go with `steps` 1, got {found}")
+    try:
+        if wanted == [1]:
+            step = one_step(components.scheduler_config, choice)
+            timesteps = list(step.schedule.timesteps)
+            _warn_of_little_noise(components, step)
+            return replace(made, encoder_timestep=timesteps[0], schedules={1: timesteps}, one_step=step)
+        check_several_steps(components.scheduler_config)
+    except ValueError as error:
+        raise ExportError(f"{components.name}: {error}") from error
+    schedules = {n: components.noise_schedule.timesteps(n) for n in wanted}
+    return replace(made, encoder_timestep=schedules[max(schedules)][0], schedules=schedules)
+
+
+def _warn_of_little_noise(components: Components, step: OneStep) -> None:
+    if step.abar > _LITTLE_NOISE:
+        warnings.warn(
+            f"{components.name}: {step.scheduler} makes its one step at timestep {step.schedule.timesteps[0]}, where "
+            "there is almost no noise to remove. Most one-step students were trained at the last timestep: "
+            f"`timesteps` {len(components.noise_schedule.abar) - 1}",
+            stacklevel=5,
+        )
+
+
+def _is_guided(choice: SchedulerChoice | None) -> bool:
+    return choice is not None and choice.guidance is not None
+
+
+def _fold(student: Student, choice: SchedulerChoice | None) -> None:
+    """Fold the constants of a one-step student into its UNet."""
+    unet = student.components.unet
+    if student.one_step is not None:
+        fold_input_scale(unet, student.one_step.input_scale)
+    if choice is not None and choice.guidance is not None:
+        try:
+            fold_guidance(unet, choice.guidance)
+        except ValueError as error:
+            raise ExportError(f"{student.components.name}: {error}") from error
 
 
 def _with_own_schedules(

@@ -52,3 +52,6 @@ FRECHET = 1e-6
 
 # Statistics of 4000 random numbers against those of their distribution (relative).
 OF_4000_SAMPLES = 0.1
+
+# Latents of schedulers that subtract two numbers of 4096 in float32 (relative to their standard deviation).
+ZERO_SNR = 5e-3

@@ -24,8 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiue.components import Components, ComponentsError, check_fit, class_named
 from tiue.files import OneLineError, is_file, one_line, shortened, written_whole
+from tiue.one_step import OneStep
 from tiue.plausible import check_runs
 from tiue.recognize import kind_of_weights
+from tiue.schedule import Schedule
 from tiue.sizes import check_sizes
 from tiue.unet import TiUE
 from tiue.weights import Stored, WeightsError, fill, read_headers, without_wrappers
@@ -54,6 +56,7 @@ class Student:
     share_encoder: bool = True  # False: a control, whose encoder was trained to run at every timestep
     declared: bool = True  # False: made from a pipeline, which does not declare the schedules of its training
     loras: tuple[str, ...] = ()  # merged since the student was read, for the record: name, scale and sha256 of each
+    one_step: OneStep | None = None  # of a student of another method: its own scheduler's step, in place of DDIM's
 
     def tiue(self, steps: int | None = None) -> TiUE:
         """Return the network for one of the schedules, by default for the longest.
@@ -66,8 +69,13 @@ class Student:
         steps = max(self.schedules) if steps is None else steps
         if steps not in self.schedules:
             raise ValueError(f"the student was trained for {sorted(self.schedules)} steps, not {steps}")
-        schedule = self.components.noise_schedule.closed_form(self.schedules[steps])
-        return TiUE(self.components.unet, schedule, self.encoder_timestep, self.shared_up_blocks)
+        return TiUE(self.components.unet, self.schedule(steps), self.encoder_timestep, self.shared_up_blocks)
+
+    def schedule(self, steps: int) -> Schedule:
+        """Return the timesteps and the weights of one of the step counts."""
+        if self.one_step is not None:
+            return self.one_step.schedule
+        return self.components.noise_schedule.closed_form(self.schedules[steps])
 
 
 def check_savable(student: Student) -> None:
@@ -75,6 +83,7 @@ def check_savable(student: Student) -> None:
 
     A run calls this before its first update, so that its result is not lost.
     """
+    _check_own(student)
     for part in PARTS:
         _check_module(part, getattr(student.components, part))
     for key, text in (
@@ -129,6 +138,7 @@ def save_student(path: str | Path, student: Student, dtype: torch.dtype | None =
         CheckpointError: a weight cannot be stored in the given dtype, or is not finite in it.
     """
     path = Path(path)
+    _check_own(student)
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}  # name => the name under which the same tensor is stored
     storages: set[int] = set()
@@ -178,6 +188,13 @@ def _metadata(student: Student) -> dict[str, str]:
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"the student's {key} cannot be stored as JSON: {one_line(error)}") from error
     return strings
+
+
+def _check_own(student: Student) -> None:
+    if student.one_step is not None:
+        raise CheckpointError(
+            "a one-step student of another method cannot be saved as a student, whose steps are DDIM's: export it"
+        )
 
 
 def _check_module(part: str, module: nn.Module) -> None:

@@ -140,7 +140,11 @@ def check_fit(components: Components) -> None:
 
 
 def load_components(
-    directory: str | Path, *, local_files_only: bool = True, unet_file: str | Path | None = None
+    directory: str | Path,
+    *,
+    local_files_only: bool = True,
+    unet_file: str | Path | None = None,
+    guided: bool = False,
 ) -> Components:
     """Load a diffusers pipeline directory. Weights are read from safetensors only, never from pickles.
 
@@ -155,6 +159,7 @@ def load_components(
         unet_file: a safetensors file whose weights replace the pipeline's. It holds a UNet under diffusers' names, or
             is a single file in the original layout (A1111's), whose parts are all used. The model is named after the
             file. Folders of replaced parts need only a config.json.
+        guided: accept a UNet that takes a guidance scale as an input. The caller must fold it: see `tiue.fold`.
 
     Returns:
         The model.
@@ -166,7 +171,7 @@ def load_components(
     if unet_file is not None:
         original = single_file_parts(Path(unet_file))
         taken = original or {"unet"}
-    found = _find(directory, local_files_only, [part for part in WITH_WEIGHTS if part not in taken])
+    found = _find(directory, local_files_only, [part for part in WITH_WEIGHTS if part not in taken], guided)
     for message in found.warnings:
         warnings.warn(message, stacklevel=2)
     tokenizer = load_fast_tokenizer(found)
@@ -206,27 +211,27 @@ def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
     return load_part(AutoencoderTiny, root, "vae")
 
 
-def _find(directory: str | Path, local_files_only: bool, parts: list[str]) -> PipelineDirectory:
+def _find(directory: str | Path, local_files_only: bool, parts: list[str], guided: bool = False) -> PipelineDirectory:
     """Read the configurations of a pipeline. If it is downloaded, fetch the weights of `parts` as well."""
     root = Path(directory)
     if is_directory(root):
-        return read_directory(root)
+        return read_directory(root, guided=guided)
     if is_file(root):
         what = "a file" if root.suffix == ".safetensors" else f"a file that {not_safetensors(root)}"
         raise ComponentsError(f"{directory} is {what}: expected a diffusers pipeline directory")
     if local_files_only or not hub.is_hub_id(str(directory)):
         raise ComponentsError(f"no such pipeline directory: {directory}")
-    return _download(str(directory), parts)
+    return _download(str(directory), parts, guided)
 
 
-def _download(hub_id: str, parts: list[str]) -> PipelineDirectory:
+def _download(hub_id: str, parts: list[str], guided: bool) -> PipelineDirectory:
     """Fetch a Hub model's snapshot, with the weights of `parts` in one form each. Raises ComponentsError."""
     try:
         if hub.offline():
-            return read_directory(hub.fetch(hub_id, []))
+            return read_directory(hub.fetch(hub_id, []), guided=guided)
         names = hub.list_files(hub_id)
         found = read_directory(
-            hub.fetch(hub_id, CONFIGURATIONS)
+            hub.fetch(hub_id, CONFIGURATIONS), guided=guided
         )  # Unsupported models are refused before their weights are downloaded.
         weights: list[str] = []
         for part in parts:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiue.files import OneLineError
 from tiue.schedule import NoiseSchedule, ignored_options
-from tiue.unet import check_supported
+from tiue.unet import GUIDANCE_INPUT, check_supported
 
 WITH_WEIGHTS = ("unet", "text_encoder", "vae")
 CONFIGURATIONS = (
@@ -51,8 +51,12 @@ class PipelineDirectory:
     warnings: tuple[str, ...]  # notes on repaired and ignored parts
 
 
-def read_directory(root: Path) -> PipelineDirectory:
+def read_directory(root: Path, *, guided: bool = False) -> PipelineDirectory:
     """Read and check the configurations of a pipeline directory.
+
+    Args:
+        root: the directory.
+        guided: accept a UNet that takes a guidance scale as an input.
 
     Raises:
         ComponentsError: a part is missing, malformed or of an unsupported class.
@@ -75,7 +79,9 @@ def read_directory(root: Path) -> PipelineDirectory:
     notes: list[str] = []
     if str(index.get("_class_name") or "StableDiffusionPipeline").startswith(_REPAIRING):
         notes += _repair(configs, named.get("scheduler"))
-    _check(root, configs)
+    _check(root, configs, guided)
+    if named.get("scheduler"):  # diffusers makes this class, whatever the configuration names.
+        configs["scheduler"]["_class_name"] = named["scheduler"]
     if ignored := ignored_options(configs["scheduler"]):
         notes.append(f"scheduler sets {' and '.join(ignored)}, left out: steps here are not clipped")
     if named.get("safety_checker"):
@@ -136,9 +142,9 @@ def _classes(index: Mapping[str, Any], named: Mapping[str, str | None]) -> dict[
     }
 
 
-def _check(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _check(root: Path, configs: Mapping[str, Mapping[str, Any]], guided: bool) -> None:
     try:
-        check_supported(configs["unet"])
+        check_supported({**configs["unet"], **({GUIDANCE_INPUT: None} if guided else {})})
     except ValueError as error:
         raise ComponentsError(f"{root / 'unet'}: {error}") from error
     try:

@@ -107,11 +107,10 @@ class NoiseSchedule:
 
     def ddim_steps(self, timesteps: Sequence[int]) -> list[tuple[float, float]]:
         """Return a_i and b_i of every step z <- a_i z + b_i eps_i (or v_i), for descending timesteps."""
-        step, coefficients = _STEPS[self.prediction_type], []
+        coefficients: list[tuple[float, float]] = []
         for t, previous in zip(timesteps, self._arrivals(list(timesteps)), strict=True):
-            if self.abar[t] == 0.0 and self.prediction_type == "epsilon":
-                raise ValueError(f"epsilon prediction says nothing at timestep {t}: zero terminal SNR needs v")
-            coefficients.append(step(self.abar[t], self.abar[previous] if previous >= 0 else self.final_abar))
+            landing = self.abar[previous] if previous >= 0 else self.final_abar
+            coefficients.append(ddim_step(self.prediction_type, t, self.abar[t], landing))
         return coefficients
 
     def _arrivals(self, timesteps: list[int]) -> list[int]:
@@ -140,6 +139,17 @@ def ddim_timesteps(scheduler_config: Mapping[str, Any], steps: int) -> list[int]
 def closed_form(scheduler_config: Mapping[str, Any], steps: int | Sequence[int]) -> Schedule:
     """Return `NoiseSchedule.closed_form` of a configuration."""
     return NoiseSchedule.from_config(scheduler_config).closed_form(steps)
+
+
+def ddim_step(prediction_type: str, t: int, abar: float, abar_next: float) -> tuple[float, float]:
+    """Return a and b of DDIM's step z <- a z + b eps (or v) from abar to abar_next. t: for the message.
+
+    Raises:
+        ValueError: the step divides by zero.
+    """
+    if abar == 0.0 and prediction_type == "epsilon":
+        raise ValueError(f"epsilon prediction says nothing at timestep {t}: zero terminal SNR needs v")
+    return _STEPS[prediction_type](abar, abar_next)
 
 
 def ignored_options(scheduler_config: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tiue.schedule import Schedule
 
+GUIDANCE_INPUT = "time_cond_proj_dim"  # of latent consistency models, which take the guidance scale as an input
 # Options of UNet2DConditionModel that add inputs, and the values that turn them off.
 _UNSUPPORTED_UNLESS = {
     "addition_embed_type": None,  # SDXL, Kandinsky
@@ -16,7 +17,7 @@ _UNSUPPORTED_UNLESS = {
     "num_class_embeds": None,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None,  # latent consistency models
+    GUIDANCE_INPUT: None,
     "attention_type": "default",  # GLIGEN
     "center_input_sample": False,
 }
@@ -175,7 +176,8 @@ def check_supported(config: Mapping[str, Any]) -> None:
     for option, expected in _UNSUPPORTED_UNLESS.items():
         value = config.get(option, expected)
         if value != expected:
-            raise ValueError(f"UNet option {option}={value!r} is not supported (expected {expected!r})")
+            remedy = ": the exporter's `guidance` folds it in" if option == GUIDANCE_INPUT else ""
+            raise ValueError(f"UNet option {option}={value!r} is not supported (expected {expected!r}){remedy}")
     inputs, outputs = config.get("in_channels", 4), config.get("out_channels", 4)  # diffusers' defaults
     if inputs != outputs:
         raise ValueError(
