@@ -115,7 +115,7 @@ function check<Options extends object>(given: unknown, kinds: Record<string, Kin
   }
   for (const [name, value] of Object.entries(given)) {
     const kind = Object.hasOwn(kinds, name) ? kinds[name] : undefined;
-    const lesson = LESSONS[camel(name)];
+    const lesson = lessonFor(name);
     if (!kind && teach && lesson) throw new RequestError(`${name}: ${lesson}`);
     if (!kind) throw new RequestError(`unexpected option '${name}'; expected some of ${Object.keys(kinds).join(", ")}`);
     const expected = value === undefined ? null : wrong(kind, value);
@@ -140,6 +140,11 @@ function wrong(kind: Kind, value: unknown): string | null {
   };
   const [right, expected] = fits[kind];
   return right ? null : expected;
+}
+
+/** Return the sentence for an argument of another library, or undefined. */
+export function lessonFor(name: string): string | undefined {
+  return Object.hasOwn(LESSONS, camel(name)) ? LESSONS[camel(name)] : undefined;
 }
 
 /** Turn num_images into numImages. */

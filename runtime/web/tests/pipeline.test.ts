@@ -153,6 +153,7 @@ const WRONG: [unknown, unknown, RegExp][] = [
   ["a", { onProgress: 1 }, /^onProgress: expected a function/],
   ["a", { signal: {} }, /^signal: expected an AbortSignal/],
   ["a", { colour: 1 }, /^unexpected option 'colour'; expected some of seed, steps/],
+  ["a", { constructor: 1 }, /^unexpected option 'constructor'; expected/],
   ["a", { guidanceScale: 7.5 }, /^guidanceScale: guidance was distilled into the student/],
   ["a", { num_inference_steps: 4 }, /^num_inference_steps: use `steps`/],
   ["a", { numImagesPerPrompt: 4 }, /^numImagesPerPrompt: use `numImages`$/],

@@ -14,7 +14,7 @@ export interface Source {
   check(manifest: Manifest): Promise<void>;
   /** Return a whole file. Throws BundleError, Cancelled. */
   read(name: string, info: FileInfo): Promise<Uint8Array<ArrayBuffer>>;
-  /** Return the path of a file, if ONNX Runtime can open it itself. */
+  /** Return the path of a file, or null if it is on no disk. */
   path(name: string): string | null;
   /** Hear which files will be read, for reports of progress. */
   expect?(infos: FileInfo[]): void;
@@ -75,8 +75,13 @@ export class Bundle {
     return this.source.read(name, this.#info(name));
   }
 
-  /** Return the files of a graph: the model, and the external data that it names. Throws BundleError. */
-  async graph(file: string): Promise<GraphFiles> {
+  /**
+   * Return the files of a graph: the model, and the external data that it names.
+   *
+   * @param opensFiles whether ONNX Runtime can open files by their paths.
+   * @throws BundleError
+   */
+  async graph(file: string, opensFiles: boolean): Promise<GraphFiles> {
     const model = await this.read(file);
     const folder = file.includes("/") ? file.slice(0, file.lastIndexOf("/") + 1) : "";
     let locations: string[];
@@ -89,7 +94,7 @@ export class Bundle {
       this.#info(`${folder}${location}`);
       return { path: location, name: `${folder}${location}` };
     });
-    const path = this.source.path(file);
+    const path = opensFiles ? this.source.path(file) : null;
     if (path !== null) return { model: path, externalData: [] };
     this.expect(data.map(({ name }) => name));
     const read = data.map(async ({ path: location, name }) => ({ path: location, data: await this.read(name) }));
@@ -97,7 +102,7 @@ export class Bundle {
   }
 
   #info(name: string): FileInfo {
-    const info = this.manifest.files[name];
+    const info = Object.hasOwn(this.manifest.files, name) ? this.manifest.files[name] : undefined;
     if (!info) {
       throw new BundleError(`${this.source.where}: expected external data among the files of ${MANIFEST}, got ${name}. ${REMEDY}`);
     }

@@ -7,13 +7,16 @@ import { DeviceError } from "../errors.js";
  * @throws DeviceError if the page is no secure context, because browsers then have no SubtleCrypto.
  */
 export async function sha256(data: Uint8Array): Promise<string> {
-  const subtle = (globalThis.crypto as Crypto | undefined)?.subtle as SubtleCrypto | undefined;
-  if (!subtle) {
-    throw new DeviceError(
-      "this page is not a secure context, so its files cannot be checked (crypto.subtle is missing): " +
-        "serve it over https, or from localhost",
-    );
-  }
-  const digest = await subtle.digest("SHA-256", data as Uint8Array<ArrayBuffer>);
+  const digest = await subtleCrypto().digest("SHA-256", data as Uint8Array<ArrayBuffer>);
   return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Return SubtleCrypto. Throws DeviceError if the page is no secure context. */
+export function subtleCrypto(): SubtleCrypto {
+  const subtle = (globalThis.crypto as Crypto | undefined)?.subtle as SubtleCrypto | undefined;
+  if (subtle) return subtle;
+  throw new DeviceError(
+    "this page is not a secure context, so files cannot be checked (crypto.subtle is missing): " +
+      "serve it over https, or from localhost",
+  );
 }

@@ -1,8 +1,7 @@
 /** The flags of the command line, each written once. */
 import { parseArgs } from "node:util";
 import { firstLine, RequestError, shorten } from "../errors.js";
-import { LESSONS } from "../generated/lessons.js";
-import { camel, DEVICES, MEMORY, type LoadOptions, type RequestOptions } from "../options.js";
+import { camel, DEVICES, lessonFor, MEMORY, type LoadOptions, type RequestOptions } from "../options.js";
 
 type Kind = "integer" | "seed" | "seconds" | "text" | "switch";
 
@@ -127,8 +126,8 @@ function split(words: string[]): Split {
 function refuseLessons(words: string[]): void {
   for (const word of words) {
     const [, name] = /^--([a-z-]+)/.exec(word) ?? [];
-    const option = camel((name ?? "").replaceAll("-", "_"));
-    const lesson = OPTIONS.some((known) => known.name === option) ? undefined : LESSONS[option];
+    const option = (name ?? "").replaceAll("-", "_");
+    const lesson = OPTIONS.some((known) => known.name === camel(option)) ? undefined : lessonFor(option);
     if (lesson) throw new RequestError(`--${name ?? ""}: ${lesson}`);
   }
 }

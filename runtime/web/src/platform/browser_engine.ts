@@ -1,4 +1,5 @@
 /** The graphs of a bundle in this thread of a browser, with onnxruntime-web. */
+import { subtleCrypto } from "../bundle/sha256.js";
 import { Store } from "../bundle/store.js";
 import { WebSource } from "../bundle/web_source.js";
 import { DeviceError, firstLine } from "../errors.js";
@@ -10,12 +11,7 @@ const MOST_THREADS = 4; // unless the caller asks for more
 
 /** Load a bundle. Throws as LocalEngine.load. */
 export async function openHere(url: string, options: LoadOptions): Promise<Engine> {
-  if (!globalThis.crypto?.subtle) {
-    throw new DeviceError(
-      "this page is not a secure context, so files cannot be checked (crypto.subtle is missing): " +
-        "serve it over https, or from localhost",
-    );
-  }
+  subtleCrypto(); // an early error, before anything is fetched
   const source = new WebSource(url, options, options.cache === false ? null : await Store.open());
   return LocalEngine.load(source, await openRuntime(options), options);
 }
@@ -67,6 +63,7 @@ async function working(device: Extract<Device, "webgpu" | "wasm">, threads: numb
     version: versions.web ?? versions.common,
     provider: device === "webgpu" ? "WebGpuExecutionProvider" : "CPUExecutionProvider",
     threads,
+    opensFiles: false,
   };
   await probe(runtime);
   return runtime;

@@ -114,6 +114,7 @@ async function working(device: Device, threads: number | undefined): Promise<Run
     version: version ?? ort.env.versions.common,
     provider: PROVIDERS[device],
     threads: device === "wasm" ? (threads ?? 1) : threads,
+    opensFiles: device !== "wasm",
   };
   await probe(runtime);
   return runtime;

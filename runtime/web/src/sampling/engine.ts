@@ -82,9 +82,14 @@ export class LocalEngine implements Engine {
     bundle.expect([TOKENIZER, ...needed]);
     const tokenizer = new PromptTokenizer(await bundle.read(TOKENIZER), manifest.text_length);
     const graphs = new Graphs(bundle, runtime, variant, vaeGraph);
-    if (options.memory !== "low") await graphs.load();
-    else if (source.complete) for (const file of needed) await bundle.graph(file); // fetch them now
-    await source.complete?.(manifest);
+    try {
+      if (options.memory !== "low") await graphs.load();
+      else if (source.complete) for (const file of needed) await bundle.graph(file, false); // fetch them now
+      await source.complete?.(manifest);
+    } catch (error) {
+      await graphs.free();
+      throw error;
+    }
     const info: EngineInfo = {
       where: source.where,
       manifest,

@@ -68,7 +68,7 @@ export class Graphs {
   async #load(name: string): Promise<Ort.InferenceSession> {
     const file = this.bundle.manifest.variants[this.variant]?.[name];
     if (file === undefined) throw new BundleError(`variants.${this.variant}: expected the graph ${name}`);
-    return createSession(this.runtime, file, await this.bundle.graph(file));
+    return createSession(this.runtime, file, await this.bundle.graph(file, this.runtime.opensFiles));
   }
 
   /** Return an output as float32 of the expected shape, with finite values. Throws BundleError, InferenceError. */

@@ -15,6 +15,8 @@ export interface Runtime {
   provider: string;
   /** Threads of a graph. Undefined: ONNX Runtime decides. */
   threads: number | undefined;
+  /** Whether it opens files by their paths, and the external data beside them. */
+  opensFiles: boolean;
 }
 
 // The variants that a device can run, the best one first.
