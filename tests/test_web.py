@@ -8,10 +8,12 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import test_tokenizer_files
 from PIL import Image
 from tiue_runtime import Pipeline, read_record
+from tiue_runtime.bundle import Bundle, write_bundle
 from tiue_runtime.repeating import load_for
 from tiue_runtime.tokenizer import PromptTokenizer
 
@@ -92,6 +94,33 @@ def test_python_reads_and_repeats_pictures_of_javascript(tmp_path, device):
         [image] = pipeline.repeat(path).images  # A difference would be a warning, and warnings are errors.
     with Image.open(path) as saved:
         np.testing.assert_array_equal(np.asarray(saved), np.asarray(image))
+
+
+@pytest.mark.parametrize("device", ["cpu", "wasm"])
+def test_graphs_with_external_data_draw_the_same(tmp_path, device):
+    bundle = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    graph = bundle / "text_encoder.onnx"
+    model = onnx.load(graph)
+    onnx.save(model, graph, save_as_external_data=True, location="weights.data", size_threshold=100)
+    write_bundle(bundle, Bundle.load(TINY).manifest)
+    assert (bundle / "weights.data").stat().st_size > 0
+    for folder in (TINY, bundle):
+        made = tmp_path / f"{folder.name}.png"
+        node(
+            "src/cli/main.js",
+            "generate",
+            "a red heart",
+            "--device",
+            device,
+            "--seed",
+            1,
+            "--bundle",
+            folder,
+            "-o",
+            made,
+        )
+    with Image.open(tmp_path / "tiny.png") as one, Image.open(tmp_path / "bundle.png") as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_the_default_model_draws_the_same(tmp_path):
