@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from safetensors.torch import save_file
 from tiue_runtime import Pipeline, bundle
 from tolerances import AMPLIFIED, GOLDEN_IMAGE_LEVELS, ZERO_SNR
 
 from benchmarks.pipelines import write_pipeline
 from export.errors import ExportError
+from export.lora import Lora
 from export.onnx import main
 from export.source import load_source
 from tiue.checkpoint import CheckpointError, Student, check_savable, save_student
@@ -419,6 +421,34 @@ def test_the_pipelines_class_is_that_of_the_index(turbo):
     tiny.edit_json(turbo / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
     step = load_source(turbo, [1]).one_step
     assert step is not None and step.scheduler == "LCMScheduler"
+
+
+def test_a_unets_file_with_a_chosen_scheduler_draws_what_diffusers_draws(turbo, tmp_path, model):
+    """SwiftBrush's way: the weights of a UNet, a pipeline of several steps for the rest, the plain x_0 at 999."""
+    unet = tiny.unet()
+    torch.manual_seed(5)
+    for parameter in unet.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    save_file(unet.state_dict(), tmp_path / "unet.safetensors")
+    _, _, noise, text = model
+    with torch.no_grad():
+        prediction = unet(noise, 999, text).sample
+        student = load_source(
+            tmp_path / "unet.safetensors", [1], base=turbo, choice=SchedulerChoice("DDPMScheduler", timestep=999)
+        )
+        assert_same(student.tiue()(noise, text), (noise - sqrt(1 - ABAR[999]) * prediction) / sqrt(ABAR[999]))
+
+
+def test_loras_are_merged_before_the_input_is_scaled(turbo, tmp_path):
+    own = load_components(turbo).unet.conv_in.weight
+    down, up = torch.randn(2, *own.shape[1:]), torch.randn(own.shape[0], 2, 1, 1)
+    file = tmp_path / "lora.safetensors"
+    save_file({"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}, file)
+
+    student = load_source(turbo, [1], loras=[Lora(file)])
+
+    merged = own + torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    torch.testing.assert_close(student.components.unet.conv_in.weight, student.one_step.input_scale * merged)
 
 
 @pytest.mark.filterwarnings(LITTLE_NOISE)

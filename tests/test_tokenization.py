@@ -108,7 +108,7 @@ def test_the_same_tokens_come_from_a_student_and_from_its_tokenizer_json(directo
 def test_the_runtime_gives_the_same_tokens_from_an_exported_bundle(tmp_path):
     tiny.save_original_sd15(tmp_path / "sd15")
     tiny.edit_json(tmp_path / "sd15" / "model_index.json", safety_checker=[None, None])
-    assert export(["--ckpt", str(tmp_path / "sd15"), "--steps", "1", "--out", str(tmp_path / "bundle")]) == 0
+    assert export(["--ckpt", str(tmp_path / "sd15"), "--timesteps", "999", "--out", str(tmp_path / "bundle")]) == 0
     slow = CLIPTokenizer.from_pretrained(tmp_path / "sd15" / "tokenizer")
     exported = PromptTokenizer(tmp_path / "bundle" / "tokenizer.json", 20)
     for prompt in PROMPTS:
