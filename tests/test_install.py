@@ -115,7 +115,7 @@ def test_the_wheel_of_the_runtime_is_pure_small_and_complete(wheels):
 def test_the_base_installation_does_not_grow():
     """What the runtime needs by itself. huggingface-hub and filelock come with tokenizers."""
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in project("runtime")["dependencies"]}
-    assert names == {"numpy", "pillow", "tokenizers", "huggingface-hub", "filelock"}
+    assert names == {"numpy", "pillow", "tokenizers", "huggingface-hub", "filelock", "tqdm"}
 
 
 def test_wheels_install_in_a_fresh_environment_and_draw(wheels, tmp_path):

@@ -89,9 +89,10 @@ def test_a_cut_prompt_is_one_warning_line(run, tmp_path):
 MISTAKES = {
     "no folder": (["generate", "a", "--out", "TMP/none/a.png"], "--out: cannot write "),
     "folder is a file": (["generate", "a", "--out", "TMP/file/a.png"], "--out: cannot write "),
-    "out is a folder": (["generate", "a", "--out", "TMP/folder.png"], "is a directory"),
+    "out is no folder": (["batch", "TMP/lines", "--out", "TMP/file"], "expected a directory, but"),
+    "batch of nothing": (["batch", "TMP/file", "--out", "TMP/b", "--shards", "0"], "--shards: expected at least 1"),
     "other format": (["generate", "a", "--out", "TMP/a.gif"], "out: expected a file name that ends in .png"),
-    "no prompt": (["generate", "--out", "TMP/a.png"], "expected either a description of the picture or --from"),
+    "no prompt": (["generate", "--out", "TMP/a.png"], "--prompts FILE or --from PICTURE, got nothing"),
     "prompt and picture": (["generate", "a", "--from", "TMP/a.png"], "got both"),
     "no such picture": (["generate", "--from", "TMP/a.png"], "a.png: cannot be read"),
     "seed of a picture": (["generate", "--from", "TMP/a.png", "--seed", "1"], "--seed: with --from, the record"),
@@ -122,12 +123,12 @@ MISTAKES = {
 @pytest.mark.parametrize("argv, message", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, argv, message):
     (tmp_path / "file").write_text("x")
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "lines").write_text('{"prompt": "a"}')
     code, out, err = run(*(argument.replace("TMP", str(tmp_path)) for argument in argv))
     assert (code, out) == (2, "")
     assert err.startswith("tiue-runtime: error: ") and err.count("\n") == 1
     assert message in err
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "lines"}
 
 
 def test_an_unwritable_path_is_reported_before_anything_is_loaded(run, tmp_path, monkeypatch):

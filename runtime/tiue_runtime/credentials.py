@@ -9,13 +9,14 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
+
+from PIL.Image import new as new_image
 
 from tiue_runtime import __version__
+from tiue_runtime.choices import Algorithm
 from tiue_runtime.errors import RequestError, clip
 from tiue_runtime.metadata import AI_SOURCE
-
-Algorithm = Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"]
 
 _MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 _SETTINGS = {"verify": {"verify_trust": False, "remote_manifest_fetch": False, "ocsp_fetch": False}}
@@ -59,6 +60,16 @@ class Credentials:
             except (OSError, ValueError) as error:
                 raise RequestError(f"{name}: cannot read {clip(str(path), 300)}: {error}") from error
         return cls(contents[0], contents[1], algorithm, timestamp_url)
+
+    def check(self) -> None:
+        """Sign a picture of one pixel and read the signature back, before work is spent on a larger one.
+
+        Raises:
+            RequestError: as `sign`.
+        """
+        pixel = io.BytesIO()
+        new_image("RGB", (1, 1)).save(pixel, "PNG")
+        self.sign(pixel.getvalue(), "PNG")
 
     def sign(self, picture: bytes, format: str) -> bytes:
         """Return the bytes of a picture in "PNG", "JPEG" or "WEBP" with a signed manifest in it.

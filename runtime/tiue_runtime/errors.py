@@ -1,5 +1,6 @@
 """The exceptions of this package, for problems that the caller can fix. All are ValueErrors."""
 
+import errno
 import reprlib
 
 SHOWN = 100  # characters of a value in a message
@@ -65,6 +66,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an exception of Python or ONNX Runtime means that memory ran out."""
     said = str(error).lower()
     return isinstance(error, MemoryError | OutOfMemoryError) or any(phrase in said for phrase in _EXHAUSTED)
+
+
+# What to do about an error of the operating system.
+_REMEDIES = {
+    errno.ENOENT: "make the folder first, or choose another one",
+    errno.ENOTDIR: "choose another folder",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder on another disk",
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some space, or choose a folder on another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def remedy(error: OSError) -> str:
+    """Say what to do about an error of writing a file. Returns "" if that is not known."""
+    return _REMEDIES.get(error.errno or 0, "")
 
 
 _repr = reprlib.Repr()

@@ -73,7 +73,8 @@ _Callback = Annotated[
     Callback | None,
     Option(
         "called with a Progress after each graph, timestep and tile; if it returns True, the request is cancelled. "
-        "Previews come after each timestep in sequential mode, else after the last one",
+        "Previews come after each timestep in sequential mode, else after the last one. If the callback has an "
+        "attribute `previews` that is False, it does not change the memory mode",
         flag=False,
     ),
 ]

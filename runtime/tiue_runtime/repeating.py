@@ -60,10 +60,19 @@ def _known(device: str) -> str:
     return device
 
 
-def repeat(pipeline: "Pipeline", source: str | Path | Record, **options: Any) -> "Result[list[Image]]":
-    """Make a picture again. `Pipeline.repeat` describes arguments, result and errors."""
+def repeat(
+    pipeline: "Pipeline", source: str | Path | Record, name: str | None = None, **options: Any
+) -> "Result[list[Image]]":
+    """Make a picture again. `Pipeline.repeat` describes arguments, result and errors.
+
+    Args:
+        pipeline: loaded.
+        source: a file, or its record.
+        name: of the file in messages, if the record is given.
+        **options: callback, cancel and timeout.
+    """
     record = source if isinstance(source, Record) else read_record(source)
-    shown = "the picture" if isinstance(source, Record) else clip(str(source), 300)
+    shown = clip(str(name or ("the picture" if isinstance(source, Record) else source)), 300)
     _refuse(pipeline, record, shown)
     result = _make(pipeline, record, options, alone=True)
     if not _equal(result, record) and 1 < record.prompts * record.num_images <= MOST_PICTURES:

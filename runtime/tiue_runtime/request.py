@@ -39,7 +39,7 @@ class Request:
     def make(
         cls,
         manifest: Manifest,
-        budget: Budget,
+        budget: Budget | None,
         text_width: Callable[[], int | None],
         prompt: str | Sequence[str] | None,
         output_type: OutputType,
@@ -49,7 +49,7 @@ class Request:
 
         Args:
             manifest: of the bundle.
-            budget: of the pipeline. It refuses requests that memory cannot hold.
+            budget: of the pipeline. It refuses requests that memory cannot hold. None refuses none.
             text_width: returns D of text (B, L, D), or None if D is unknown. Called only if embeddings are given.
             prompt: a string, a sequence of strings, or None.
             output_type: one of OutputType.
@@ -62,9 +62,7 @@ class Request:
         if (prompt is None) == (options["prompt_embeds"] is None):
             given = "neither" if prompt is None else "both"
             raise RequestError(f"prompt: expected either prompt or prompt_embeds, got {given}")
-        num_images = options["num_images"]
-        if not 1 <= num_images <= LARGEST:
-            raise RequestError(f"num_images: expected an integer from 1 to {LARGEST}, got {shorten(num_images)}")
+        num_images = check_num_images(options["num_images"])
         steps = manifest.default_steps if options["steps"] is None else options["steps"]
         if steps not in manifest.schedules:
             known = ", ".join(map(str, sorted(manifest.schedules)))
@@ -87,11 +85,12 @@ class Request:
             latents = _latents(latents, count, manifest)
             height, width = _sizes_of_latents(latents.shape, sizes, manifest)
         shape = (count, manifest.latent_channels, height, width)
-        budget.refuse_excess(shape, fields)
+        if budget is not None:
+            budget.refuse_excess(shape, fields)
         embeds = None if embeds is None else _finite("prompt_embeds", embeds)
         latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]
-        if memory == "auto" and options["callback"] is not None:
+        if memory == "auto" and getattr(options["callback"], "previews", options["callback"] is not None):
             memory = "sequential"  # Only this mode has a preview of every step.
         return cls(
             prompts, embeds, num_images, tuple(seeds), steps, shape, latents, memory, options["vae_tiling"]
@@ -106,6 +105,13 @@ class Request:
             run.check("the noise was drawn")
             noise[i] = gaussian(seed, self.shape[1:])
         return noise
+
+
+def check_num_images(num_images: int) -> int:
+    """Return a number of pictures of a prompt. Raises RequestError."""
+    if not 1 <= num_images <= LARGEST:
+        raise RequestError(f"num_images: expected an integer from 1 to {LARGEST}, got {shorten(num_images)}")
+    return num_images
 
 
 def check_prompts(prompt: object) -> list[str]:

@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from tiue_runtime.bundle.directory import read_limited
 from tiue_runtime.bundle.replacing import check_writable, replacing
-from tiue_runtime.errors import BundleError, RequestError, clip, shorten
+from tiue_runtime.errors import BundleError, RequestError, clip, remedy, shorten
 from tiue_runtime.images import RECORD
 from tiue_runtime.metadata import FORMATS, options_for, read_metadata
 from tiue_runtime.record import Record
@@ -42,7 +42,8 @@ def check_picture_path(path: str | os.PathLike[str], name: str = "out") -> None:
         if isinstance(error, RequestError):
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise RequestError(f"{name}: cannot write {clip(str(path), _SHOWN)}: {reason}") from error
+        advice = f": {remedy(error)}" if isinstance(error, OSError) and remedy(error) else ""
+        raise RequestError(f"{name}: cannot write {clip(str(path), _SHOWN)}: {reason}{advice}") from error
 
 
 def numbered(path: Path, count: int) -> Iterator[Path]:
@@ -63,9 +64,13 @@ def save_picture(
     metadata: bool = True,
     ai_mark: bool = True,
     credentials: "Credentials | None" = None,
+    overwrite: bool = True,
     **options: Any,
 ) -> None:
-    """Save a picture. `Picture.save` describes the arguments and the errors."""
+    """Save a picture. `Picture.save` describes the arguments and the errors.
+
+    Without `overwrite`, a file that exists is an error: FileExistsError.
+    """
     path = None if hasattr(target, "write") else Path(target)  # pyright: ignore[reportArgumentType]
     format = _format_of(path, "path") if format is None and path else _format(format)
     record = image.info.get(RECORD) if metadata else None
@@ -86,7 +91,7 @@ def save_picture(
         target.write(data)  # pyright: ignore
         return
     try:
-        with replacing(path) as file:
+        with replacing(path, overwrite) as file:
             file.write(data)
     except OSError as error:
         if error.errno is None or error.filename:

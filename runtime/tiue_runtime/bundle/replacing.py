@@ -12,26 +12,45 @@ _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
-def replacing(path: Path) -> Generator[IO[bytes]]:
+def replacing(path: Path, overwrite: bool = True) -> Generator[IO[bytes]]:
     """Open a new file for writing. It replaces `path` at the end of the `with` block.
+
+    Without `overwrite`, `path` must be a new name. Of several processes that write it at once, one succeeds.
 
     If the block raises, the new file is removed and `path` stays unchanged. If `path` is a link, its target is
     replaced. A read-only file is not replaced.
 
     Raises:
-        OSError: `path` cannot be written. PermissionError is a subclass.
+        OSError: `path` cannot be written. PermissionError is a subclass, and so is FileExistsError.
     """
     target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
-    mode = _mode(target)
+    mode = _mode(target) if overwrite else None
     temporary, descriptor = _create(target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
         if mode is not None:
             temporary.chmod(mode)
-        temporary.replace(target)
+        if overwrite:
+            temporary.replace(target)
+        else:
+            _claim(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _claim(temporary: Path, target: Path) -> None:
+    """Rename a finished file. Raises FileExistsError if its new name is taken."""
+    if os.name == "nt":
+        temporary.rename(target)  # Only Windows refuses a name that exists.
+        return
+    try:
+        os.link(temporary, target)  # The caller removes the other name.
+    except FileExistsError:
+        raise
+    except OSError:  # Some file systems have no hard links. There, an empty file holds the name for an instant.
+        os.close(os.open(target, _FLAGS, 0o666))
+        temporary.replace(target)
 
 
 def check_writable(path: Path) -> None:

@@ -1,6 +1,19 @@
-"""Command-line tools: `tiue-runtime generate`, `info`, `verify`, `doctor` and `bench`.
+"""The command line, `tiue-runtime`. `cli` has the commands, and each group of them has a module.
 
-cli      the command line
-doctor   the installed parts, and whether they work
-bench    seconds per picture, graph by graph
+cli               the parser, and what ends a command
+console           lines on stdout and stderr
+generate_command  pictures of prompts, or of a saved picture
+file_names        their names: templates, defaults, no two alike
+contact_sheet     one picture of them all
+text_lines        prompts from files
+saving_flags      what a file holds
+progress_bar      a bar on a terminal
+batch_command     pictures of many prompts, continued after a kill
+batch_lines       the lines of its input
+batch_directory   its pictures and their manifest
+shards            tar files in webdataset's layout
+info_command      what a bundle is
+model_commands    pull, list, remove, sign, verify
+doctor            the installed parts, and whether they work
+bench             seconds per picture, graph by graph
 """

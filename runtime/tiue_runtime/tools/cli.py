@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar, cast
 
 from tiue_runtime import __version__
-from tiue_runtime.errors import RequestError, TiueError
+from tiue_runtime.errors import RequestError, TiueError, remedy
 from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
-from tiue_runtime.tools import generate_command, model_commands, serve_command
+from tiue_runtime.tools import batch_command, generate_command, model_commands, serve_command
 from tiue_runtime.tools.console import print_rows, say, write
 from tiue_runtime.tools.info_command import describe
+from tiue_runtime.tools.saving_flags import add_saving_flags
 
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
@@ -49,8 +50,12 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             return command(arguments)
-    except (TiueError, OSError) as error:
+    except TiueError as error:
         say("error", error)
+        return _USER_ERROR
+    except OSError as error:
+        advice = remedy(error)
+        say("error", f"{error}: {advice}" if advice else error)
         return _USER_ERROR
     except _Terminated:
         say("error", "terminated")
@@ -77,7 +82,12 @@ def _show_warning(message: object, *_: object, **__: object) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     loading, request = _given(arguments, LoadOptions), _given(arguments, RequestOptions)
-    return generate_command.generate(arguments, loading, request, write)
+    return generate_command.generate(arguments, loading, request)
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    loading, request = _given(arguments, LoadOptions), _given(arguments, RequestOptions)
+    return batch_command.batch(arguments, loading, request)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -115,7 +125,18 @@ def _parser() -> _Parser:
     _bundle_flag(generate)
     _option_flags(generate, RequestOptions)
     _option_flags(generate, LoadOptions)
+    add_saving_flags(generate)
     _lesson_flags(generate)
+    generate.epilog = generate_command.EXIT_CODES
+
+    batch = _command(commands, "batch", _batch, "make pictures of many prompts; the same command continues it")
+    batch_command.add_arguments(batch)
+    _bundle_flag(batch)
+    _option_flags(batch, RequestOptions)
+    _option_flags(batch, LoadOptions)
+    add_saving_flags(batch)
+    _lesson_flags(batch)
+    batch.epilog = batch_command.EXIT_CODES
 
     info = _command(commands, "info", describe, "describe a bundle: license, sizes, step counts, what it can draw")
     _bundle_flag(info)

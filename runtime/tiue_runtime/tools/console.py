@@ -5,15 +5,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import IO
 
 from tiue_runtime.options import LoadOptions, RequestOptions, described
 from tiue_runtime.tools.serve_command import NAMES
 
 
-def say(kind: str, message: object) -> None:
-    """Print an error or a warning as one line on stderr."""
-    write(f"tiue-runtime: {kind}: {with_flags(' '.join(str(message).split()))}", sys.stderr)
+def say(kind: str, message: object, *, flags: bool = True) -> None:
+    """Print an error or a warning as one line on stderr, with flags in place of the names of options."""
+    line = " ".join(str(message).split())
+    write(f"tiue-runtime: {kind}: {with_flags(line) if flags else line}", sys.stderr)
 
 
 def write(text: str, stream: IO[str] | None = None, end: str = "\n") -> None:
@@ -21,8 +23,10 @@ def write(text: str, stream: IO[str] | None = None, end: str = "\n") -> None:
     output: IO[str] | None = stream or sys.stdout
     if output is None:  # Programs without a console have none.
         return
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
-        print(text, file=output, end=end, flush=True)
+        with tqdm.external_write_mode(output) if tqdm else nullcontext():  # A progress bar makes room.
+            print(text, file=output, end=end, flush=True)
     except OSError as error:
         if not isinstance(error, BrokenPipeError) and error.errno != errno.EINVAL:  # EINVAL: a closed pipe on Windows
             raise
@@ -53,6 +57,7 @@ def _names() -> Iterator[str]:
     """List the options that have flags."""
     yield from ("bundle", "cuda_graphs", "out", "runs", "name", "offline", "allow_http", "key", "certificates")
     yield from NAMES
+    yield from ("private_key", "grid", "prompts", "shards")
     for options in (RequestOptions, LoadOptions):
         yield from (name for name, (_, option, _) in described(options).items() if option.flag)
 

@@ -1,0 +1,72 @@
+"""The flags about what a saved file holds: the record, the mark of AI, and content credentials."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from tiue_runtime.choices import Algorithm
+from tiue_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tiue_runtime.credentials import Credentials
+
+Save = Callable[["Image", Path, bool], None]
+"""Writes a picture to a path; the last argument says whether a file that exists is replaced."""
+
+
+def add_saving_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument(
+        "--metadata", action=argparse.BooleanOptionalAction, default=True, help="save how the picture was made"
+    )
+    parser.add_argument(
+        "--ai-mark", action=argparse.BooleanOptionalAction, default=True, help='mark the file as "made by AI"'
+    )
+    parser.add_argument(
+        "--certificates",
+        metavar="PEM",
+        help="sign files with content credentials (C2PA): your certificate, then its chain; needs c2pa-python",
+    )
+    parser.add_argument("--private-key", metavar="PEM", help="the key of the first certificate, without a password")
+    parser.add_argument(
+        "--key-algorithm",
+        choices=get_args(Algorithm),
+        default="es256",
+        help="of --private-key (default: es256, for keys on the curve P-256)",
+    )
+
+
+def saver(arguments: argparse.Namespace) -> Save:
+    """Return the function that saves pictures as the flags say.
+
+    Raises:
+        RequestError: a file cannot be read, c2pa-python is not installed, or it cannot sign with the key.
+    """
+    return partial(_save, arguments.metadata, arguments.ai_mark, _credentials(arguments))
+
+
+def _save(
+    metadata: bool, ai_mark: bool, credentials: "Credentials | None", image: "Image", path: Path, overwrite: bool
+) -> None:
+    from tiue_runtime.saving import save_picture
+
+    save_picture(image, path, metadata=metadata, ai_mark=ai_mark, credentials=credentials, overwrite=overwrite)
+
+
+def _credentials(arguments: argparse.Namespace) -> "Credentials | None":
+    """Read the certificates and the key, and sign a small picture before a large one is drawn."""
+    certificates, key = arguments.certificates, arguments.private_key
+    if certificates is None and key is None:
+        return None
+    if certificates is None or key is None:
+        missing = "certificates" if certificates is None else "private_key"
+        raise RequestError(f"{missing}: content credentials need both --certificates and --private-key")
+    from tiue_runtime.credentials import Credentials
+
+    credentials = Credentials.load(certificates, key, arguments.key_algorithm)
+    credentials.check()
+    return credentials
