@@ -9,6 +9,7 @@ import pytest
 from tiue_runtime import Pipeline, RequestError, read_record
 from tiue_runtime.credentials import Credentials
 from tiue_runtime.metadata import AI_SOURCE
+from tiue_runtime.tools.cli import main
 
 TINY = "runtime/tests/data/tiny"
 ENDINGS = ("png", "jpg", "webp")
@@ -134,3 +135,37 @@ def test_signatures_go_to_streams_too(result, chain):
     buffer = io.BytesIO()
     result.images[0].save(buffer, "PNG", credentials=Credentials.load(*chain[:2]))
     assert b"c2pa" in buffer.getvalue()
+
+
+def test_a_signature_that_reads_otherwise_is_refused(result, chain, tmp_path, monkeypatch):
+    class Reader(c2pa.Reader):
+        def json(self):
+            return json.dumps({"validation_state": "Invalid"})
+
+    monkeypatch.setattr(c2pa, "Reader", Reader)
+    with pytest.raises(RequestError, match="expected a valid signature in the picture, but it reads as Invalid"):
+        result.save(tmp_path / "a.png", credentials=Credentials.load(*chain[:2]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_command_line_signs(chain, tmp_path, capsys, ending):
+    keys = ["--certificates", str(chain[0]), "--private-key", str(chain[1])]
+    command = ["--bundle", TINY, *keys, "--quiet"]
+    assert main(["generate", "a red heart", "-o", str(tmp_path / f"a.{ending}"), *command]) == 0
+    assert main(["generate", "a red heart", "--grid", "-o", str(tmp_path / f"grid.{ending}"), *command]) == 0
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red heart"}')
+    assert main(["batch", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--format", ending, *command]) == 0
+    assert capsys.readouterr().err == ""
+    for name in ("a", "grid", "out/000001"):
+        assert manifest_store(tmp_path / f"{name}.{ending}", chain[2])["validation_state"] == "Trusted"
+
+
+def test_the_command_line_refuses_a_wrong_key_before_anything_is_loaded(chain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tiue_runtime.pipeline.Pipeline.load", lambda *_, **__: pytest.fail("loaded"))
+    for flags in (["--private-key", str(chain[0])], ["--private-key", str(chain[1]), "--key-algorithm", "ed25519"]):
+        command = ["generate", "a", "-o", str(tmp_path / "a.png"), "--bundle", TINY, "--certificates", str(chain[0])]
+        assert main([*command, *flags]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("tiue-runtime: error: credentials: ") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())

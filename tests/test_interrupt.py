@@ -269,3 +269,24 @@ def test_an_error_that_was_handled_keeps_no_memory(call):
         assert kept[0]() is None
     finally:
         gc.enable()
+
+
+def test_an_interrupt_right_after_a_call_has_begun_ends_the_call(monkeypatch):
+    """A call that is left behind in native code would abort the process when Python ends."""
+    ended, stopped = threading.Event(), threading.Event()
+
+    class Calls(interrupt.SimpleQueue):
+        def put(self, call):
+            super().put(call)
+            if call is not None and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+
+    def call():
+        stopped.wait(10)
+        ended.set()
+
+    monkeypatch.setattr(interrupt, "SimpleQueue", Calls)
+    monkeypatch.setattr(interrupt, "_idle", [])
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.interruptible(call, "a call", stop=stopped.set)
+    assert ended.is_set()

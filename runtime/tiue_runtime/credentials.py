@@ -74,8 +74,11 @@ class Credentials:
     def sign(self, picture: bytes, format: str) -> bytes:
         """Return the bytes of a picture in "PNG", "JPEG" or "WEBP" with a signed manifest in it.
 
+        The signed picture is read back. Whether viewers trust the certificate is not asked.
+
         Raises:
-            RequestError: c2pa-python is not installed, or it refuses certificates, key or algorithm.
+            RequestError: c2pa-python is not installed, it refuses certificates, key or algorithm, or it reads another
+                signature than it wrote.
         """
         try:
             module = importlib.import_module("c2pa")
@@ -94,10 +97,14 @@ class Credentials:
                 c2pa.Builder.from_json(json.dumps(_manifest()), context) as builder,
             ):
                 builder.sign(signer, _MIME[format], io.BytesIO(picture), signed)
+                with c2pa.Reader(_MIME[format], io.BytesIO(signed.getvalue()), context=context) as reader:
+                    state = json.loads(reader.json()).get("validation_state")
         except (c2pa.C2paError, ValueError, TypeError) as error:
             raise RequestError(
                 f"credentials: c2pa-python cannot sign with these certificates and this key: {clip(str(error), 300)}"
             ) from error
+        if state not in ("Valid", "Trusted"):
+            raise RequestError(f"credentials: expected a valid signature in the picture, but it reads as {state}")
         return signed.getvalue()
 
 

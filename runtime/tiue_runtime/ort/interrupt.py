@@ -57,8 +57,9 @@ def interruptible(
         finally:
             done.set()
 
-    _on_a_worker(work)
+    worker = _free_worker()
     try:
+        worker.calls.put(work)  # in this block, or an interrupt right after it would leave the call behind
         while not done.wait(POLL_SECONDS):
             if cancelled is not None and cancelled():
                 raise Cancelled(f"cancelled while {what} ran")
@@ -90,12 +91,11 @@ _idle: list[_Worker] = []
 after_fork(_idle.clear)  # Threads do not survive a fork.
 
 
-def _on_a_worker(call: Callable[[], None]) -> None:
+def _free_worker() -> _Worker:
     try:
-        worker = _idle.pop()
+        return _idle.pop()
     except IndexError:
-        worker = _Worker()
-    worker.calls.put(call)
+        return _Worker()
 
 
 def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) -> None:

@@ -12,6 +12,7 @@ batch_command     pictures of many prompts, continued after a kill
 batch_lines       the lines of its input
 batch_directory   its pictures and their manifest
 shards            tar files in webdataset's layout
+completion        scripts for shells
 info_command      what a bundle is
 model_commands    pull, list, remove, sign, verify
 doctor            the installed parts, and whether they work

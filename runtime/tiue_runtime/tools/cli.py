@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError, remedy
 from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
-from tiue_runtime.tools import batch_command, generate_command, model_commands, serve_command
+from tiue_runtime.tools import batch_command, completion, generate_command, model_commands, serve_command
 from tiue_runtime.tools.console import print_rows, say, write
 from tiue_runtime.tools.info_command import describe
 from tiue_runtime.tools.saving_flags import add_saving_flags
@@ -146,6 +146,9 @@ def _parser() -> _Parser:
     model_commands.register(partial(_command, commands), write)
     serve_command.register(partial(_command, commands), write, _option_flags, _given)
 
+    complete = _command(commands, "completion", partial(_completion, parser), "print a script for a shell's completion")
+    completion.add_arguments(complete)
+
     doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
     _bundle_flag(doctor)
     doctor.add_argument("--device", help="with this or --bundle, load the graphs and count the nodes of each provider")
@@ -157,6 +160,11 @@ def _parser() -> _Parser:
     _option_flags(bench, RequestOptions)
     _option_flags(bench, LoadOptions)
     return parser
+
+
+def _completion(parser: _Parser, arguments: argparse.Namespace) -> int:
+    write(completion.script(parser, arguments.shell), end="")
+    return 0
 
 
 def _help(parser: _Parser, _: argparse.Namespace) -> int:
