@@ -15,6 +15,7 @@ shards            tar files in webdataset's layout
 completion        scripts for shells
 info_command      what a bundle is
 model_commands    pull, list, remove, sign, verify
+serve_command     a server
 doctor            the installed parts, and whether they work
 bench             seconds per picture, graph by graph
 """
