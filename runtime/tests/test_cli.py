@@ -97,6 +97,11 @@ MISTAKES = {
     "no such picture": (["generate", "--from", "TMP/a.png"], "a.png: cannot be read"),
     "seed of a picture": (["generate", "--from", "TMP/a.png", "--seed", "1"], "--seed: with --from, the record"),
     "guidance": (["generate", "a", "--guidance-scale", "7"], "--guidance-scale: guidance was distilled"),
+    "spelling of diffusers": (["generate", "a", "--guidance_scale", "7"], "--guidance-scale: guidance was distilled"),
+    "prompt as a flag": (["generate", "--prompt", "a"], "write the description without a flag"),
+    "flag that is close": (["generate", "a", "--sede", "2"], "--sede 2; did you mean --seed? (see"),
+    "flag of others": (["generate", "a", "--model", "x"], "did you mean --bundle? (see tiue-runtime generate --help)"),
+    "no command": (["a red heart"], "to draw something: tiue-runtime generate a red heart"),
     "steps of diffusers": (["generate", "a", "--num-inference-steps", "4"], "use --steps"),
     "unknown command": (["draw"], "invalid choice: 'draw'"),
     "unknown flag": (

@@ -1,7 +1,9 @@
 """The command line: `tiue-runtime` and `python -m tiue_runtime`."""
 
 import argparse
+import difflib
 import io
+import re
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ from tiue_runtime.tools.saving_flags import add_saving_flags
 T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
+_FOREIGN = {"--model": "--bundle", "-n": "--num-images", "--count": "--num-images", "-s": "--seed", "-p": "--prompts"}
 _SHOWN = 300  # characters of a message about flags
 
 
@@ -28,7 +31,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        short = message if len(message) <= _SHOWN else f"{message[: _SHOWN - 3]}..."
+        if message.startswith("argument COMMAND: invalid choice: "):
+            message += "; to draw something: tiue-runtime generate a red heart"
+        short = message if len(message) <= _SHOWN else f"{message[: _SHOWN - 100]} ... {message[-100:]}"
         raise RequestError(f"{short} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -44,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     in_main = threading.current_thread() is threading.main_thread()  # Only there can signals be handled.
     before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
-        arguments = _parser().parse_args(argv)
+        arguments, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], arguments.parser)}")
         command: Callable[[argparse.Namespace], int] = arguments.command
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
@@ -66,6 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _meant(flag: str, parser: argparse.ArgumentParser) -> str:
+    """Suggest the flag that was probably meant, if there is one."""
+    flags: list[str] = re.findall(r"(?<![\w-])--[a-z][\w-]*", parser.format_help())
+    close = difflib.get_close_matches(_FOREIGN.get(flag, flag), flags, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -117,7 +131,7 @@ def _parser() -> _Parser:
         epilog="Start with: tiue-runtime generate a red heart",
     )
     parser.add_argument("--version", action="version", version=f"tiue-runtime {__version__}")
-    parser.set_defaults(command=partial(_help, parser))
+    parser.set_defaults(command=partial(_help, parser), parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them")
@@ -179,7 +193,7 @@ def _command(
     summary: str,
 ) -> _Parser:
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, parser=parser)
     return parser
 
 
@@ -215,8 +229,8 @@ class _Lesson(argparse.Action):
 
 def _lesson_flags(parser: _Parser) -> None:
     for name in LESSONS:
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, dest=name, nargs="?", action=_Lesson, help=argparse.SUPPRESS)
+        flags = dict.fromkeys(("--" + name.replace("_", "-"), f"--{name}"))
+        parser.add_argument(*flags, dest=name, nargs="?", action=_Lesson, help=argparse.SUPPRESS)
 
 
 def _given(arguments: argparse.Namespace, options: type[T]) -> T:

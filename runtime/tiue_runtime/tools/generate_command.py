@@ -31,6 +31,7 @@ FIELDS_HELP = "{prompt}, {seed}, {index}, {width}, {height}, {steps} and {bundle
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that are neither options of the library nor about the content of files."""
     parser.add_argument("prompt", nargs="*", help="a description of the picture, for example: a red heart")
+    parser.add_argument("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -84,6 +85,8 @@ def generate(arguments: argparse.Namespace, loading: LoadOptions, request: Reque
 
 def _check_sources(arguments: argparse.Namespace, request: RequestOptions) -> None:
     """Raise RequestError unless exactly one thing says what to draw."""
+    if arguments.prompt_flag is not None:
+        raise RequestError("prompt: write the description without a flag, as in: tiue-runtime generate a red heart")
     given = [
         name
         for name, value in (
