@@ -8,6 +8,13 @@ import { startBrowser, startServer } from "./browser.js";
 import type * as Inside from "./inside.js";
 
 const PICTURES = 20;
+const SWIFTSHADER = [
+  "--enable-unsafe-webgpu",
+  "--use-webgpu-adapter=swiftshader",
+  "--enable-features=Vulkan",
+  "--disable-gpu-sandbox",
+  "--ignore-gpu-blocklist",
+];
 
 function median(values: number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
@@ -92,7 +99,7 @@ async function inNode(threads: number, device: "cpu" | "wasm"): Promise<void> {
 
 console.log(`${cpus().length} x ${cpus()[0]?.model ?? ""}`);
 if (process.argv.includes("--webgpu")) {
-  await inChromium({ device: "webgpu" }, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]);
+  await inChromium({ device: "webgpu" }, SWIFTSHADER);
 } else {
   await inChromium({ device: "wasm", threads: 1 });
   await inChromium({ device: "wasm", threads: 2 });
