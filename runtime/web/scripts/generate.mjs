@@ -53,5 +53,7 @@ await writeFile(`${generated}/lessons.ts`, `${about}export const LESSONS: Record
 // Sets of characters, for use inside the brackets of regular expressions with the flag u.
 const sets = JSON.parse(await readFile(`${root}../tests/data/vectors/characters.json`, "utf8"));
 const range = ([first, last]) => `\\u{${first.toString(16)}}-\\u{${last.toString(16)}}`;
-const lines = sets.map(({ set, ranges }) => `export const ${set.toUpperCase()} = ${JSON.stringify(ranges.map(range).join(""))};\n`);
+const lines = sets.map(
+  ({ set, ranges }) => `export const ${set.toUpperCase()} = ${JSON.stringify(ranges.map(range).join(""))};\n`,
+);
 await writeFile(`${generated}/characters.ts`, `${about}${lines.join("")}`);

@@ -101,7 +101,16 @@ export function shorten(value: unknown): string {
 
 /** Return text for a message: one line of at most `most` printable characters. */
 export function clip(text: string, most: number = SHOWN): string {
-  return cut(printable(text.slice(0, 4 * most).split(/\s+/).filter(Boolean).join(" ")), most);
+  return cut(
+    printable(
+      text
+        .slice(0, 4 * most)
+        .split(/\s+/)
+        .filter(Boolean)
+        .join(" "),
+    ),
+    most,
+  );
 }
 
 function shown(value: unknown): string {

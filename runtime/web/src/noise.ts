@@ -14,7 +14,8 @@ const ROUNDS = 10;
 /** Return the seed of the first of `count` pictures. Throws RequestError unless all are integers in [0, 2**64). */
 export function checkSeed(seed: unknown, count = 1): bigint {
   const integer = typeof seed === "bigint" || (typeof seed === "number" && Number.isInteger(seed));
-  if (!integer) throw new RequestError(`seed: expected an integer in [0, 2**64), got ${shorten(seed)} (${typeof seed})`);
+  if (!integer)
+    throw new RequestError(`seed: expected an integer in [0, 2**64), got ${shorten(seed)} (${typeof seed})`);
   if (typeof seed === "number" && !Number.isSafeInteger(seed)) {
     throw new RequestError(`seed: expected a bigint for seeds of 2**53 and more, for example 2n ** 60n, got ${seed}`);
   }

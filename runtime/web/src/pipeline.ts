@@ -3,7 +3,14 @@ import { sha256 } from "./bundle/sha256.js";
 import type { Manifest } from "./bundle/manifest.js";
 import { Cancelled, RequestError } from "./errors.js";
 import { VERSION } from "./generated/version.js";
-import { checkLoadOptions, checkRequestOptions, type Device, type LoadOptions, type Mode, type RequestOptions } from "./options.js";
+import {
+  checkLoadOptions,
+  checkRequestOptions,
+  type Device,
+  type LoadOptions,
+  type Mode,
+  type RequestOptions,
+} from "./options.js";
 import { Picture, rgbOf } from "./picture/picture.js";
 import type { Record } from "./picture/record.js";
 import { openEngine } from "#platform";

@@ -19,7 +19,7 @@ beforeEach(async () => {
 });
 after(() => rm(copy, { recursive: true }));
 
-type Json = { [key: string]: any }; // eslint-disable-line @typescript-eslint/no-explicit-any
+type Json = { [key: string]: any };
 
 async function edited(change: (content: Json) => unknown): Promise<void> {
   const path = join(copy, "bundle.json");
@@ -38,31 +38,87 @@ function refused(message: RegExp, options?: LoadOptions, Kind: typeof BundleErro
 }
 
 const CHANGES: [string, (content: Json) => unknown, RegExp][] = [
-  ["a newer format", (b) => (b["format"] = 2), /bundle\.json: format: this tiue-runtime reads 1, got 2: written by a newer tiue; install a newer/],
+  [
+    "a newer format",
+    (b) => (b["format"] = 2),
+    /bundle\.json: format: this tiue-runtime reads 1, got 2: written by a newer tiue; install a newer/,
+  ],
   ["format 0", (b) => (b["format"] = 0), /format: expected 1, got 0\. Export the bundle again/],
   ["a format of text", (b) => (b["format"] = "1"), /format: expected an integer, got '1'/],
   ["a missing field", (b) => delete b["name"], /missing field name\. Export/],
   ["an unknown field", (b) => (b["extra"] = 1), /unknown field extra\./],
   ["a wrong type", (b) => (b["latent_channels"] = "4"), /latent_channels: expected an integer, got '4' \(string\)/],
-  ["a large number", (b) => (b["text_length"] = 100_000), /text_length: expected a number >= 1 and <= 65536, got 100000/],
+  [
+    "a large number",
+    (b) => (b["text_length"] = 100_000),
+    /text_length: expected a number >= 1 and <= 65536, got 100000/,
+  ],
   ["a wrong choice", (b) => (b["precision"] = "fp8"), /precision: expected one of fp32, fp16, bf16, int8, got 'fp8'/],
   ["a control character", (b) => (b["name"] = "a\u001b[31m"), /name: expected printable characters, got 'a\\x1b\[31m'/],
-  ["a key that is no step count", (b) => (b["schedules"] = { "04": b["schedules"]["4"] }), /schedules: expected step counts as keys, for example '4', got '04'/],
-  ["a wrong hash", (b) => (b["files"]["tokenizer.json"]["sha256"] = "XY"), /files\.tokenizer\.json\.sha256: expected \^\[0-9a-f\]\{64\}\$, got 'XY'/],
+  [
+    "a key that is no step count",
+    (b) => (b["schedules"] = { "04": b["schedules"]["4"] }),
+    /schedules: expected step counts as keys, for example '4', got '04'/,
+  ],
+  [
+    "a wrong hash",
+    (b) => (b["files"]["tokenizer.json"]["sha256"] = "XY"),
+    /files\.tokenizer\.json\.sha256: expected \^\[0-9a-f\]\{64\}\$, got 'XY'/,
+  ],
   ["an empty name", (b) => (b["name"] = ""), /name: expected 1 to 200 characters, got 0/],
   ["too few numbers", (b) => (b["preview"]["bias"] = [1]), /preview\.bias: expected 3 to 3 items, got 1/],
-  ["a wrong multiple", (b) => (b["size_multiple"] = 3), /size_multiple: expected a multiple of pixels_per_latent \(2\), got 3/],
-  ["a wrong size", (b) => (b["default_width"] = 10), /default_width: expected a positive multiple of size_multiple \(4\), got 10/],
-  ["a schedule of another length", (b) => b["schedules"]["4"]["timesteps"].pop(), /schedules\.4: expected 4 timesteps and 4 step_weights, got '3 and 4'/],
-  ["timesteps that rise", (b) => b["schedules"]["4"]["timesteps"].reverse(), /schedules\.4\.timesteps: expected decreasing timesteps/],
-  ["an unknown timestep", (b) => (b["schedules"]["2"]["timesteps"] = [500, 1]), /schedules\.2\.timesteps: expected timesteps of decoder_timesteps, got \[500\]/],
-  ["a default that is no step count", (b) => (b["default_steps"] = 3), /default_steps: expected a step count of schedules \(2, 4\), got 3/],
-  ["a missing graph", (b) => delete b["variants"]["portable"]["vae_decoder"], /variants\.portable: expected the graphs text_encoder, unet_encoder/],
-  ["a path outside", (b) => (b["variants"]["portable"]["vae_decoder"] = "../x.onnx"), /variants\.portable\.vae_decoder: expected a file name inside the bundle/],
+  [
+    "a wrong multiple",
+    (b) => (b["size_multiple"] = 3),
+    /size_multiple: expected a multiple of pixels_per_latent \(2\), got 3/,
+  ],
+  [
+    "a wrong size",
+    (b) => (b["default_width"] = 10),
+    /default_width: expected a positive multiple of size_multiple \(4\), got 10/,
+  ],
+  [
+    "a schedule of another length",
+    (b) => b["schedules"]["4"]["timesteps"].pop(),
+    /schedules\.4: expected 4 timesteps and 4 step_weights, got '3 and 4'/,
+  ],
+  [
+    "timesteps that rise",
+    (b) => b["schedules"]["4"]["timesteps"].reverse(),
+    /schedules\.4\.timesteps: expected decreasing timesteps/,
+  ],
+  [
+    "an unknown timestep",
+    (b) => (b["schedules"]["2"]["timesteps"] = [500, 1]),
+    /schedules\.2\.timesteps: expected timesteps of decoder_timesteps, got \[500\]/,
+  ],
+  [
+    "a default that is no step count",
+    (b) => (b["default_steps"] = 3),
+    /default_steps: expected a step count of schedules \(2, 4\), got 3/,
+  ],
+  [
+    "a missing graph",
+    (b) => delete b["variants"]["portable"]["vae_decoder"],
+    /variants\.portable: expected the graphs text_encoder, unet_encoder/,
+  ],
+  [
+    "a path outside",
+    (b) => (b["variants"]["portable"]["vae_decoder"] = "../x.onnx"),
+    /variants\.portable\.vae_decoder: expected a file name inside the bundle/,
+  ],
   ["a missing entry", (b) => delete b["files"]["tokenizer.json"], /files: expected an entry for tokenizer\.json/],
-  ["names that differ by capitals", (b) => (b["files"]["readme.md"] = b["files"]["README.md"]), /files: expected names that differ by more than capitals/],
+  [
+    "names that differ by capitals",
+    (b) => (b["files"]["readme.md"] = b["files"]["README.md"]),
+    /files: expected names that differ by more than capitals/,
+  ],
   ["a matrix of another height", (b) => b["preview"]["matrix"].pop(), /preview\.matrix: expected 4 rows, got 3/],
-  ["memory of an unknown graph", (b) => (b["memory"] = { portable: { x: { per_latent: 1, per_latent_squared: 0 } } }), /memory\.portable: expected graphs among/],
+  [
+    "memory of an unknown graph",
+    (b) => (b["memory"] = { portable: { x: { per_latent: 1, per_latent_squared: 0 } } }),
+    /memory\.portable: expected graphs among/,
+  ],
 ];
 
 for (const [name, change, message] of CHANGES) {
@@ -107,15 +163,25 @@ test("refuses a directory without a bundle", async () => {
 
 test("refuses a tokenizer of another length", async () => {
   await edited((b) => (b["text_length"] = 9));
-  await refused(/tokenizer\.json: .*expected padding and truncation to text_length 9, got padding to 8 and truncation to 8/);
+  await refused(
+    /tokenizer\.json: .*expected padding and truncation to text_length 9, got padding to 8 and truncation to 8/,
+  );
 });
 
 test("refuses devices, variants and image decoders that are not there", async () => {
-  await refused(/^device: expected one of auto, webgpu, wasm, cpu, cuda, got 'tpu'/, { device: "tpu" } as unknown as LoadOptions, RequestError);
+  await refused(
+    /^device: expected one of auto, webgpu, wasm, cpu, cuda, got 'tpu'/,
+    { device: "tpu" } as unknown as LoadOptions,
+    RequestError,
+  );
   await refused(/^device: cuda does not work here: /, { device: "cuda" }, DeviceError);
   await refused(/^variant: the bundle has portable, got cpu/, { variant: "cpu" }, DeviceError);
   await refused(/^vae: bundle tiny has kl, got tiny/, { vae: "tiny" }, RequestError);
-  await refused(/^unexpected option 'provider'; expected some of device/, { provider: 1 } as unknown as LoadOptions, RequestError);
+  await refused(
+    /^unexpected option 'provider'; expected some of device/,
+    { provider: 1 } as unknown as LoadOptions,
+    RequestError,
+  );
   await refused(/^threads: expected at least 1, got 0/, { threads: 0 }, RequestError);
 });
 
@@ -130,7 +196,8 @@ test("external data is found in graphs, and must be listed", async () => {
 
 /** Return an ONNX file of one tensor whose bytes lie in another file. */
 function withExternalData(location: string): Uint8Array {
-  const field = (number: number, data: Uint8Array): Uint8Array => Buffer.concat([Buffer.from([number * 8 + 2, data.length]), data]);
+  const field = (number: number, data: Uint8Array): Uint8Array =>
+    Buffer.concat([Buffer.from([number * 8 + 2, data.length]), data]);
   const entry = Buffer.concat([field(1, Buffer.from("location")), field(2, Buffer.from(location))]);
   const tensor = field(13, entry);
   return new Uint8Array(field(7, field(5, tensor)));
@@ -150,7 +217,10 @@ test("a bundle behind a URL draws in Node, and damage is noticed by its sha256",
   try {
     const fetched = await Pipeline.load(url);
     const local = await Pipeline.load(TINY);
-    assert.deepEqual((await fetched("a red heart", { seed: 1 })).latents, (await local("a red heart", { seed: 1 })).latents);
+    assert.deepEqual(
+      (await fetched("a red heart", { seed: 1 })).latents,
+      (await local("a red heart", { seed: 1 })).latents,
+    );
     damaged = "unet_decoder.onnx";
     await assert.rejects(Pipeline.load(url), /BundleError: .*content differs from bundle\.json: unet_decoder\.onnx/);
   } finally {

@@ -39,7 +39,19 @@ test("a picture is saved with its record", async () => {
 
 test("several pictures are numbered, and JSON holds large seeds", async () => {
   const seed = String(2n ** 63n);
-  const made = await run(["generate", "a red heart", "-o", "two.png", "--num-images", "2", "--seed", seed, "--json", "--bundle", TINY]);
+  const made = await run([
+    "generate",
+    "a red heart",
+    "-o",
+    "two.png",
+    "--num-images",
+    "2",
+    "--seed",
+    seed,
+    "--json",
+    "--bundle",
+    TINY,
+  ]);
   assert.equal(made.code, 0);
   const expected = `{"path":"two-1.png","width":12,"height":8,"seed":${seed},"prompt":"a red heart"}`;
   assert.equal(made.out.split("\n")[0], expected);
@@ -48,7 +60,10 @@ test("several pictures are numbered, and JSON holds large seeds", async () => {
 
 test("without a name, the file is named after prompt and seed, and never replaces another", async () => {
   for (const name of ["a-red-heart-1.png", "a-red-heart-1-again-2.png"]) {
-    assert.match((await run(["generate", "a red heart", "--seed", "1", "--bundle", TINY])).out, new RegExp(`^${name} `));
+    assert.match(
+      (await run(["generate", "a red heart", "--seed", "1", "--bundle", TINY])).out,
+      new RegExp(`^${name} `),
+    );
   }
 });
 
@@ -61,9 +76,18 @@ const MISTAKES: [string[], RegExp][] = [
   [["generate", "a", "--colour"], /^Unknown option '--colour' \(see tiue-runtime --help\)$/],
   [["generate", "a", "--guidance-scale=7"], /^--guidance-scale: guidance was distilled/],
   [["generate", "a", "--num-images-per-prompt", "7"], /^--num-images-per-prompt: use --num-images$/],
-  [["generate", "a", "-o", "a.jpg", "--bundle", TINY], /^--out: expected a file name that ends in \.png, got 'a\.jpg'$/],
-  [["generate", "a", "-o", "no/such/a.png", "--bundle", TINY], /^--out: cannot write no\/such\/a\.png: No such file or directory$/],
-  [["generate", "a", "--timeout", "-1", "--bundle", TINY], /^--timeout: expected a number of seconds above 0, got '-1'$/],
+  [
+    ["generate", "a", "-o", "a.jpg", "--bundle", TINY],
+    /^--out: expected a file name that ends in \.png, got 'a\.jpg'$/,
+  ],
+  [
+    ["generate", "a", "-o", "no/such/a.png", "--bundle", TINY],
+    /^--out: cannot write no\/such\/a\.png: No such file or directory$/,
+  ],
+  [
+    ["generate", "a", "--timeout", "-1", "--bundle", TINY],
+    /^--timeout: expected a number of seconds above 0, got '-1'$/,
+  ],
   [["draw"], /^expected the command generate, got 'draw'/],
 ];
 
@@ -82,7 +106,16 @@ test("help and version", async () => {
 });
 
 test("a timeout ends with 2", async () => {
-  const { code, err } = await run(["generate", "a red heart", "--timeout", "0.001", "--num-images", "2000", "--bundle", TINY]);
+  const { code, err } = await run([
+    "generate",
+    "a red heart",
+    "--timeout",
+    "0.001",
+    "--num-images",
+    "2000",
+    "--bundle",
+    TINY,
+  ]);
   assert.equal(code, 2);
   assert.equal(err, "tiue-runtime: error: --timeout: 0.001 seconds were over\n");
 });

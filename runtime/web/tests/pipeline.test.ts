@@ -4,7 +4,15 @@ import { createHash } from "node:crypto";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { inflateSync } from "node:zlib";
-import { Cancelled, Pipeline, RequestError, type DeviceName, type LoadOptions, type RequestOptions, type Result } from "../src/index.js";
+import {
+  Cancelled,
+  Pipeline,
+  RequestError,
+  type DeviceName,
+  type LoadOptions,
+  type RequestOptions,
+  type Result,
+} from "../src/index.js";
 import { rgbOf } from "../src/picture/picture.js";
 import { decibels, EMOJI, floats, HEAVY, largestDifference, ROOT, TINY, vectors } from "./shared.js";
 
@@ -20,7 +28,14 @@ after(() => pipe.dispose());
 interface Case {
   bundle: string;
   prompts: string[];
-  options: { seed: string; memory?: "sequential"; num_images?: number; steps?: number; height?: number; width?: number };
+  options: {
+    seed: string;
+    memory?: "sequential";
+    num_images?: number;
+    steps?: number;
+    height?: number;
+    width?: number;
+  };
   seeds: string[];
   shape: number[];
   latents: number[];
@@ -88,7 +103,10 @@ test("pictures of a batch are those that each seed gives alone", async () => {
   assert.deepEqual(batch.seeds, [5n, 6n, 7n, 8n]);
   const alone = await pipe("a blue star", { seed: 7 });
   assert.deepEqual(batch.images[2]?.data, alone.images[0]?.data);
-  assert.deepEqual(batch.images.map((image) => image.record?.prompt), ["a red heart", "a red heart", "a blue star", "a blue star"]);
+  assert.deepEqual(
+    batch.images.map((image) => image.record?.prompt),
+    ["a red heart", "a red heart", "a blue star", "a blue star"],
+  );
 });
 
 test("without a seed, each call gets another one", async () => {

@@ -27,11 +27,20 @@ test("noise has the same bits", () => {
 });
 
 test("prompts have the same tokens", async () => {
-  type Case = { bundle: string; length: number; prompt: string; times: number; ids: number[]; mask: number[]; cut: boolean };
+  type Case = {
+    bundle: string;
+    length: number;
+    prompt: string;
+    times: number;
+    ids: number[];
+    mask: number[];
+    cut: boolean;
+  };
   const tokenizers = new Map<string, PromptTokenizer>();
   for (const one of vectors<Case>("tokens.json")) {
     const known = tokenizers.get(one.bundle);
-    const tokenizer = known ?? new PromptTokenizer(await readFile(join(ROOT, one.bundle, "tokenizer.json")), one.length);
+    const tokenizer =
+      known ?? new PromptTokenizer(await readFile(join(ROOT, one.bundle, "tokenizer.json")), one.length);
     tokenizers.set(one.bundle, tokenizer);
     const made = tokenizer.encode([one.prompt.repeat(one.times)]);
     const about = `${one.bundle}: ${JSON.stringify(one.prompt)} x ${one.times}`;

@@ -104,7 +104,9 @@ export class Bundle {
   #info(name: string): FileInfo {
     const info = Object.hasOwn(this.manifest.files, name) ? this.manifest.files[name] : undefined;
     if (!info) {
-      throw new BundleError(`${this.source.where}: expected external data among the files of ${MANIFEST}, got ${name}. ${REMEDY}`);
+      throw new BundleError(
+        `${this.source.where}: expected external data among the files of ${MANIFEST}, got ${name}. ${REMEDY}`,
+      );
     }
     return info;
   }

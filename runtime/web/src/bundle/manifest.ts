@@ -75,7 +75,8 @@ function describe({ instancePath, keyword, params, schema, parentSchema, data, p
   const parts = instancePath.split("/").slice(1);
   const names = parts.map((part) => part.replaceAll("~1", "/").replaceAll("~0", "~"));
   const where = clip(names.reduce((path, name) => join(path, name), "")) || MANIFEST;
-  if (keyword === "required") return `missing field ${clip(join(parts.length ? where : "", String(params["missingProperty"])))}`;
+  if (keyword === "required")
+    return `missing field ${clip(join(parts.length ? where : "", String(params["missingProperty"])))}`;
   if (keyword === "additionalProperties") {
     return `unknown field ${clip(join(parts.length ? where : "", String(params["additionalProperty"])))}`;
   }
@@ -89,8 +90,10 @@ function describe({ instancePath, keyword, params, schema, parentSchema, data, p
   if (keyword === "pattern") {
     return `${where}: expected ${String(schema).includes("u0000") ? "printable characters" : String(schema)}, ${got}`;
   }
-  const least = parentSchema["minimum"] ?? parentSchema["minLength"] ?? parentSchema["minItems"] ?? parentSchema["minProperties"];
-  const most = parentSchema["maximum"] ?? parentSchema["maxLength"] ?? parentSchema["maxItems"] ?? parentSchema["maxProperties"];
+  const least =
+    parentSchema["minimum"] ?? parentSchema["minLength"] ?? parentSchema["minItems"] ?? parentSchema["minProperties"];
+  const most =
+    parentSchema["maximum"] ?? parentSchema["maxLength"] ?? parentSchema["maxItems"] ?? parentSchema["maxProperties"];
   if (keyword === "minimum" || keyword === "maximum") {
     const bounds = [least === undefined ? "" : `>= ${String(least)}`, most === undefined ? "" : `<= ${String(most)}`];
     return `${where}: expected a number ${bounds.filter(Boolean).join(" and ")}, ${got}`;
@@ -131,7 +134,8 @@ function checkRelations(manifest: Manifest): void {
   require(new Set(vaes).size === vaes.length, "vaes", "different kinds", vaes);
   const known = graphsOf(manifest);
   for (const [variant, graphs] of Object.entries(manifest.memory ?? {})) {
-    require(variant in manifest.variants, "memory", `variants among ${Object.keys(manifest.variants).join(", ")}`, variant);
+    require(variant in
+      manifest.variants, "memory", `variants among ${Object.keys(manifest.variants).join(", ")}`, variant);
     for (const graph of Object.keys(graphs)) {
       require(known.includes(graph), `memory.${variant}`, `graphs among ${known.join(", ")}`, graph);
     }
@@ -146,7 +150,9 @@ function checkSizes(manifest: Manifest): void {
   const sizes: [string, number][] = [
     ["default_height", manifest.default_height],
     ["default_width", manifest.default_width],
-    ...(manifest.sizes ?? []).flatMap((pair, i) => pair.map((size, j): [string, number] => [`sizes[${i}][${j}]`, size])),
+    ...(manifest.sizes ?? []).flatMap((pair, i) =>
+      pair.map((size, j): [string, number] => [`sizes[${i}][${j}]`, size]),
+    ),
   ];
   for (const [name, size] of sizes) {
     require(size > 0 && size % multiple === 0, name, `a positive multiple of size_multiple (${multiple})`, size);

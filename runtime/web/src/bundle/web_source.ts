@@ -222,7 +222,9 @@ export class WebSource implements Source {
     const { signal } = this.options;
     return new Promise((resolve, reject) => {
       setTimeout(resolve, milliseconds);
-      signal?.addEventListener("abort", () => reject(new Cancelled("cancelled while files were fetched")), { once: true });
+      signal?.addEventListener("abort", () => reject(new Cancelled("cancelled while files were fetched")), {
+        once: true,
+      });
     });
   }
 

@@ -13,8 +13,17 @@ interface Flag {
 }
 
 export const OPTIONS: Flag[] = [
-  { name: "bundle", kind: "text", help: "the bundle's directory or URL (default: the environment variable TIUE_BUNDLE)" },
-  { name: "out", kind: "text", short: "o", help: "file to save, .png; with several pictures, FILE-1.png, FILE-2.png, ... (default: a new file named after the prompt and the seed)" },
+  {
+    name: "bundle",
+    kind: "text",
+    help: "the bundle's directory or URL (default: the environment variable TIUE_BUNDLE)",
+  },
+  {
+    name: "out",
+    kind: "text",
+    short: "o",
+    help: "file to save, .png; with several pictures, FILE-1.png, FILE-2.png, ... (default: a new file named after the prompt and the seed)",
+  },
   { name: "numImages", kind: "integer", help: "pictures; image j uses seed + j (default: 1)" },
   { name: "seed", kind: "seed", help: "0 <= seed < 2**64; the same seed gives the same picture (default: a new one)" },
   { name: "steps", kind: "integer", help: "a step count of the bundle (default: the bundle's)" },
@@ -22,7 +31,11 @@ export const OPTIONS: Flag[] = [
   { name: "width", kind: "integer", help: "pixels, a multiple of the bundle's size_multiple (default: the bundle's)" },
   { name: "memory", kind: "text", help: `${MEMORY.join(", ")} (default: auto)` },
   { name: "timeout", kind: "seconds", help: "seconds after which the request is cancelled" },
-  { name: "device", kind: "text", help: `${DEVICES.join(", ")}; a device requested by name is never replaced (default: auto)` },
+  {
+    name: "device",
+    kind: "text",
+    help: `${DEVICES.join(", ")}; a device requested by name is never replaced (default: auto)`,
+  },
   { name: "vae", kind: "text", help: "kl: the full image decoder; tiny: a small, fast one (default: the bundle's)" },
   { name: "variant", kind: "text", help: "the bundle's graphs to run (default: the best for the device)" },
   { name: "threads", kind: "integer", help: "threads of a graph (default: all cores)" },
@@ -81,7 +94,8 @@ export function parse(command: string, words: string[]): Arguments | null {
   const { bundle = process.env["TIUE_BUNDLE"], out, timeout, json, noMetadata, noAiMark, ...others } = given;
   const { device, vae, variant, threads, memory, ...request } = others;
   const prompt = positionals.join(" ");
-  if (!prompt) throw new RequestError("prompt: expected a description of the picture, got none (see tiue-runtime --help)");
+  if (!prompt)
+    throw new RequestError("prompt: expected a description of the picture, got none (see tiue-runtime --help)");
   if (!bundle) throw new RequestError("bundle: expected a directory or a URL, or the environment variable TIUE_BUNDLE");
   return {
     prompt,
@@ -134,7 +148,8 @@ function refuseLessons(words: string[]): void {
 
 function convert(name: string, kind: Kind, value: string | boolean): unknown {
   if (typeof value === "boolean" || kind === "text") return value;
-  const wrong = (expected: string): RequestError => new RequestError(`${name}: expected ${expected}, got ${shorten(value)}`);
+  const wrong = (expected: string): RequestError =>
+    new RequestError(`${name}: expected ${expected}, got ${shorten(value)}`);
   if (kind === "seconds") {
     const seconds = Number(value);
     if (!(seconds > 0 && seconds < 1e6)) throw wrong("a number of seconds above 0");

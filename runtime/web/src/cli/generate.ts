@@ -32,7 +32,10 @@ export async function generate(
     await replaceFile(path, await image.png({ metadata: given.metadata, aiMark: given.aiMark }));
     const seed = result.seeds[i] ?? 0n;
     const { width, height } = image;
-    const row = JSON.stringify({ path, width, height, seed: "SEED", prompt: given.prompt }).replace('"SEED"', String(seed));
+    const row = JSON.stringify({ path, width, height, seed: "SEED", prompt: given.prompt }).replace(
+      '"SEED"',
+      String(seed),
+    );
     say(given.json ? row : `${path}  ${width}x${height}  seed ${seed}`);
   }
   if (!given.json) say(`${(result.timings["total"] ?? 0).toFixed(2)} s on ${result.device}, without loading`);
@@ -52,9 +55,12 @@ async function checkPicturePath(path: string): Promise<void> {
     await access(dirname(path), constants.W_OK);
   } catch (error) {
     const missing = (error as NodeJS.ErrnoException).code === "ENOENT";
-    throw new RequestError(`out: cannot write ${shown}: ${missing ? "No such file or directory" : "Permission denied"}`, {
-      cause: error,
-    });
+    throw new RequestError(
+      `out: cannot write ${shown}: ${missing ? "No such file or directory" : "Permission denied"}`,
+      {
+        cause: error,
+      },
+    );
   }
 }
 
@@ -68,7 +74,11 @@ function numbered(path: string, index: number, count: number): string {
 
 /** Return a file name that no file has: a-red-heart-1.png, or a-red-heart-1-again-2.png if that exists. */
 function newName(prompt: string, seed: bigint, count: number): string {
-  const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, LONGEST_NAME).replace(/^-+|-+$/g, "");
+  const words = prompt
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .slice(0, LONGEST_NAME)
+    .replace(/^-+|-+$/g, "");
   for (let again = 1; ; again++) {
     const path = `${words.toWellFormed() || "picture"}-${seed}${again > 1 ? `-again-${again}` : ""}.png`;
     if (!Array.from({ length: count }, (_, i) => numbered(path, i, count)).some(existsSync)) return path;

@@ -55,14 +55,17 @@ function metadata(record: Record | null, aiMark: boolean): Bytes[] {
         `prompt: it is too long for the picture's metadata, ${json.length} bytes of at most ${MOST_BYTES}: pass metadata: false`,
       );
     }
-    chunks.push(text("parameters", parameters(record)), text("tiue", json), text("Software", `tiue-runtime ${VERSION}`));
+    chunks.push(
+      text("parameters", parameters(record)),
+      text("tiue", json),
+      text("Software", `tiue-runtime ${VERSION}`),
+    );
   }
   if (aiMark) chunks.push(internationalText(XMP, MARK));
   return chunks;
 }
 
 function text(key: string, value: string): Bytes {
-  // eslint-disable-next-line no-control-regex
   return /^[\0-\x7f]*$/.test(value) ? chunk("tEXt", utf8(`${key}\0${value}`)) : internationalText(key, value);
 }
 

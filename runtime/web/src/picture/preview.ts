@@ -17,7 +17,10 @@ export function preview(manifest: Manifest, latents: Float32Array, height: numbe
   const small = new Uint8ClampedArray(area * 4).fill(255);
   for (let pixel = 0; pixel < area; pixel++) {
     for (let color = 0; color < 3; color++) {
-      const value = matrix.reduce((sum, row, c) => sum + (latents[c * area + pixel] ?? 0) * (row[color] ?? 0), bias[color] ?? 0);
+      const value = matrix.reduce(
+        (sum, row, c) => sum + (latents[c * area + pixel] ?? 0) * (row[color] ?? 0),
+        bias[color] ?? 0,
+      );
       small[4 * pixel + color] = toLevel(value);
     }
   }

@@ -44,13 +44,19 @@ function threadsOf(asked: number | undefined): number {
 }
 
 /** Return ONNX Runtime for a device on which a session really starts. Throws DeviceError. */
-async function working(device: Extract<Device, "webgpu" | "wasm">, threads: number, options: LoadOptions): Promise<Runtime> {
+async function working(
+  device: Extract<Device, "webgpu" | "wasm">,
+  threads: number,
+  options: LoadOptions,
+): Promise<Runtime> {
   if (device === "webgpu") await checkGpu();
   let ort;
   try {
     ort = device === "webgpu" ? await import("onnxruntime-web/webgpu") : await import("onnxruntime-web/wasm");
   } catch (error) {
-    throw new DeviceError(`device: ${device} needs onnxruntime-web, which cannot be loaded: ${firstLine(error)}`, { cause: error });
+    throw new DeviceError(`device: ${device} needs onnxruntime-web, which cannot be loaded: ${firstLine(error)}`, {
+      cause: error,
+    });
   }
   ort.env.logLevel = "fatal"; // errors are thrown anyway
   if (options.wasmPaths) ort.env.wasm.wasmPaths = String(options.wasmPaths).replace(/\/*$/, "/");
@@ -75,6 +81,6 @@ interface Gpu {
 
 async function checkGpu(): Promise<void> {
   const gpu = (navigator as unknown as { gpu?: Gpu }).gpu;
-  if (!gpu) throw new DeviceError("device: this browser has no WebGPU here; load with device: \"wasm\"");
+  if (!gpu) throw new DeviceError('device: this browser has no WebGPU here; load with device: "wasm"');
   if (!(await gpu.requestAdapter())) throw new DeviceError('device: WebGPU finds no GPU; load with device: "wasm"');
 }

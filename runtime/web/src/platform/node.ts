@@ -41,7 +41,8 @@ class Directory implements Source {
       } catch (error) {
         throw new BundleError(`${this.where}: ${clip(name)} is missing. ${REMEDY}`, { cause: error });
       }
-      if (!found.isFile()) throw new BundleError(`${this.where}: expected ${clip(name)} to be a regular file. ${REMEDY}`);
+      if (!found.isFile())
+        throw new BundleError(`${this.where}: expected ${clip(name)} to be a regular file. ${REMEDY}`);
       if (found.size !== size) {
         throw new BundleError(`${join(this.where, name)}: expected ${size} bytes, found ${found.size}. ${REMEDY}`);
       }
@@ -102,11 +103,15 @@ async function working(device: Device, threads: number | undefined): Promise<Run
   } catch (error) {
     const missing = (error as { code?: string }).code === "ERR_MODULE_NOT_FOUND";
     const problem = missing ? "is not installed" : `cannot be loaded: ${firstLine(error)}`;
-    throw new DeviceError(`device: ${device} needs ${name}, which ${problem}. Install it: npm install ${name}`, { cause: error });
+    throw new DeviceError(`device: ${device} needs ${name}, which ${problem}. Install it: npm install ${name}`, {
+      cause: error,
+    });
   }
   ort.env.logLevel = "fatal"; // errors are thrown anyway
   if (device === "wasm") ort.env.wasm.numThreads = threads ?? 1;
-  const version = (ort.env.versions as { common: string; web?: string; node?: string })[device === "wasm" ? "web" : "node"];
+  const version = (ort.env.versions as { common: string; web?: string; node?: string })[
+    device === "wasm" ? "web" : "node"
+  ];
   const runtime: Runtime = {
     ort,
     device,

@@ -40,7 +40,7 @@ export async function denoise(
   const w = schedule.stepWeights.map(Math.fround);
   const steps = w.length;
   const z = noise.map((value) => Math.fround(schedule.noiseWeight) * value);
-  for (let first = 0; first < steps; ) {
+  for (let first = 0; first < steps;) {
     const stop = Math.min(first + AT_ONCE[mode], steps);
     // With one timestep per run, ask for eps_i itself (weight 1), so that a preview can use it.
     const alone = mode === "sequential";

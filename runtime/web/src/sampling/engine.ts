@@ -234,7 +234,13 @@ class Sampling {
 
   #report(stage: Stage, step: number, steps: number, estimate?: () => Float32Array): void {
     const seconds = (performance.now() - this.#begun) / 1000;
-    this.listener.onReport({ stage, step, steps, seconds, estimate: this.request.estimates ? estimate?.() : undefined });
+    this.listener.onReport({
+      stage,
+      step,
+      steps,
+      seconds,
+      estimate: this.request.estimates ? estimate?.() : undefined,
+    });
   }
 }
 

@@ -46,12 +46,14 @@ export class Graphs {
     if (low) await this.free(name);
     const session = await this.#session(name);
     const missing = session.inputNames.filter((input) => !(input in values));
-    if (missing.length > 0) throw new BundleError(`${name}: it takes ${missing.join(", ")}, which no other graph makes`);
+    if (missing.length > 0)
+      throw new BundleError(`${name}: it takes ${missing.join(", ")}, which no other graph makes`);
     const feeds = Object.fromEntries(session.inputNames.map((input) => [input, values[input] as Ort.Tensor]));
     try {
       return { ...(await session.run(feeds)) } as Tensors;
     } catch (error) {
-      if (isOutOfMemory(error)) throw new OutOfMemoryError(`${name} ran out of memory on ${this.runtime.device}`, { cause: error });
+      if (isOutOfMemory(error))
+        throw new OutOfMemoryError(`${name} ran out of memory on ${this.runtime.device}`, { cause: error });
       throw new InferenceError(`${name} failed on ${this.runtime.device}: ${firstLine(error)}`, { cause: error });
     }
   }
@@ -80,7 +82,9 @@ export class Graphs {
       tensor.dims.every((size, i) => shape[i] === null || size === shape[i]);
     if (!fits) {
       const got = tensor ? `${tensor.type} [${tensor.dims.join(", ")}]` : Object.keys(tensors).join(", ");
-      throw new BundleError(`${stage}: expected ${name} of shape [${shape.map((size) => size ?? "any").join(", ")}], got ${got}`);
+      throw new BundleError(
+        `${stage}: expected ${name} of shape [${shape.map((size) => size ?? "any").join(", ")}], got ${got}`,
+      );
     }
     const values = tensor.data as Float32Array;
     if (!values.every(Number.isFinite)) {

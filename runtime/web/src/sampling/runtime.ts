@@ -39,7 +39,9 @@ export function chooseVariant(variants: Record<string, unknown>, device: Device,
   }
   const chosen = demanded ?? runs[0];
   if (chosen === undefined) {
-    throw new DeviceError(`device: ${device} runs ${VARIANTS[device].join(", ")}, and the bundle has ${found.join(", ")}`);
+    throw new DeviceError(
+      `device: ${device} runs ${VARIANTS[device].join(", ")}, and the bundle has ${found.join(", ")}`,
+    );
   }
   return chosen;
 }
@@ -67,7 +69,9 @@ export async function createSession(runtime: Runtime, name: string, files: Graph
   const { InferenceSession } = runtime.ort;
   try {
     const { model } = files;
-    return await (typeof model === "string" ? InferenceSession.create(model, options) : InferenceSession.create(model, options));
+    return await (typeof model === "string"
+      ? InferenceSession.create(model, options)
+      : InferenceSession.create(model, options));
   } catch (error) {
     if (isOutOfMemory(error)) {
       throw new OutOfMemoryError(

@@ -34,7 +34,10 @@ type Split = (text: string, options: object) => string[];
 /** Replace the parts of a tokenizer that compute other tokens than Python's. */
 export function makeExact(tokenizer: Tokenizer, { normalizer, pre_tokenizer, model }: Parts): void {
   tokenizer.normalizer = normalizerOf(normalizer, tokenizer.normalizer as Normalize | null) as Tokenizer["normalizer"];
-  tokenizer.pre_tokenizer = splitterOf(pre_tokenizer, tokenizer.pre_tokenizer as Split | null) as Tokenizer["pre_tokenizer"];
+  tokenizer.pre_tokenizer = splitterOf(
+    pre_tokenizer,
+    tokenizer.pre_tokenizer as Split | null,
+  ) as Tokenizer["pre_tokenizer"];
   if (model.type === "WordLevel" && tokenizer.model && model.unk_token !== undefined) {
     const unknown = tokenizer.token_to_id(model.unk_token);
     if (unknown !== undefined) tokenizer.model.unk_token_id = unknown;

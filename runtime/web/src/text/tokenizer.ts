@@ -99,7 +99,8 @@ export class PromptTokenizer {
     while (window < Math.min(prompt.length, MOST_CHARACTERS)) {
       // A token depends on its word, but not on text far behind that word. So if the first half of the window has more
       // tokens than fit, the whole window decides them.
-      if (this.#ids(firstCharacters(prompt, window / 2)).length > most) return this.#ids(firstCharacters(prompt, window));
+      if (this.#ids(firstCharacters(prompt, window / 2)).length > most)
+        return this.#ids(firstCharacters(prompt, window));
       window *= 4;
     }
     return this.#ids(firstCharacters(prompt, MOST_CHARACTERS));
@@ -138,7 +139,8 @@ function specialTokens(processor: Processor | null): [number[], number[]] {
         "SpecialToken" in piece ? (processor.special_tokens[piece.SpecialToken.id]?.ids ?? []) : null,
       );
       const own = ids.indexOf(null);
-      if (own < 0 || ids.lastIndexOf(null) !== own) throw new BundleError("post_processor: expected one place of the prompt");
+      if (own < 0 || ids.lastIndexOf(null) !== own)
+        throw new BundleError("post_processor: expected one place of the prompt");
       return [ids.slice(0, own).flatMap((one) => one ?? []), ids.slice(own + 1).flatMap((one) => one ?? [])];
     }
     case "BertProcessing":
@@ -152,7 +154,9 @@ function specialTokens(processor: Processor | null): [number[], number[]] {
     case undefined:
       return [[], []];
     default:
-      throw new BundleError(`post_processor: got ${shorten((processor as { type: unknown }).type)}, which the exporter does not write`);
+      throw new BundleError(
+        `post_processor: got ${shorten((processor as { type: unknown }).type)}, which the exporter does not write`,
+      );
   }
 }
 

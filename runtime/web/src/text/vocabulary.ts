@@ -5,9 +5,7 @@ import { closest } from "./similarity.js";
 
 // Words that say nothing about a picture's content.
 const SMALL = new Set(
-  (
-    "a an and at by for from in into is it its my of on or over " + "style that the this to under with"
-  ).split(" "),
+  ("a an and at by for from in into is it its my of on or over " + "style that the this to under with").split(" "),
 );
 const CLOSE = 0.7; // the similarity of a word that was probably meant
 
@@ -44,7 +42,12 @@ function words(text: string): string[] {
 
 /** Return a word and its possible singulars. */
 function forms(word: string): string[] {
-  const endings = [["s", ""], ["es", ""], ["ies", "y"], ["ves", "f"]] as const;
+  const endings = [
+    ["s", ""],
+    ["es", ""],
+    ["ies", "y"],
+    ["ves", "f"],
+  ] as const;
   const singulars = endings
     .filter(([ending]) => word.endsWith(ending) && word.length > ending.length + 1)
     .map(([ending, singular]) => word.slice(0, -ending.length) + singular);

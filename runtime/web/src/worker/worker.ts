@@ -31,11 +31,15 @@ async function sample({ id, request }: Extract<ToWorker, { type: "sample" }>): P
   try {
     if (!engine) throw new Error("the bundle is not loaded");
     const listener = {
-      onReport: (report: Extract<FromWorker, { type: "report" }>["report"]) => page.postMessage({ type: "report", id, report }),
+      onReport: (report: Extract<FromWorker, { type: "report" }>["report"]) =>
+        page.postMessage({ type: "report", id, report }),
       onWarning: (message: string) => page.postMessage({ type: "warning", id, message }),
     };
     const sampled = await engine.sample(request, listener, controller.signal);
-    page.postMessage({ type: "sampled", id, sampled }, sampled.pixels.map((data) => data.buffer));
+    page.postMessage(
+      { type: "sampled", id, sampled },
+      sampled.pixels.map((data) => data.buffer),
+    );
   } catch (error) {
     page.postMessage({ type: "stopped", id, error: toSent(error) });
   } finally {

@@ -53,7 +53,15 @@ function draw(page: Page, asked: Asked): Promise<Drawn> {
   return page.evaluate(async ({ bundle, prompts, load, options }) => {
     const path = "/inside/inside.js";
     const { Pipeline } = (await import(path)) as typeof Inside;
-    const drawn: Drawn = { error: null, warnings: [], latents: [], rgba: [], threads: undefined, device: "", progress: [] };
+    const drawn: Drawn = {
+      error: null,
+      warnings: [],
+      latents: [],
+      rgba: [],
+      threads: undefined,
+      device: "",
+      progress: [],
+    };
     try {
       const pipe = await Pipeline.load(bundle, {
         device: "wasm",
@@ -103,7 +111,14 @@ function cutOff(file: string, bytes: number, times: number): Trouble {
 
 test("noise and tokens are equal to Python's to the last bit", async () => {
   const noise = vectors<{ seed: string; count: number; sha256: string }>("noise.json");
-  const tokens = vectors<{ bundle: string; length: number; prompt: string; times: number; ids: number[]; mask: number[] }>("tokens.json");
+  const tokens = vectors<{
+    bundle: string;
+    length: number;
+    prompt: string;
+    times: number;
+    ids: number[];
+    mask: number[];
+  }>("tokens.json");
   const page = await open();
   const wrong = await page.evaluate(
     async ({ noise, tokens }) => {
@@ -111,7 +126,10 @@ test("noise and tokens are equal to Python's to the last bit", async () => {
       const { gaussian, PromptTokenizer } = (await import(path)) as typeof Inside;
       const found: string[] = [];
       for (const one of noise) {
-        const digest = await crypto.subtle.digest("SHA-256", gaussian(BigInt(one.seed), one.count).buffer as ArrayBuffer);
+        const digest = await crypto.subtle.digest(
+          "SHA-256",
+          gaussian(BigInt(one.seed), one.count).buffer as ArrayBuffer,
+        );
         const hex = Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
         if (hex !== one.sha256) found.push(one.seed);
       }
@@ -119,7 +137,8 @@ test("noise and tokens are equal to Python's to the last bit", async () => {
         const file = await fetch(one.bundle.endsWith("tiny") ? "/tiny/tokenizer.json" : "/emoji/tokenizer.json");
         const tokenizer = new PromptTokenizer(new Uint8Array(await file.arrayBuffer()), one.length);
         const made = tokenizer.encode([one.prompt.repeat(one.times)]);
-        if (made.inputIds.join() !== one.ids.join() || made.attentionMask.join() !== one.mask.join()) found.push(one.prompt);
+        if (made.inputIds.join() !== one.ids.join() || made.attentionMask.join() !== one.mask.join())
+          found.push(one.prompt);
       }
       return found;
     },
@@ -141,7 +160,12 @@ for (const isolated of [false, true]) {
     }>("pictures.json")) {
       const { num_images, memory: _, ...others } = one.options as typeof one.options & { memory?: string };
       const options = { ...others, ...(num_images ? { numImages: num_images } : {}) };
-      const drawn = await draw(page, { bundle: "/tiny", prompts: one.prompts, options, load: isolated ? { threads: 2 } : {} });
+      const drawn = await draw(page, {
+        bundle: "/tiny",
+        prompts: one.prompts,
+        options,
+        load: isolated ? { threads: 2 } : {},
+      });
       assert.equal(drawn.error, null);
       assert.equal(drawn.threads, isolated ? 2 : 1);
       assert.ok(decibels(Float32Array.from(drawn.latents), floats(one.latents)) > 100);
@@ -159,7 +183,10 @@ test("the page reports what it fetches, and the second load fetches bundle.json 
   assert.ok(progress.every(([now], i) => now >= (progress[i - 1]?.[0] ?? 0)));
   server.log.length = 0;
   await succeeds(page, HEART);
-  assert.deepEqual(server.log.filter((path) => path.startsWith("/tiny")), ["/tiny/bundle.json"]);
+  assert.deepEqual(
+    server.log.filter((path) => path.startsWith("/tiny")),
+    ["/tiny/bundle.json"],
+  );
 });
 
 test("without a network, the kept bundle draws", async () => {
@@ -236,7 +263,12 @@ test("an aborted load is cancelled at once, and the next one works", async () =>
     const path = "/inside/inside.js";
     const { Pipeline } = (await import(path)) as typeof Inside;
     const wasmPaths = new URL("/ort/", location.href).href;
-    const options = { device: "wasm", wasmPaths, workerUrl: "/static/worker.js", signal: AbortSignal.timeout(2000) } as const;
+    const options = {
+      device: "wasm",
+      wasmPaths,
+      workerUrl: "/static/worker.js",
+      signal: AbortSignal.timeout(2000),
+    } as const;
     return Pipeline.load("/tiny", options).then(
       () => "loaded",
       (error: Error) => `${error.name}: ${error.message}`,
@@ -252,7 +284,10 @@ test("a server that never sends a whole file ends in a clear error", async () =>
   server.trouble = (path, _, response) => path === "/tiny/unet_decoder.onnx" && Boolean(response.destroy());
   const { error } = await draw(page, HEART);
   assert.equal(error?.name, "BundleError");
-  assert.match(error?.message ?? "", /unet_decoder.onnx: cannot be fetched: .*; what has arrived is kept, so load it again later/);
+  assert.match(
+    error?.message ?? "",
+    /unet_decoder.onnx: cannot be fetched: .*; what has arrived is kept, so load it again later/,
+  );
 });
 
 test("a damaged copy in the cache is downloaded again, with a warning", async () => {
@@ -281,7 +316,10 @@ test("a file of the server with another content is refused", async () => {
   };
   const { error } = await draw(page, HEART);
   assert.equal(error?.name, "BundleError");
-  assert.match(error?.message ?? "", /\/tiny: content differs from bundle.json: unet_decoder.onnx\. Export the bundle again/);
+  assert.match(
+    error?.message ?? "",
+    /\/tiny: content differs from bundle.json: unet_decoder.onnx\. Export the bundle again/,
+  );
 });
 
 test("a damaged beginning of a file is not kept forever", async () => {
@@ -295,9 +333,7 @@ test("a full storage gives a warning, and the model draws", async () => {
   const session = await context.newCDPSession(page);
   await session.send("Storage.overrideQuotaForOrigin", { origin: server.origin, quotaSize: 100_000 });
   const { warnings } = await succeeds(page, EMOJI);
-  assert.deepEqual(warnings, [
-    "this browser's storage is full. The model works, but it is downloaded again next time",
-  ]);
+  assert.deepEqual(warnings, ["this browser's storage is full. The model works, but it is downloaded again next time"]);
 });
 
 test("without SharedArrayBuffer, one thread is used, and more are refused", async () => {
@@ -305,7 +341,10 @@ test("without SharedArrayBuffer, one thread is used, and more are refused", asyn
   assert.equal((await succeeds(page, HEART)).threads, 1);
   const { error } = await draw(page, { ...HEART, load: { threads: 2 } });
   assert.equal(error?.name, "DeviceError");
-  assert.match(error?.message ?? "", /^threads: 2 threads need SharedArrayBuffer.*Cross-Origin-Opener-Policy: same-origin/);
+  assert.match(
+    error?.message ?? "",
+    /^threads: 2 threads need SharedArrayBuffer.*Cross-Origin-Opener-Policy: same-origin/,
+  );
 });
 
 test("an insecure page gets a clear error", async () => {
@@ -324,7 +363,10 @@ test("a bundle of a newer format is refused", async () => {
     return true;
   };
   const { error } = await draw(page, HEART);
-  assert.match(error?.message ?? "", /bundle.json: format: this tiue-runtime reads 1, got 2: written by a newer tiue; install/);
+  assert.match(
+    error?.message ?? "",
+    /bundle.json: format: this tiue-runtime reads 1, got 2: written by a newer tiue; install/,
+  );
 });
 
 test("a URL without a bundle is refused", async () => {
