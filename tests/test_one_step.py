@@ -389,7 +389,7 @@ SD_TURBO = {
 }
 
 
-@pytest.mark.slow  # 5 GB of files, 9 GB of memory, and half an hour where other work runs
+@pytest.mark.slow  # It costs as much as an export of SD 2.1-base: see docs/stable-diffusion.md.
 def test_sd_turbo_at_its_true_size_draws_what_diffusers_draws(tmp_path):
     source, out = write_pipeline("sd21-base", tmp_path / "sd-turbo"), tmp_path / "bundle"
     (source / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_TURBO))
