@@ -1,7 +1,7 @@
 /** The public face of the package: a loaded bundle that makes pictures. */
 import { sha256 } from "./bundle/sha256.js";
 import type { Manifest } from "./bundle/manifest.js";
-import { Cancelled, RequestError } from "./errors.js";
+import { Cancelled, clip, RequestError } from "./errors.js";
 import { VERSION } from "./generated/version.js";
 import {
   checkLoadOptions,
@@ -96,6 +96,7 @@ function callable(loaded: Loaded): Pipeline {
 
 class Loaded {
   readonly #vocabulary: Vocabulary;
+  readonly #sizes: Set<string>; // "widthxheight" that need no warning: those of the model, and those that had one
   #open = true;
 
   constructor(
@@ -104,6 +105,7 @@ class Loaded {
   ) {
     const { manifest } = engine.info;
     this.#vocabulary = new Vocabulary(manifest.prompts);
+    this.#sizes = new Set(madeFor(manifest));
     if (Object.values(manifest.variants).some((graphs) => "safety_checker" in graphs)) {
       this.#warn(
         `bundle ${manifest.name} has a safety checker, which this version of tiue-runtime does not run: ` +
@@ -129,6 +131,7 @@ class Loaded {
       const complaint = this.#vocabulary.complaint(one);
       if (complaint !== null) warn(complaint);
     }
+    this.#warnOfSize(request, warn);
     const maker = new ProgressMaker(request.shape, info.manifest);
     const stopped = new AbortController();
     // An error of onProgress ends the request, and the caller gets that error.
@@ -172,6 +175,18 @@ class Loaded {
     };
   }
 
+  /** Warn once of each size that the model was not made for. */
+  #warnOfSize({ shape: [, , h, w] }: Request, warn: (message: string) => void): void {
+    const { manifest } = this.engine.info;
+    const size = `${w * manifest.pixels_per_latent}x${h * manifest.pixels_per_latent}`;
+    if (this.#sizes.has(size)) return;
+    this.#sizes.add(size);
+    const known = clip(madeFor(manifest).join(", "));
+    warn(
+      `width, height: the model was made for pictures of ${known}; at ${size} it may draw nothing that one recognizes`,
+    );
+  }
+
   async dispose(): Promise<void> {
     this.#open = false;
     await this.engine.dispose();
@@ -211,6 +226,11 @@ class Loaded {
     if (this.options.onWarning) this.options.onWarning(message);
     else console.warn(`tiue-runtime: ${message}`);
   }
+}
+
+/** Return the sizes that the model was made for, as "widthxheight". */
+function madeFor({ default_width: width, default_height: height, sizes = [] }: Manifest): string[] {
+  return [`${width}x${height}`, ...sizes.map(([rows, columns]) => `${columns}x${rows}`)];
 }
 
 /** Wait for a result, but no longer than until a signal is aborted. */

@@ -228,6 +228,14 @@ test("long prompts and unknown words give warnings", async () => {
   assert.match(unknown.warnings[0] ?? "", /knows no word of 'zebras'; it knows for example/);
 });
 
+test("a size that the model was not made for gets a warning, once", async () => {
+  const loaded = await Pipeline.load(TINY, QUIET);
+  const expected = "the model was made for pictures of 12x8; at 4x16 it may draw nothing that one recognizes";
+  assert.deepEqual((await loaded("a red heart", { width: 4, height: 16 })).warnings, [`width, height: ${expected}`]);
+  assert.deepEqual((await loaded("a red heart", { width: 4, height: 16 })).warnings, []);
+  assert.deepEqual((await loaded("a red heart", { width: 12, height: 8 })).warnings, []);
+});
+
 test("a closed pipeline refuses calls", async () => {
   const closed = await Pipeline.load(TINY, QUIET);
   await closed.dispose();
