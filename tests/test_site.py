@@ -52,6 +52,13 @@ def test_a_link_to_nothing_stops_the_gathering(repository, tmp_path_factory, lin
         gather(repository, ["README.md"], tmp_path_factory.mktemp("pages"))
 
 
+def test_a_link_to_a_file_that_is_no_text_stops_the_gathering(repository, tmp_path_factory):
+    (repository / "code/unlinked.bin").write_bytes(b"\xff\xfe\x00")
+    (repository / "README.md").write_text("[x](code/unlinked.bin)")
+    with pytest.raises(ValueError, match=r"unlinked\.bin is no text"):
+        gather(repository, ["README.md"], tmp_path_factory.mktemp("pages"))
+
+
 GOOD = (
     '<h1 id="top">A</h1><a href="#top">x</a><a href="b/">b</a><a href="b/#c">c</a><a href="https://example.org">y</a>'
 )

@@ -17,7 +17,7 @@ def main() -> int:
     pages = ROOT / "build" / "pages"
     try:
         gather(ROOT, navigation(ROOT), pages)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     (pages / "website").mkdir()

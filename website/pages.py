@@ -11,7 +11,8 @@ import yaml
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^(```.*?^```)", re.M | re.S)
 PICTURES = {".png", ".svg", ".webp", ".jpg"}
-_LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".ts": "typescript", ".sh": "sh", ".html": "html"}
+_LANGUAGES = {".py": "python", ".ts": "typescript", ".js": "javascript", ".mjs": "javascript"}
+_LANGUAGES |= {name: name[1:] for name in (".json", ".toml", ".sh", ".html", ".css")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,6 +50,7 @@ def gather(root: Path, start: list[str], out: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: a document links to something that does not exist.
+        ValueError: a document links to a file that is neither text nor a picture.
     """
     shutil.rmtree(out, ignore_errors=True)
     waiting, done = list(start), dict.fromkeys(start)
@@ -105,8 +107,11 @@ _UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 def _shown(source: Path, path: str) -> str:
     """Return a page that shows a text file."""
-    language = _LANGUAGES.get(source.suffix, "text")
-    return f"{_UNSEARCHED}# {path}\n\n````{language}\n{source.read_text(encoding='utf-8')}````\n"
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: a document can link to text files and pictures") from error
+    return f"{_UNSEARCHED}# {path}\n\n````{_LANGUAGES.get(source.suffix, 'text')}\n{text}````\n"
 
 
 def _listing(folder: Path, path: str) -> str:
