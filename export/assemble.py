@@ -24,7 +24,7 @@ from export.storage import store_float16, store_int8
 from export.trace import GraphTarget, forget_graphs, unet_graphs, vae_decoder_graph
 from export.trace_text import text_encoder_graph
 from export.working_memory import fit_runs, give_back
-from export.writer import GraphWriter
+from export.writer import WEB_FILE_LIMIT, GraphWriter
 from tiue.checkpoint import Student
 from tiue.components import Components
 
@@ -59,7 +59,8 @@ def export_bundle(
     out = check(out)
     with building(out, progress) as directory:
         check(out)  # The bundle that a killed export had moved aside may have come back.
-        writer = GraphWriter(directory, deduplicate=len(plan.options.target) > 1)
+        limit = WEB_FILE_LIMIT if bundle.WEB in plan.options.target else None
+        writer = GraphWriter(directory, deduplicate=len(plan.options.target) > 1, file_limit=limit)
         calibration = Calibration(plan, progress) if options.precision == "int8" else None
         for target, graphs in _trace(plan, progress):
             _rewrite(graphs, plan.options, calibration)
@@ -88,8 +89,8 @@ def _trace(plan: Plan, progress: Progress) -> Iterator[tuple[str, Graphs]]:
     text_dtype = torch.float32 if options.text_encoder == "int8" else dtype
     yield options.target[0], {bundle.TEXT_ENCODER: text_encoder_graph(student.components, text_dtype)}
     for name in options.target:
-        # The CPU computes in float32, whatever the files store.
-        target = GraphTarget(name, torch.float32 if name == bundle.CPU else dtype)
+        # CPUs compute in float32, whatever the files store, and a browser may have nothing but the CPU.
+        target = GraphTarget(name, torch.float32 if name in (bundle.CPU, bundle.WEB) else dtype)
         progress(f"exporting the UNet's encoder and decoder, {name}")
         yield name, _unet(plan, target)
         for vae_name, vae in plan.vaes.items():
@@ -111,9 +112,9 @@ def _rewrite(graphs: Graphs, options: Options, calibration: Calibration | None) 
     if calibration is not None:
         calibration.quantize(graphs)
     for name, graph in graphs.items():
-        if name == bundle.TEXT_ENCODER and options.text_encoder == "int8":
+        if options.stored == "int8" or (name == bundle.TEXT_ENCODER and options.text_encoder == "int8"):
             store_int8(graph)
-        if options.stored == "fp16":
+        if options.stored != "fp32":
             store_float16(graph)
 
 

@@ -27,8 +27,8 @@ class Options:
     name: str | None = setting(None, "the model's name", group="how to export", shown="the one in the checkpoint")
     target: tuple[str, ...] = setting(
         (),
-        "portable runs anywhere; cpu and cuda use ONNX Runtime's own operators for CPUs and CUDA; all targets share "
-        "one file of weights",
+        "portable runs anywhere; cpu and cuda use ONNX Runtime's own operators for CPUs and CUDA; web is for browsers, "
+        "in files of at most 256 MiB; all targets share their weights",
         choices=bundle.VARIANTS,
         metavar="TARGET[,TARGET]",
         shown="portable, and cpu for a model over 1 GB",
@@ -41,9 +41,10 @@ class Options:
     )
     weights: str | None = setting(
         None,
-        "how files store weights; fp16 halves the files, also of graphs that compute in fp32",
-        choices=("fp32", "fp16"),
-        shown="as the graphs compute",
+        "how files store weights; fp16 halves the files, also of graphs that compute in fp32; int8 quarters them, "
+        "for graphs that compute in fp32",
+        choices=("fp32", "fp16", "int8"),
+        shown="as the graphs compute; for the web target alone, fp16",
     )
     vae: tuple[str, ...] = setting(
         (),
@@ -76,12 +77,17 @@ class Options:
         for size in self.sizes:
             if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", size):
                 raise ExportError(f"`sizes`: expected WIDTHxHEIGHT in pixels, for example 768x512, got {size!r}")
-        if self.precision == "fp16" and self.weights == "fp32":
-            raise ExportError("`weights` fp32: graphs that compute in fp16 have fp16 weights; leave it out")
-        if self.precision == "fp16" and self.target == (bundle.CPU,):
-            raise ExportError("`precision` fp16: the cpu target computes in fp32; `weights` fp16 halves its files")
+        if self.precision == "fp16" and self.weights in ("fp32", "int8"):
+            raise ExportError(f"`weights` {self.weights}: graphs that compute in fp16 have fp16 weights; leave it out")
+        if self.precision == "int8" and self.weights == "int8":
+            raise ExportError("`weights` int8: graphs that compute in int8 store what they can so; leave it out")
+        if self.precision == "fp16" and self.target in ((bundle.CPU,), (bundle.WEB,)):
+            only = self.target[0]
+            raise ExportError(f"`precision` fp16: the {only} target computes in fp32; `weights` fp16 halves its files")
         if self.precision == "int8" and bundle.CUDA in self.target:
             raise ExportError("`precision` int8: CUDA has no such kernels; export the cuda target in fp16")
+        if self.precision == "int8" and bundle.WEB in self.target:
+            raise ExportError("`precision` int8: WebGPU has no such kernels; `weights` int8 quarters the files")
         if (bundle.TINY in self.vae) != (self.tiny_vae is not None):
             raise ExportError("`vae` tiny and `vae_path`, a directory of a diffusers AutoencoderTiny, need each other")
 
@@ -94,6 +100,8 @@ class Options:
     @property
     def stored(self) -> str:
         """How the files store weights."""
+        if self.weights is None and self.target == (bundle.WEB,):
+            return "fp16"
         return self.weights or ("fp32" if self.precision == "int8" else self.precision)
 
     @property

@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 class GraphTarget:
     """The device that a graph is made for, and the precision that it computes in."""
 
-    name: str  # of bundle.VARIANTS: standard operators, or ONNX Runtime's with kernels for the CPU or for CUDA
+    name: str  # of bundle.VARIANTS: standard operators, or ONNX Runtime's with kernels for that device
     dtype: torch.dtype  # float32; or float16, with float32 in the parts that overflow
 
     @property
@@ -41,7 +41,8 @@ class GraphTarget:
     def translations(self) -> Translations:
         """The operators that PyTorch's own exporter does not translate."""
         if self.name != bundle.PORTABLE:
-            return {bundle.CPU: CPU, bundle.CUDA: CUDA}[self.name]
+            # ONNX Runtime for browsers has the CPU's operators, and its WebGPU provider has kernels for most of them.
+            return {bundle.CPU: CPU, bundle.CUDA: CUDA, bundle.WEB: CPU}[self.name]
         return FLOAT16 if self.dtype == torch.float16 else PLAIN
 
 

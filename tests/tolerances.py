@@ -12,6 +12,9 @@ EXTRA_FOR_CPU = 0.2
 # PSNR in dB that a graph in int8 stays below: above it, nothing was rounded to 8 bits.
 INT8_CEILING_DB = 60
 
+# The outputs of a convolution whose weights have 8 bits (relative to their standard deviation): 0.02 is usual.
+EIGHT_BITS = 0.05
+
 # Values of a picture in int8 whose sums were in another order: some activations round the other way.
 INT8_REORDERED = 2e-2
 

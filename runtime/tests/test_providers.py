@@ -74,12 +74,12 @@ def test_a_variant_by_name(granting):
         with pytest.raises(BundleError, match=r"variant: expected one that the bundle holds \(portable\), got"):
             place("cuda", ["portable"], variant=variant)
     for kind in ("cpu", "tensorrt", "tensorrt-rtx"):
-        with pytest.raises(DeviceError, match=rf"variant: {kind} runs (cpu or )?portable graphs, got 'cuda'"):
+        with pytest.raises(DeviceError, match=rf"variant: {kind} runs (cpu, )?portable( or web)? graphs, got 'cuda'"):
             place(kind, BOTH, variant="cuda")
 
 
 def test_a_bundle_without_graphs_for_the_device():
-    with pytest.raises(DeviceError, match="variant: cpu runs cpu or portable graphs, the bundle holds only cuda"):
+    with pytest.raises(DeviceError, match="variant: cpu runs cpu, portable or web graphs, the bundle holds only cuda"):
         place("cpu", ["cuda"])
 
 
@@ -118,7 +118,7 @@ def test_a_pipeline_loads_the_files_of_its_variant(edit):
     (bundle / "cuda.onnx").write_bytes(b"no graph")
     Pipeline.load(bundle, device="cpu")
     Pipeline.load(bundle, device="cpu", variant="portable")
-    with pytest.raises(DeviceError, match="variant: cpu runs cpu or portable graphs, got 'cuda'"):
+    with pytest.raises(DeviceError, match="variant: cpu runs cpu, portable or web graphs, got 'cuda'"):
         Pipeline.load(bundle, device="cpu", variant="cuda")
 
 

@@ -6,4 +6,4 @@ Algorithm = Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed255
 OutputType = Literal["pil", "np", "latent"]
 Precision = Literal["bf16", "fp32"]  # of OpenVINO's arithmetic
 Vae = Literal["kl", "tiny"]  # bundle.VAE_KINDS
-Variant = Literal["portable", "cpu", "cuda"]  # bundle.VARIANTS
+Variant = Literal["portable", "cpu", "cuda", "web"]  # bundle.VARIANTS

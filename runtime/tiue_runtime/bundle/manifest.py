@@ -38,7 +38,8 @@ TOKENIZER = "tokenizer.json"
 PORTABLE = "portable"  # the variant that every device runs
 CPU = "cpu"  # the optional variant for ONNX Runtime's CPU provider
 CUDA = "cuda"  # the optional variant for NVIDIA GPUs
-VARIANTS = (PORTABLE, CPU, CUDA)
+WEB = "web"  # the optional variant for ONNX Runtime in a browser
+VARIANTS = (PORTABLE, CPU, CUDA, WEB)
 
 TEXT_ENCODER = "text_encoder"
 UNET_ENCODER = "unet_encoder"
@@ -153,7 +154,9 @@ class Manifest:
     name: Annotated[str, Field("The model's name.", shortest=1, longest=200)]
     license: Annotated[str, Field('An SPDX expression, or "unknown".', shortest=1, longest=1000)]
     created_from: Annotated[Mapping[str, str], Field("Provenance, for people: no program depends on it.", longest=100)]
-    precision: Annotated[str, Field("The type of the graphs' arithmetic; the cpu variant: fp32.", choices=PRECISIONS)]
+    precision: Annotated[
+        str, Field("The type of the graphs' arithmetic; the cpu and web variants: fp32.", choices=PRECISIONS)
+    ]
     weights: Annotated[
         str, Field("The type of the stored weights of the UNet and the image decoders.", choices=PRECISIONS)
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tiue_runtime.bundle import CPU, CUDA, PORTABLE
+from tiue_runtime.bundle import CPU, CUDA, PORTABLE, WEB
 from tiue_runtime.choices import Precision
 from tiue_runtime.errors import DeviceError, shorten
 from tiue_runtime.host.machine import thread_count
@@ -187,7 +187,7 @@ KINDS = {
         gives_back="on request",
         forks=True,
         loads="side by side",  # Loading a graph keeps mostly one thread busy.
-        variants=(CPU, PORTABLE),
+        variants=(CPU, PORTABLE, WEB),
         remedy="Install ONNX Runtime again",
     ),
     "openvino": Kind(

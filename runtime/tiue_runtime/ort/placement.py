@@ -103,7 +103,9 @@ def place(
     runs = [name for name in chosen.row.variants if name in usable]
     if not runs:
         offered = f"the bundle holds only {_some(variants)}" if variant is None else f"got {variant!r}"
-        raise DeviceError(f"variant: {chosen} runs {' or '.join(chosen.row.variants)} graphs, {offered}")
+        *others, last = chosen.row.variants
+        all_of_them = f"{', '.join(others)} or {last}" if others else last
+        raise DeviceError(f"variant: {chosen} runs {all_of_them} graphs, {offered}")
     if not automatic:
         _grant(chosen, settings)
     return Placement(chosen, runs[0], _settle_precision(chosen, settings))
