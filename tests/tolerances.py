@@ -27,6 +27,9 @@ GOLDEN_LATENTS = 1e-3
 # Levels of 255: rounding to 8 bits can fall either way.
 GOLDEN_IMAGE_LEVELS = 1
 
+# PSNR in dB of latents that another program of ONNX Runtime made: its kernels sum in other orders.
+OTHER_RUNTIME_DB = 100
+
 # REORDERED after a difference was multiplied by guidance or by a schedule's weights.
 AMPLIFIED = 1e-4
 
