@@ -12,7 +12,7 @@ setup: $(FULL)/ready $(LIGHT)/ready
 $(FULL)/ready: pyproject.toml runtime/pyproject.toml models/emoji/pyproject.toml
 	$(PYTHON) -m venv $(FULL)
 	$(FULL)/bin/pip install --quiet torch==2.13.0
-	$(FULL)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji -e ".[recipe,dev,docs]"
+	$(FULL)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji -e ".[recipe,dev,docs,browser]"
 	touch $@
 
 # What an application has: the runtime and the default model.
@@ -37,8 +37,9 @@ test-web:
 	else echo "runtime/web: Node is not installed, so the tests of the package for JavaScript do not run"; fi
 
 # In Debian's Chromium, or the browser that the environment variable CHROMIUM names: minutes.
-test-browser: $(WEB)/node_modules/ready
+test-browser: $(WEB)/node_modules/ready $(FULL)/ready
 	cd $(WEB) && npm run --silent test:browser
+	$(FULL)/bin/python -m pytest -m browser
 
 # onnxruntime-node would download CUDA in its install script.
 $(WEB)/node_modules/ready: $(WEB)/package-lock.json
@@ -49,7 +50,7 @@ test-runtime: $(LIGHT)/ready
 	$(LIGHT)/bin/python -m pytest runtime/tests
 
 test-full: $(FULL)/ready
-	$(FULL)/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
+	$(FULL)/bin/python -m pytest -m "not slow and not gpu and not browser" -n auto --dist loadfile
 
 lint: $(FULL)/ready
 	$(FULL)/bin/ruff check

@@ -116,7 +116,7 @@ def help_of(command, verb):
 
 
 # Commands that pass their flags on, and commands of others.
-OTHERS = ("venv", "pip", "pytest", "nuitka", "benchmarks.exporting")
+OTHERS = ("venv", "pip", "pytest", "nuitka", "benchmarks.exporting", "http.server")
 
 
 @every_document

@@ -1,0 +1,122 @@
+// The application without Electron: BUNDLE=... node --test
+import assert from "node:assert/strict";
+import { on, once } from "node:events";
+import { after, test } from "node:test";
+import { pathToFileURL } from "node:url";
+import { Pipeline } from "tiue-runtime";
+import { CHANNEL, PAGE, start } from "../application.js";
+import { checkMessage } from "../messages.js";
+import { FakeElectron, runPreload } from "./stand_in.mjs";
+
+const PAGE_FRAME = { senderFrame: { url: pathToFileURL(PAGE).href } };
+const BUNDLE = process.env.BUNDLE;
+const electron = new FakeElectron();
+const window = await start(electron, BUNDLE);
+after(() => electron.app.quit());
+
+const say = (message, event = PAGE_FRAME) => electron.ipcMain.emit(CHANNEL, event, message);
+const draw = (id, prompt = "a red heart") => say({ kind: "draw", id, prompt, seed: 1 });
+
+const inbox = on(electron.sent, CHANNEL);
+
+/** Wait for a message of one of some kinds. Returns it, and all before it. */
+async function until(...kinds) {
+  const before = [];
+  for (;;) {
+    const [message] = (await inbox.next()).value;
+    if (kinds.includes(message.kind)) return { message, before };
+    before.push(message);
+  }
+}
+
+test("the page is isolated, sandboxed, and without node", () => {
+  assert.equal(electron.app.sandboxed, true);
+  const { contextIsolation, sandbox, nodeIntegration } = window.options.webPreferences;
+  assert.deepEqual({ contextIsolation, sandbox, nodeIntegration }, { contextIsolation: true, sandbox: true, nodeIntegration: false });
+  assert.equal(window.file, PAGE);
+});
+
+test("the page opens no window, goes nowhere, and gets no permission", () => {
+  assert.deepEqual(window.openHandler({ url: "https://example.org" }), { action: "deny" });
+  let prevented = false;
+  window.webContents.emit("will-navigate", { preventDefault: () => (prevented = true) });
+  assert.ok(prevented);
+  window.permissionHandler(null, "media", (granted) => assert.equal(granted, false));
+});
+
+test("only the page is heard, and only what has the form of a message", () => {
+  say({ kind: "hello" }, { senderFrame: { url: "https://example.org" } });
+  say({ kind: "hello" }, { senderFrame: null });
+  for (const message of [null, "hello", {}, { kind: "draw", id: 1 }, { kind: "constructor", id: 1 }]) say(message);
+  assert.equal(electron.processes.length, 0);
+  const whole = { kind: "draw", id: 1, prompt: "a cat", seed: 1 };
+  assert.ok(checkMessage(whole));
+  for (const wrong of [{ id: 0.5 }, { prompt: "x".repeat(1001) }, { prompt: 1 }, { seed: -1 }, { kind: "load" }]) {
+    assert.ok(!checkMessage({ ...whole, ...wrong }), JSON.stringify(wrong));
+  }
+});
+
+test("the preload script exposes three functions and nothing of Electron", () => {
+  const { exposed, ipcRenderer } = runPreload();
+  assert.deepEqual(Object.keys(exposed), ["artist"]);
+  assert.deepEqual(Object.keys(exposed.artist).sort(), ["cancel", "draw", "listen"]);
+  const heard = [];
+  exposed.artist.listen((...words) => heard.push(words));
+  ipcRenderer.emit(CHANNEL, { sender: ipcRenderer }, { kind: "ready" });
+  assert.deepEqual(heard, [[{ kind: "ready" }]]);
+  exposed.artist.draw(1, "a cat", 2);
+  exposed.artist.cancel(1);
+  assert.ok(ipcRenderer.outgoing.every(([channel, message]) => channel === CHANNEL && checkMessage(message)));
+  assert.equal(ipcRenderer.outgoing.length, 3);
+});
+
+test("a request gives previews and the runtime's picture", async () => {
+  say({ kind: "hello" });
+  const { message: ready } = await until("ready", "failed");
+  assert.ok(ready.examples.length > 0);
+  draw(1);
+  const { message, before } = await until("done", "failed");
+  const previews = before.filter(({ preview }) => preview);
+  assert.ok(previews.length >= 2);
+  const pipeline = await Pipeline.load(BUNDLE, { device: "cpu" });
+  const expected = (await pipeline("a red heart", { seed: 1 })).images[0];
+  await pipeline.dispose();
+  assert.deepEqual([...message.picture.data], [...expected.data]);
+  assert.deepEqual([...message.png.subarray(1, 4)], [...Buffer.from("PNG")]);
+});
+
+test("a request is cancelled by its number, and replaced by the next", async () => {
+  draw(2);
+  say({ kind: "cancel", id: 1 }); // An old one: nothing happens.
+  draw(3);
+  say({ kind: "cancel", id: 3 });
+  const ends = [(await until("cancelled", "done")).message, (await until("cancelled", "done")).message];
+  assert.deepEqual(ends.map(({ kind, id }) => `${kind} ${id}`).sort(), ["cancelled 2", "cancelled 3"]);
+});
+
+test("a wrong request is answered with its reason", async () => {
+  say({ kind: "draw", id: 4, prompt: "\ud800", seed: 1 });
+  const { message } = await until("failed", "done");
+  assert.equal(message.kind, "failed");
+  assert.match(message.message, /prompt/);
+});
+
+test("a process that dies is reported, and the next request starts another", async () => {
+  const count = electron.processes.length;
+  electron.processes.at(-1).kill("SIGKILL");
+  const { message } = await until("failed");
+  assert.match(message.message, /drawing process ended/);
+  draw(5);
+  assert.equal((await until("done", "failed")).message.kind, "done");
+  assert.equal(electron.processes.length, count + 1);
+});
+
+test("a bundle that is none is named", async () => {
+  const other = new FakeElectron();
+  await start(other, "/nowhere");
+  other.ipcMain.emit(CHANNEL, PAGE_FRAME, { kind: "hello" });
+  const [message] = await once(other.sent, CHANNEL);
+  other.app.quit();
+  assert.equal(message.kind, "failed");
+  assert.match(message.message, /nowhere is not a bundle/);
+});
