@@ -42,6 +42,7 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
         ([f"{RUNTIME}/*.py", f"{RUNTIME}/[!o]*/**/*.py"], ("onnxruntime",)),  # ort/ alone imports it
         (["tiue/**/*.py"], ("tiue_runtime", "export")),
         (["tiue/*.py", "export/*.py"], ("tiue.distill",)),
+        ([f"{RUNTIME}/serve/*.py"], [f"tiue_runtime.{part}" for part in ("graphs", "sampler", "request", "run")]),
     ],
 )
 def test_no_import_goes_through_a_wall(files, never):

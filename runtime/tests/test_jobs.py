@@ -1,7 +1,9 @@
+import gc
 import threading
+import weakref
 
 import pytest
-from gate import WAIT, Gate
+from gate import WAIT, Gate, eventually
 from tiue_runtime import Cancelled, RequestError
 from tiue_runtime.serve.jobs import Drawing, JobQueue, Late, QueueClosed, QueueFull
 
@@ -181,6 +183,15 @@ def test_ids_are_found_until_many_others_have_ended(pipe, monkeypatch):
             queue.submit(Drawing("a", seed=1), id=name).future.result(WAIT)
         assert [queue.job(name) is not None for name in ("one", "two", "three")] == [False, True, True]
         assert queue.submit(Drawing("a", seed=1), id="three").future.result(WAIT)
+
+
+def test_ended_jobs_keep_no_pictures(pipe):
+    with JobQueue(pipe) as queue:
+        job = queue.submit(Drawing("a", seed=1))
+        picture = weakref.ref(job.future.result(WAIT).pictures[0])
+        eventually(lambda: not queue.running)
+        del job
+        eventually(lambda: gc.collect() is not None and picture() is None)
 
 
 def test_two_jobs_of_one_id_are_refused(gate):

@@ -392,6 +392,16 @@ def test_errors_that_nobody_expected_name_no_path(pipe, error, status, stream, c
     assert "/home/me" in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_does_not_fit_into_the_file_is_a_mistake_of_the_client(with_settings, stream):
+    client = with_settings(most_prompt=100_000)
+    fields = {"prompt": "a red heart " * 8000, "output_format": "jpeg", "stream": stream}
+    with pytest.warns(UserWarning, match="longer than 8 tokens"):
+        answer = client.post(DRAW, json=fields)
+    error = events(answer.text)[0][1]["error"] if stream else answer.json()["error"]
+    assert error["param"] == "prompt" and "too long" in error["message"]
+
+
 def test_a_server_needs_a_model():
     with pytest.raises(ValueError, match="at least one model"):
         create_app({})

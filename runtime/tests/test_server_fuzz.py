@@ -14,6 +14,8 @@ from tiue_runtime.serve.app import create_app
 from tiue_runtime.serve.image_request import _FIELDS
 from tiue_runtime.serve.server_settings import ServerSettings
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of unknown words and long prompts
+
 DRAW = "/v1/images/generations"
 TYPES = ["application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/plain", ""]
 
@@ -41,7 +43,7 @@ def check(answer):
         assert error["param"] is None or isinstance(error["param"], str)
 
 
-SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(fields=objects)

@@ -68,12 +68,12 @@ class Endpoints:
                 return ImageStream(queue, name, wanted, tokens, metadata=settings.metadata)
             job = queue.submit(wanted.drawing, id=name)
             drawn = await self._result(request, queue, job)
+            data = [await self._picture(request, picture, wanted) for picture in drawn.pictures] if drawn else []
         except Exception as error:
             raise as_api_error(error) from error
         if drawn is None:
             return Response(status_code=_GONE)
         self.metrics.waited(wanted.model, drawn.timings["waiting"])
-        data = [await self._picture(request, picture, wanted) for picture in drawn.pictures]
         return JsonAnswer(answer(wanted, data, drawn.timings, tokens, list(drawn.warnings)))
 
     async def _result(self, request: Request, queue: JobQueue, job: Job) -> Drawn | None:

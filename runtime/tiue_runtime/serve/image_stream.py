@@ -87,10 +87,15 @@ class ImageStream(StreamingResponse):
                 continue
             if make is None:
                 break
-            yield await asyncio.to_thread(make)
-        error = self._job.future.exception()
-        if error is not None:
-            yield error_event(as_api_error(error).body())
+            try:
+                event = await asyncio.to_thread(make)
+            except Exception as error:  # of writing the picture's file
+                yield error_event(as_api_error(error).body())
+                return
+            yield event
+        failed = self._job.future.exception()
+        if failed is not None:
+            yield error_event(as_api_error(failed).body())
 
 
 def partial_steps(steps: int, count: int) -> list[int]:

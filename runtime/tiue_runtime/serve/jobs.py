@@ -10,6 +10,7 @@ asyncio waits with `asyncio.wrap_future(job.future)`.
 
 from __future__ import annotations
 
+import copy
 import secrets
 import threading
 import time
@@ -214,7 +215,7 @@ class JobQueue:
         return job
 
     def job(self, id: str) -> Job | None:
-        """Return a job, also one that ended lately, or None."""
+        """Return a job or None. One that ended lately is found without its pictures: its future is cancelled."""
         return self._jobs.get(id) or self._ended.get(id)
 
     def cancel(self, id: str) -> bool:
@@ -270,19 +271,23 @@ class JobQueue:
         """Wait for work, and take pictures of equal shape: (job, index in the job) each. Empty: the queue closes."""
         with self._changed:
             while True:
-                self._expire()
-                parts: list[tuple[Job, int]] = []
-                for job in self._jobs.values():
-                    if parts and _shape(job) != _shape(parts[0][0]):
-                        continue
-                    while job.taken < job.drawing.count and len(parts) < self.batch:
-                        parts.append((job, job.taken))
-                        job.taken += 1
-                        job.state = "running"
-                        job.timings.setdefault("waiting", time.monotonic() - job.begun)
+                parts = self._next_parts()
                 if parts or self._closing:
                     return parts
                 self._changed.wait()
+
+    def _next_parts(self) -> list[tuple[Job, int]]:
+        self._expire()
+        parts: list[tuple[Job, int]] = []
+        for job in self._jobs.values():
+            if parts and _shape(job) != _shape(parts[0][0]):
+                continue
+            while job.taken < job.drawing.count and len(parts) < self.batch:
+                parts.append((job, job.taken))
+                job.taken += 1
+                job.state = "running"
+                job.timings.setdefault("waiting", time.monotonic() - job.begun)
+        return parts
 
     def stopped(self, jobs: list[Job]) -> bool:
         """Say whether all of these jobs have ended. Ends jobs whose time is over."""
@@ -304,11 +309,10 @@ class JobQueue:
             error = result if isinstance(result, BaseException) else None
             job.state = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
             del self._jobs[job.id]
-            self._ended[job.id] = job
+            self._ended[job.id] = _without_result(job)
             while len(self._ended) > _ENDED:
                 self._ended.popitem(last=False)
             job.on_progress = job.on_picture = None  # They may hold much of their caller.
-            job.pictures = []
             self._changed.notify_all()
         if isinstance(result, BaseException):
             job.future.set_exception(result)
@@ -320,6 +324,17 @@ class JobQueue:
     def _expire(self) -> None:
         for job in [job for job in self._jobs.values() if job.late]:
             self.finish(job, Late(f"timeout: the pictures were not finished within {job.drawing.timeout:g} seconds"))
+
+
+def _without_result(job: Job) -> Job:
+    """Return a copy of a job that keeps no picture in memory."""
+    ended = copy.copy(job)
+    ended.future = Future()
+    ended.future.cancel()
+    ended.on_progress = ended.on_picture = None
+    ended.pictures = []
+    ended.fraction = 1.0 if job.state == "done" else job.fraction
+    return ended
 
 
 def _shape(job: Job) -> tuple[object, ...]:

@@ -92,7 +92,7 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError, OverflowError) as error:
-        raise RequestError(f"host: cannot listen at {host!r}, port {port}: {error}") from error
+        raise RequestError(f"host, port: cannot listen at {host!r}, port {port}: {error}") from error
     try:
         if hasattr(signal, "SIGHUP"):  # On Windows, the option would let two programs share a port.
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -103,7 +103,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listening.close()
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(f"port: cannot listen at {host}, port {port}: {reason}; choose another port") from error
+        raise RequestError(f"host, port: cannot listen at {host}, port {port}: {reason}; choose others") from error
     return listening
 
 

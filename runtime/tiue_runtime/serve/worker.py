@@ -60,8 +60,15 @@ class Worker:
 
     def work(self) -> None:
         """Draw until the queue closes."""
-        while parts := self._queue.take():
+        while self._draw_next():
+            pass
+
+    def _draw_next(self) -> bool:
+        """Draw what comes next. Says whether there was anything. No variable keeps a job while the worker waits."""
+        parts = self._queue.take()
+        if parts:
             self._draw(parts)
+        return bool(parts)
 
     def _draw(self, parts: list[Part]) -> None:
         """Draw some pictures. Errors go to the jobs."""
