@@ -242,11 +242,6 @@ class JobQueue:
         left = sum(job.drawing.count - len(job.pictures) for job in list(self._jobs.values()))
         return max(left * self._seconds, 1.0)
 
-    def stop_accepting(self) -> None:
-        """Refuse further jobs. Those that are there are drawn."""
-        with self._changed:
-            self._accepting = False
-
     def close(self, seconds: float = 0.0) -> None:
         """Refuse further jobs, give the others some time to end, cancel the rest, and end the worker.
 
