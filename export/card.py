@@ -9,7 +9,7 @@ tags: [text-to-image, onnx, tiue]
 ---
 # {name}
 
-A text-to-image model in four ONNX graphs, for tiue-runtime: one pass of the UNet's encoder, then its decoder
+A text-to-image model in ONNX graphs, for tiue-runtime: one pass of the UNet's encoder, then its decoder
 at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 
 - Made from: {made_from}
@@ -18,6 +18,7 @@ at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 - Steps: {all_steps}
 - Computes in {precision}; weights stored as {weights}, text encoder as {text_encoder}
 - Variants: {variants}. Image decoders: {vaes}
+- Safety checker: {safety_checker}
 
 ```python
 from tiue_runtime import Pipeline
@@ -48,6 +49,7 @@ def model_card(manifest: bundle.Manifest, made_from: str, text_encoder: str) -> 
         precision=manifest.precision,
         variants=", ".join(manifest.variants),
         vaes=", ".join(manifest.vaes),
+        safety_checker="flagged pictures are blurred" if manifest.safety_checker else "none, pictures are not checked",
         weights=manifest.weights,
         text_encoder=text_encoder,
         steps=manifest.default_steps,

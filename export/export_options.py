@@ -62,6 +62,9 @@ class Options:
         metavar="WIDTHxHEIGHT[,...]",
         shown="only the size of the model's configuration",
     )
+    safety_checker: bool = setting(
+        True, "export the safety checker of a pipeline that has one; without it, pictures are not checked"
+    )
     overwrite: bool = setting(False, "replace a bundle that exists")
     tiny_vae: AutoencoderTiny | None = None  # beside the model's own decoder, or in its place
     calibration_prompts: tuple[str, ...] = ()  # for int8 to measure ranges on; () uses 16 built-in prompts

@@ -86,7 +86,16 @@ def _export(arguments: argparse.Namespace) -> Path:
     )
     check_target(out, MANIFEST, overwrite=options.overwrite)
     _progress(f"loading {source}")
-    student = load_source(source, chosen.steps, chosen.base, chosen.shared_up_blocks, loras, chosen.scheduler_choice())
+    checker = options.safety_checker and (chosen.safety_checker_path or True)
+    student = load_source(
+        source,
+        chosen.steps,
+        chosen.base,
+        chosen.shared_up_blocks,
+        loras,
+        chosen.scheduler_choice(),
+        safety_checker=checker,
+    )
     if not student.declared:
         _show_warning(_what_for(source, student))
     if student.components.license == "unknown":
@@ -158,6 +167,12 @@ class Source:
     )
     vae_path: str | None = setting(
         None, "for the vae tiny: a diffusers AutoencoderTiny (TAESD's layout)", metavar="DIR", shown="none"
+    )
+    safety_checker_path: str | None = setting(
+        None,
+        "take the safety checker from this pipeline directory, or Hub id; a student.safetensors has none",
+        metavar="DIR",
+        shown="the model's own",
     )
     calibration_prompts: str | None = setting(
         None,

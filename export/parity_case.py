@@ -9,12 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tiue_runtime import bundle
+from tiue_runtime.images import to_pil, to_unit
+from tiue_runtime.safety import prepare
 from torch import Tensor
 
 from export.execution import Array, GraphSession
 from export.plan import Plan
 from tiue.components import decode_latents
 from tiue.hoist import hoist
+from tiue.safety_checker import score
 from tiue.text_encoder import encode_text, tokenize
 
 PARITY_PROMPTS = ("a red heart", "", "Zwölf Boxkämpfer, a very long prompt " * 20)
@@ -59,6 +62,7 @@ class ParityCase:
             bundle.TEXT_ENCODER: self._text_outputs,
             bundle.UNET_ENCODER: self._feature_outputs,
             bundle.UNET_DECODER: self._latent_outputs,
+            bundle.SAFETY_CHECKER: self._score_outputs,
         }
         return list(stages.get(session.graph, self._image_outputs)(session))
 
@@ -125,6 +129,15 @@ class ParityCase:
             feeds = {**features, bundle.STEP_INDEX: index[chosen], bundle.STEP_WEIGHT: weight[chosen]}
             z_0 = z_0 + self._run(session, feeds, steps=at_once)[bundle.CONTRIBUTION]
         return z_0
+
+    def _score_outputs(self, session: GraphSession) -> Iterator[Output]:
+        """Prepare PyTorch's picture as the runtime does for the graph, and with transformers' own processor."""
+        checker, how = self._plan.safety_checker, self._plan.manifest.safety_checker
+        assert checker is not None and how is not None
+        pictures = to_pil(to_unit(self._images[bundle.VAE_DECODER].numpy()))
+        rows = [session({bundle.IMAGE: prepare(picture, how)}, rows=1, latents=1) for picture in pictures]
+        made = np.concatenate([row[bundle.SCORE] for row in rows])
+        yield Output(bundle.SCORE, made, score(checker, pictures).numpy())
 
     def _image_outputs(self, session: GraphSession) -> Iterator[Output]:
         made = self._run(session, {bundle.LATENTS: self._made["z_0"]})[bundle.IMAGE]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL.Image import Resampling
 from tiue_runtime import bundle
 
 from export.errors import ExportError
@@ -14,6 +15,7 @@ from export.export_options import Options
 from export.source import check_tiny_vae
 from export.writer import EXTERNAL_ABOVE
 from tiue.checkpoint import Student
+from tiue.safety_checker import SafetyChecker
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Plan:
     options: Options  # `target` is never empty here
     manifest: bundle.Manifest  # without preview, files and memory of runs, which later stages add
     vaes: Mapping[str, AutoencoderKL | AutoencoderTiny]  # by the name of the graph, the default first
+
+    @property
+    def safety_checker(self) -> SafetyChecker | None:
+        """The model's safety checker, if the bundle gets one."""
+        return self.student.components.safety_checker if self.options.safety_checker else None
 
 
 def make_plan(student: Student, options: Options) -> Plan:
@@ -74,10 +81,10 @@ def _vae_kinds(student: Student, options: Options) -> tuple[str, ...]:
     return options.vae or (own,)
 
 
-def _variants(options: Options, vae_kinds: Iterable[str]) -> dict[str, dict[str, str]]:
+def _variants(options: Options, vae_kinds: Iterable[str], *, safety_checker: bool) -> dict[str, dict[str, str]]:
     """Return the file of every graph of every target.
 
-    All targets share the text encoder, which special operators would not make faster.
+    All targets share the text encoder and the safety checker, which special operators would not make faster.
     """
     variants: dict[str, dict[str, str]] = {}
     for target in options.target:
@@ -85,12 +92,15 @@ def _variants(options: Options, vae_kinds: Iterable[str]) -> dict[str, dict[str,
         names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *bundle.vae_graphs(vae_kinds).values())
         variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
         variants[target][bundle.TEXT_ENCODER] = bundle.GRAPH_FILES[bundle.TEXT_ENCODER]
+        if safety_checker:
+            variants[target][bundle.SAFETY_CHECKER] = f"{bundle.SAFETY_CHECKER}.onnx"
     return variants
 
 
 def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) -> bundle.Manifest:
     components = student.components
     geometry = components.geometry
+    checker = components.safety_checker if options.safety_checker else None
     schedules: dict[int, bundle.Schedule] = {}
     for steps in sorted(student.schedules):
         s = student.schedule(steps)
@@ -103,6 +113,7 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
             "base_model": student.base_model,
             "tiue": version("tiue"),
             "text_encoder": options.stored_text_encoder,
+            **({} if options.safety_checker else {"safety_checker": "left out on request"}),
             **{f"lora_{i}": lora for i, lora in enumerate(student.loras, start=1)},
             **({"scheduler": f"one step of {student.one_step.scheduler}"} if student.one_step else {}),
         },
@@ -118,7 +129,15 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
         schedules=schedules,
         default_steps=max(schedules),
-        variants=_variants(options, vae_kinds),
+        variants=_variants(options, vae_kinds, safety_checker=checker is not None),
         vaes=vae_kinds,
         sizes=options.further_sizes,
+        safety_checker=None if checker is None else _preparation(checker),
     )
+
+
+def _preparation(checker: SafetyChecker) -> bundle.SafetyChecker:
+    """Say how the safety checker gets its pictures. Scorer does the rest of the feature extractor's work."""
+    processor = checker.processor
+    name = Resampling(processor.resample).name.lower()
+    return bundle.SafetyChecker(processor.size["shortest_edge"], processor.crop_size["height"], name)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from export.errors import ExportError
 from export.lora import Lora, merge_lora
 from tiue.checkpoint import Student, load_student
-from tiue.components import Components, ComponentsError, check_fit, load_components
+from tiue.components import Components, ComponentsError, check_fit, load_components, load_safety_checker
 from tiue.files import is_directory, is_file
 from tiue.fold import fold_guidance, fold_input_scale
 from tiue.hub import is_hub_id
@@ -33,6 +33,7 @@ def load_source(
     shared_up_blocks: int | None = None,
     loras: Sequence[Lora] = (),
     choice: SchedulerChoice | None = None,
+    safety_checker: bool | str = True,
 ) -> Student:
     """Load the model to export, and choose its schedules.
 
@@ -47,21 +48,31 @@ def load_source(
         shared_up_blocks: number of up blocks that run once, of a model that does not declare it. 0 by default.
         loras: to merge into the model, in this order. Pickles are refused.
         choice: how a one-step student of another method makes its step, where its pipeline does not say so.
+        safety_checker: whether to load the pipeline's or base's, if it has one; or the pipeline, or Hub id, to take it
+            from.
 
     Raises:
         ValueError: (CheckpointError, ComponentsError, ExportError) in one line.
     """
     source = Path(path_or_id)
     if is_file(source):
-        student = _load_file(source, steps, base, shared_up_blocks, choice)
+        student = _load_file(source, steps, base, shared_up_blocks, choice, safety_checker is True)
     else:
         if base is not None:
             found = "is a pipeline" if is_directory(source) else "is no such file"
             raise ExportError(f"`base` goes with a file of UNet weights, but {path_or_id} {found}")
         if not is_directory(source) and not is_hub_id(str(path_or_id)):
             raise ExportError(f"no such checkpoint: {path_or_id} (no such file or directory)")
-        components = load_components(path_or_id, local_files_only=False, guided=_is_guided(choice))
+        components = load_components(
+            path_or_id,
+            local_files_only=False,
+            guided=_is_guided(choice),
+            safety_checker=safety_checker is True,
+        )
         student = _undeclared(components, steps, components.name, shared_up_blocks, choice)
+    if isinstance(safety_checker, str):
+        checker = load_safety_checker(safety_checker, local_files_only=False)
+        student = replace(student, components=replace(student.components, safety_checker=checker))
     if loras:
         student = replace(student, loras=tuple(str(merge_lora(student.components, lora)) for lora in loras))
     _fold(student, choice)
@@ -76,8 +87,11 @@ def load_source(
 
 def _check_finite(path_or_id: str | Path, components: Components) -> None:
     """Raise ExportError for a weight of which nothing can be computed. Merged models sometimes have such weights."""
-    for part in WITH_WEIGHTS:
-        for name, tensor in getattr(components, part).state_dict().items():
+    modules = {part: getattr(components, part) for part in WITH_WEIGHTS}
+    if components.safety_checker:
+        modules["safety_checker"] = components.safety_checker.module
+    for part, module in modules.items():
+        for name, tensor in module.state_dict().items():
             if not tensor.isfinite().all():
                 raise ExportError(f"{path_or_id}: {part}.{name} holds infinity or NaN: the weights are damaged")
 
@@ -88,6 +102,7 @@ def _load_file(
     base: str | Path | None,
     shared_up_blocks: int | None,
     choice: SchedulerChoice | None,
+    safety_checker: bool,
 ) -> Student:
     try:
         names = read_headers(source)
@@ -106,7 +121,13 @@ def _load_file(
         raise ExportError(f"{source} {kind}")
     if base is None:
         raise ExportError(_without_base(source, names))
-    components = load_components(base, local_files_only=False, unet_file=source, guided=_is_guided(choice))
+    components = load_components(
+        base,
+        local_files_only=False,
+        unet_file=source,
+        guided=_is_guided(choice),
+        safety_checker=safety_checker,
+    )
     return _undeclared(components, steps, Path(base).resolve().name, shared_up_blocks, choice)
 
 

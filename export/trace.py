@@ -19,6 +19,7 @@ from export.translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIR
 from tiue.components import latent_scaling
 from tiue.files import one_line
 from tiue.hoist import HoistedDecoder, HoistedEncoder, alias_weights, hoist
+from tiue.safety_checker import SafetyChecker, Scorer
 from tiue.unet import TiUE
 
 OPSET = 18  # From opset 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel.
@@ -190,6 +191,26 @@ def vae_decoder_graph(vae: Any, target: GraphTarget) -> ir.Model:
         dynamic_shapes=({0: batch, 2: height, 3: width},),
         input_names=[bundle.LATENTS],
         output_names=[bundle.IMAGE],
+    )
+
+
+def safety_checker_graph(checker: SafetyChecker) -> ir.Model:
+    """Trace a safety checker in standard operators and float32, for all devices.
+
+    Returns:
+        A graph: image (B, 3, S, S) in [-1, 1], as `bundle.SafetyChecker` prepares it => score (B).
+
+    Raises:
+        ExportError: it cannot be traced.
+    """
+    side = checker.processor.crop_size["height"]
+    return _trace(
+        Scorer(checker).eval(),
+        (torch.randn(2, 3, side, side),),
+        GraphTarget(bundle.PORTABLE, torch.float32),
+        dynamic_shapes=({0: Dim("batch")},),
+        input_names=[bundle.IMAGE],
+        output_names=[bundle.SCORE],
     )
 
 

@@ -8,9 +8,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from tiue.components import Components
@@ -84,6 +93,35 @@ def emoji() -> Components:
 def with_unet(unet: UNet2DConditionModel) -> Components:
     """`sd15` around another UNet."""
     return replace(sd15(), unet=unet)
+
+
+def save_safety_checker(directory: Path, **processor: Any) -> StableDiffusionSafetyChecker:
+    """Add a safety checker, which flags some pictures, and its feature extractor to a pipeline directory."""
+    torch.manual_seed(3)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 12,
+        "patch_size": 4,
+    }
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config=vision, text_config={"num_hidden_layers": 2}, projection_dim=8)
+    ).eval()
+    for embeds in (checker.concept_embeds, checker.special_care_embeds):
+        embeds.copy_(torch.randn_like(embeds))
+    checker.concept_embeds_weights.fill_(0.45)
+    checker.special_care_embeds_weights.fill_(0.3)
+    checker.save_pretrained(directory / "safety_checker")
+    options = {"size": {"shortest_edge": 14}, "crop_size": {"height": 12, "width": 12}}
+    CLIPImageProcessor(**(options | processor)).save_pretrained(directory / "feature_extractor")
+    edit_json(
+        directory / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    return checker
 
 
 def save_pipeline(components: Components, directory: Path) -> Path:

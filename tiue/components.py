@@ -27,6 +27,8 @@ from tiue.pipeline_directory import (
     read_json,
 )
 from tiue.recognize import not_safetensors
+from tiue.safety_checker import PART as SAFETY_CHECKER
+from tiue.safety_checker import SafetyChecker, read_safety_checker
 from tiue.schedule import NoiseSchedule
 from tiue.weights import WeightsError, choose_weights
 
@@ -39,6 +41,7 @@ __all__ = [
     "decode_latents",
     "latent_scaling",
     "load_components",
+    "load_safety_checker",
     "load_tiny_vae",
     "read_configs",
 ]
@@ -92,6 +95,7 @@ class Components:
     scheduler_config: dict[str, Any]
     name: str
     license: str
+    safety_checker: SafetyChecker | None = None  # only for an export
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -145,6 +149,7 @@ def load_components(
     local_files_only: bool = True,
     unet_file: str | Path | None = None,
     guided: bool = False,
+    safety_checker: bool = False,
 ) -> Components:
     """Load a diffusers pipeline directory. Weights are read from safetensors only, never from pickles.
 
@@ -160,6 +165,8 @@ def load_components(
             is a single file in the original layout (A1111's), whose parts are all used. The model is named after the
             file. Folders of replaced parts need only a config.json.
         guided: accept a UNet that takes a guidance scale as an input. The caller must fold it: see `tiue.fold`.
+        safety_checker: whether to load the pipeline's safety checker, if it has one. Otherwise a warning says that it
+            is left out.
 
     Returns:
         The model.
@@ -171,9 +178,13 @@ def load_components(
     if unet_file is not None:
         original = single_file_parts(Path(unet_file))
         taken = original or {"unet"}
-    found = _find(directory, local_files_only, [part for part in WITH_WEIGHTS if part not in taken], guided)
+    wanted = [part for part in WITH_WEIGHTS if part not in taken]
+    found = _find(directory, local_files_only, [*wanted, SAFETY_CHECKER] if safety_checker else wanted, guided)
     for message in found.warnings:
         warnings.warn(message, stacklevel=2)
+    if found.safety_checker and not safety_checker:
+        warnings.warn(f"{found.root}: safety_checker is left out: pictures are not checked", stacklevel=2)
+    checker = read_safety_checker(found) if safety_checker else None
     tokenizer = load_fast_tokenizer(found)
     modules: dict[str, Any] = {}
     if unet_file is not None:
@@ -191,6 +202,7 @@ def load_components(
         scheduler_config=found.configs["scheduler"],
         name=Path(directory).resolve().name if unet_file is None else Path(unet_file).stem,
         license=found.license if unet_file is None else "unknown",  # The base's license need not be the UNet's.
+        safety_checker=checker,
     )
 
 
@@ -198,6 +210,14 @@ def read_configs(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
     """Return the UNet's and the scheduler's configuration of a pipeline directory. Raises ComponentsError."""
     configs = _find(directory, True, []).configs
     return configs["unet"], configs["scheduler"]
+
+
+def load_safety_checker(directory: str | Path, *, local_files_only: bool = True) -> SafetyChecker:
+    """Load the safety checker of a pipeline directory, or Hub id. Raises ComponentsError, also if it has none."""
+    found = read_safety_checker(_find(directory, local_files_only, [SAFETY_CHECKER]))
+    if found is None:
+        raise ComponentsError(f"{directory} has no safety checker")
+    return found
 
 
 def load_tiny_vae(directory: str | Path) -> AutoencoderTiny:
@@ -235,6 +255,8 @@ def _download(hub_id: str, parts: list[str], guided: bool) -> PipelineDirectory:
         )  # Unsupported models are refused before their weights are downloaded.
         weights: list[str] = []
         for part in parts:
+            if part == SAFETY_CHECKER and not found.safety_checker:
+                continue
             own = [name.removeprefix(f"{part}/") for name in names if re.fullmatch(rf"{part}/[^/]+", name)]
             weights += [f"{part}/{name}" for name in choose_weights(part, own)[1]]
         if weights:

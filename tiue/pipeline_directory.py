@@ -26,6 +26,8 @@ CONFIGURATIONS = (
     "tokenizer/*.json",
     "tokenizer/*.txt",
     *(f"{part}/config.json" for part in WITH_WEIGHTS),
+    "safety_checker/config.json",
+    "feature_extractor/preprocessor_config.json",
 )
 _PARTS = (*WITH_WEIGHTS, "tokenizer", "scheduler")
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # No picture depends on these.
@@ -48,6 +50,7 @@ class PipelineDirectory:
     slow_tokenizer: bool  # the pipeline names the slow tokenizer
     configs: dict[str, dict[str, Any]]  # of the parts with weights and of the scheduler
     license: str  # the model card's, or "unknown"
+    safety_checker: str | None  # the class that the pipeline names
     warnings: tuple[str, ...]  # notes on repaired and ignored parts
 
 
@@ -84,14 +87,13 @@ def read_directory(root: Path, *, guided: bool = False) -> PipelineDirectory:
         configs["scheduler"]["_class_name"] = named["scheduler"]
     if ignored := ignored_options(configs["scheduler"]):
         notes.append(f"scheduler sets {' and '.join(ignored)}, left out: steps here are not clipped")
-    if named.get("safety_checker"):
-        notes.append("safety_checker is left out: pictures are not checked")
     return PipelineDirectory(
         root=root,
         classes=classes,
         slow_tokenizer=not str(named["tokenizer"]).endswith("Fast"),
         configs=configs,
         license=_license(root),
+        safety_checker=named.get("safety_checker"),
         warnings=tuple(f"{root}: {note}" for note in notes),
     )
 

@@ -31,6 +31,7 @@ class Stored(NamedTuple):
 _HARMLESS = {
     "unet": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),  # counters of an average
     "vae": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),
+    "safety_checker": re.compile(r"(.*\.)?position_ids$"),
     "text_encoder": re.compile(
         r"(.*\.)?position_ids$"  # the numbers 0 to L - 1, which the model computes itself
         r"|(.*\.)?(num_updates|decay|optimization_step)$"
@@ -69,7 +70,7 @@ def choose_weights(part: str, names: Iterable[str]) -> tuple[str | None, list[st
         WeightsError: there are no weights in safetensors.
     """
     names = sorted(names)
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if part in ("text_encoder", "safety_checker") else "diffusion_pytorch_model"
     for variant, middle, shards in (
         (None, "", rf"{stem}-\d+-of-\d+\.safetensors"),
         ("fp16", ".fp16", rf"{stem}(\.fp16-\d+-of-\d+|-\d+-of-\d+\.fp16)\.safetensors"),  # new and old style

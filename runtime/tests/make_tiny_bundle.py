@@ -1,4 +1,4 @@
-"""Make data/tiny and data/heavy: bundles of a few KB with pictures in closed form. Needs onnx, unlike the tests.
+"""Make the bundles in data/: a few KB each, with pictures in closed form. Needs onnx, unlike the tests.
 
 python make_tiny_bundle.py
 
@@ -9,9 +9,12 @@ image        = 2 latents[:, :3] + 0.25, every pixel repeated twice in height and
 
 heavy computes the same, but takes more memory: eps and image are the mean of COPIES copies. It has memory estimates,
 default pictures of 128 x 128 pixels, and a second image decoder, which takes little memory and halves the contrast.
+
+checked is tiny with a safety checker: it flags pictures whose center of 4 x 4 pixels is brighter than LIMIT.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,16 @@ from tiue_runtime.bundle import (
     GRAPH_FILES,
     KL,
     PORTABLE,
+    SAFETY_CHECKER,
     TINY,
     TOKENIZER,
     VAE_DECODER,
+    Bundle,
     Manifest,
     MemoryUse,
     Preview,
     Prompts,
+    SafetyChecker,
     Schedule,
     write_bundle,
 )
@@ -39,6 +45,7 @@ LENGTH = 8
 EMBEDDING = np.array([[i / 10, -i / 20, 1 / (1 + i)] for i in range(len(WORDS))], dtype=np.float32)
 TAU = np.array([0.9, 0.7, 0.4, 0.2], dtype=np.float32)
 COPIES = 64
+LIMIT = 0.3  # of pixels in [-1, 1]
 SCALE, SHIFT = 2.0, 0.25  # image in [-1, 1] of latents
 IDENTITY = tuple(tuple(SCALE / 2 if row == column else 0.0 for column in range(3)) for row in range(3))
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
@@ -198,9 +205,31 @@ def make(directory: Path, heavy: bool) -> None:
     write_bundle(directory, manifest).verify()
 
 
+def make_checked(directory: Path) -> None:
+    node = helper.make_node
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(DATA / "tiny", directory)
+    save(
+        directory / "safety_checker.onnx",
+        [
+            node("ReduceMean", ["image", "axes"], ["mean"], keepdims=0),
+            node("Sub", ["mean", "limit"], ["score"]),
+        ],
+        [value("image", FLOAT, "B", 3, 4, 4)],
+        [value("score", FLOAT, "B")],
+        {"axes": np.array([1, 2, 3]), "limit": np.float32(LIMIT)},
+    )
+    manifest = Bundle.load(DATA / "tiny").manifest
+    variants = {PORTABLE: {**manifest.variants[PORTABLE], SAFETY_CHECKER: "safety_checker.onnx"}}
+    checker = SafetyChecker(resize=6, crop=4, filter="bicubic")
+    changed = replace(manifest, name=directory.name, variants=variants, safety_checker=checker, files={})
+    write_bundle(directory, changed).verify()
+
+
 def main() -> None:
     make(DATA / "tiny", heavy=False)
     make(DATA / "heavy", heavy=True)
+    make_checked(DATA / "checked")
 
 
 if __name__ == "__main__":

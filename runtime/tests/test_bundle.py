@@ -5,8 +5,7 @@ from dataclasses import replace
 from functools import reduce
 
 import pytest
-from tiue_runtime import Pipeline
-from tiue_runtime.bundle import GRAPHS, Bundle, Manifest, MemoryUse, Preview, Schedule, write_bundle
+from tiue_runtime.bundle import GRAPHS, Bundle, Manifest, MemoryUse, Preview, SafetyChecker, Schedule, write_bundle
 from tiue_runtime.errors import BundleError
 
 
@@ -418,8 +417,8 @@ def test_a_safety_checker_is_a_graph_of_every_variant(copy):
     manifest = Bundle.load(copy).manifest
     graphs = {**manifest.variants["portable"], "safety_checker": "safety_checker.onnx"}
     (copy / "safety_checker.onnx").write_bytes((copy / "vae_decoder.onnx").read_bytes())
-    bundle = write_bundle(copy, replace(manifest, variants={"portable": graphs}, files={}))
+    how = SafetyChecker(resize=224, crop=224, filter="bicubic")
+    changed = replace(manifest, variants={"portable": graphs}, safety_checker=how, files={})
+    bundle = write_bundle(copy, changed)
     assert bundle.manifest.graphs[-1] == "safety_checker"
     bundle.verify()
-    with pytest.warns(UserWarning, match="has a safety checker, which this version of tiue-runtime does not run"):
-        Pipeline.load(copy, device="cpu")

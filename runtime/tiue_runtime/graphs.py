@@ -32,17 +32,18 @@ _LOAD_TINY = 'load with vae="tiny"'
 
 
 class Graphs:
-    """Text encoder, UNet encoder, UNet decoder and image decoder of a bundle, in the order in which they run.
+    """Text encoder, UNet encoder, UNet decoder, image decoder and safety checker, in the order in which they run.
 
     Args:
         bundle: where they are.
         placement: where and how they run.
         vae: the kind of image decoder.
+        safety: whether pictures are checked, if the bundle has a safety checker.
 
     They are loaded by `load`, or each when it is first needed.
     """
 
-    def __init__(self, bundle: Bundle, placement: Placement, vae: str) -> None:
+    def __init__(self, bundle: Bundle, placement: Placement, vae: str, *, safety: bool) -> None:
         self._bundle, self._device, self._settings, self._vae = bundle, placement.device, placement.settings, vae
         self.variant = placement.variant
         self.budget = Budget(bundle.manifest, self.variant, self._device)
@@ -60,13 +61,18 @@ class Graphs:
         )
         self.vae_name = bundle.manifest.vae_graphs[vae]
         self.vae_decoder = self._graph(self.vae_name, lambda g: expect(g, {contract.LATENTS}, {contract.IMAGE}))
+        self.safety_checker: Graph | None = None
+        if safety and bundle.manifest.safety_checker is not None:
+            self.safety_checker = self._graph(
+                contract.SAFETY_CHECKER, lambda g: expect(g, {contract.IMAGE}, {contract.SCORE})
+            )
 
     def _graph(self, name: str, check: Callable[[Graph], object]) -> Graph:
         path = self._bundle.graph_path(name, self.variant)
         settings = with_cache(self._settings, self._device, self._bundle.directory, path)
         recording = self.cuda_graphs
-        if name == contract.TEXT_ENCODER:
-            # The text encoder computes its mask in nodes that may stay on the CPU. Such a graph cannot be recorded.
+        if name in (contract.TEXT_ENCODER, contract.SAFETY_CHECKER):
+            # Some of their nodes may stay on the CPU, for example those of a mask. Such a graph cannot be recorded.
             settings, recording = replace(settings, cuda_graphs=False), None
         files = partial(self._bundle.check_graph, name, self.variant)
         load_now = self.cuda_graphs is not None  # Recordings need a session at once.
@@ -74,7 +80,8 @@ class Graphs:
             return Graph(path, self._device, settings, recording, check=check, check_files=files, load=load_now)
 
     def __iter__(self) -> Iterator[Graph]:
-        return iter((self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder))
+        checker = () if self.safety_checker is None else (self.safety_checker,)
+        return iter((self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder, *checker))
 
     def load(self) -> None:
         """Load the graphs that are not loaded. Raises BundleError, DeviceError, OutOfMemoryError."""
@@ -86,7 +93,11 @@ class Graphs:
         """Free graphs and the memory that they hold."""
         for graph in graphs:
             graph.unload()
-        for graph, name in ((self.unet_decoder, contract.UNET_DECODER), (self.vae_decoder, self.vae_name)):
+        for graph, name in (
+            (self.unet_decoder, contract.UNET_DECODER),
+            (self.vae_decoder, self.vae_name),
+            (self.safety_checker, contract.SAFETY_CHECKER),
+        ):
             if graph in graphs:
                 self.budget.freed(name)
 
@@ -145,8 +156,8 @@ _shared: WeakValueDictionary[Hashable, Graphs] = WeakValueDictionary()
 _sharing = ForkSafeLock()
 
 
-def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory) -> Graphs:
-    """Return the graphs of a pipeline. Pipelines of equal files, placement and vae get the same ones.
+def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory, *, safety: bool) -> Graphs:
+    """Return the graphs of a pipeline. Pipelines of equal files, placement, vae and safety get the same ones.
 
     Two kinds of pipelines get their own graphs. With memory="low", they are not loaded now, and each request loads and
     frees them. With cuda_graphs, a recording belongs to one pipeline.
@@ -155,15 +166,15 @@ def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory
         BundleError, DeviceError, OutOfMemoryError: a graph could not be loaded.
     """
     if memory == "low":
-        return Graphs(bundle, placement, vae)
+        return Graphs(bundle, placement, vae, safety=safety)
     if placement.settings.cuda_graphs:
-        graphs = Graphs(bundle, placement, vae)
+        graphs = Graphs(bundle, placement, vae, safety=safety)
     else:
-        key = bundle.directory.resolve(), tuple(sorted(bundle.stamps.items())), repr(placement), vae
+        key = bundle.directory.resolve(), tuple(sorted(bundle.stamps.items())), repr(placement), vae, safety
         with _sharing.hold():
             graphs = _shared.get(key)
             if graphs is None:
-                graphs = _shared[key] = Graphs(bundle, placement, vae)
+                graphs = _shared[key] = Graphs(bundle, placement, vae, safety=safety)
     graphs.load()
     return graphs
 

@@ -132,6 +132,10 @@ class LoadOptions(TypedDict, total=False):
     variant: Annotated[
         str | None, Option("the bundle's graphs to run (default: the best for the device)", choices=get_args(Variant))
     ]
+    safety_checker: Annotated[
+        bool,
+        Option("check pictures, if the bundle has a safety checker, and blur those that it flags (default: yes)", True),
+    ]
     cuda_graphs: Annotated[bool, Option("record the kernels once and replay them (cuda)", False, flag=False)]
     provider_options: Annotated[
         Mapping[str, object] | None, Option("options of ONNX Runtime's provider for the device", flag=False)

@@ -7,7 +7,6 @@ This module imports neither numpy nor ONNX Runtime, so that a program which may 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -46,19 +45,27 @@ class Pipeline:
     bundle: Bundle
     device: str
     vae: str  # the kind of image decoder that was loaded
+    safety_checker: bool  # whether pictures are checked: the bundle has a safety checker, and it was loaded
     variant: str  # the bundle's graphs that were loaded
     cuda_graphs: bool  # whether `warmup` records kernels
     precision: Precision | None  # as in `Result`
     threads: int | None  # as given to `load`
     memory: Memory  # the default of calls
 
-    def __init__(self, bundle: Bundle, placement: Placement, vae: Vae | None = None, memory: Memory = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        placement: Placement,
+        vae: Vae | None = None,
+        memory: Memory = "auto",
+        *,
+        safety_checker: bool = True,
+    ) -> None:
         """Load the graphs of a bundle as placed. `Pipeline.load` finds the bundle and the placement.
 
         Raises:
             BundleError, DeviceError, OutOfMemoryError, RequestError: as `Pipeline.load`.
         """
-        from tiue_runtime.bundle import SAFETY_CHECKER
         from tiue_runtime.graphs import shared_graphs
         from tiue_runtime.sampler import Sampler
 
@@ -70,13 +77,9 @@ class Pipeline:
         self.vae = manifest.vaes[0] if vae is None else vae
         if self.vae not in manifest.vaes:
             raise RequestError(f"vae: bundle {manifest.name} has {', '.join(manifest.vaes)}, got {shorten(vae)}")
-        if SAFETY_CHECKER in manifest.graphs:
-            warnings.warn(
-                f"bundle {manifest.name} has a safety checker, which this version of tiue-runtime does not run: "
-                "pictures are not checked",
-                stacklevel=3,
-            )
-        self._sampler: Sampler | None = Sampler(bundle, shared_graphs(bundle, placement, self.vae, memory))
+        self.safety_checker = safety_checker and manifest.safety_checker is not None
+        graphs = shared_graphs(bundle, placement, self.vae, memory, safety=self.safety_checker)
+        self._sampler: Sampler | None = Sampler(bundle, graphs)
 
     @classmethod
     @document(LoadOptions)
@@ -113,13 +116,14 @@ class Pipeline:
         from tiue_runtime.ort.placement import place
 
         given = complete(LoadOptions, options)
-        vae = given.pop("vae")
+        vae, safety_checker = given.pop("vae"), given.pop("safety_checker")
         try:
             found = Bundle.load(find_bundle(bundle))
             trust = demanded_trust()
             if trust:
                 check_signature(found, trust)
-            return cls(found, place(variants=found.manifest.variants, **given), vae, memory)
+            placement = place(variants=found.manifest.variants, **given)
+            return cls(found, placement, vae, memory, safety_checker=safety_checker)
         except (MemoryError, RuntimeError) as error:  # RuntimeError: no thread can be started.
             if not is_out_of_memory(error):
                 raise
@@ -209,6 +213,8 @@ class Pipeline:
 
         All memory modes make the same pictures. If a mode runs out of memory, the next one follows, with a warning.
         Pictures decoded in tiles differ from pictures decoded whole, because group norms see one tile at a time.
+        Pictures that the bundle's safety checker flags are blurred, and `Result.flagged` tells which. Latents and quick
+        previews are not checked.
 
         Returns:
             The pictures, prompt-major, and how they were made.
@@ -232,12 +238,12 @@ class Pipeline:
             width = lambda: graphs.text_width  # noqa: E731
             request = Request.make(self.bundle.manifest, graphs.budget, width, prompt, output_type, given)
             exact = partial(self.decode, memory=memory, vae_tiling=request.vae_tiling, cancel=run.cancelled)
-            images, mode, tile = sampler.sample(request, output_type, run, exact)
-            records = records_of(self, request, mode, tile)
+            images, mode, tile, flagged = sampler.sample(request, output_type, run, exact)
+            records = records_of(self, request, mode, tile, flagged)
             if output_type == "pil":
                 attach(images, records)
         run.timings["total"] = time.perf_counter() - run.begun
-        made = self.device, self.precision, request.steps, mode, self.vae, tile, records
+        made = self.device, self.precision, request.steps, mode, self.vae, tile, records, flagged
         return Result(images, request.seeds, run.timings, *made)
 
     def repeat(
@@ -342,7 +348,7 @@ class Pipeline:
             **options: memory, vae_tiling, timeout, callback and cancel, as in `__call__`.
 
         Returns:
-            The pictures.
+            The pictures. Those that the safety checker flags are blurred.
 
         Raises:
             RequestError, Cancelled, InferenceError: as `__call__`.

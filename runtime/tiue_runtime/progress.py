@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Rough parts of a request's time on a CPU, for `Progress.fraction`. The names are those of `Result.timings`.
-SHARES = {"text_encoder": 0.05, "unet_encoder": 0.2, "unet_decoder": 0.45, "vae_decoder": 0.3}
+SHARES = {
+    "text_encoder": 0.05,
+    "unet_encoder": 0.2,
+    "unet_decoder": 0.45,
+    "vae_decoder": 0.3,
+    "safety_checker": 0.1,
+}
 
 
 class Preview(Protocol):
@@ -30,8 +36,8 @@ class Preview(Protocol):
 class Progress:
     """What a request has done. A callback receives one after each part of the work."""
 
-    stage: str  # the graph that ran: "text_encoder", "unet_encoder", "unet_decoder" or "vae_decoder"
-    step: int  # finished parts of the stage: timesteps of unet_decoder, tiles or pictures of vae_decoder
+    stage: str  # the graph that ran, one of SHARES
+    step: int  # finished parts of the stage: timesteps of unet_decoder, tiles or pictures of the graphs after it
     steps: int  # parts of the stage
     fraction: float  # of the whole request, from 0 to 1, by rough shares of the stages; it never falls
     seconds: float  # since the request began

@@ -6,7 +6,7 @@ docs/traceability.md describes the format for readers in other languages.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, cast
@@ -59,6 +59,9 @@ class Record:
     prompts: Annotated[int, Field("Prompts of the request, which ran as one batch.", least=1, most=2**20)] = 1
     num_images: Annotated[int, Field("Pictures of each prompt.", least=1, most=2**20)] = 1
     index: Annotated[int, Field("Of this picture in the request, prompt-major, from 0.", least=0, most=2**40)] = 0
+    flagged: Annotated[
+        bool | None, Field("Flagged by the safety checker, and therefore blurred. Absent if it was not checked.")
+    ] = None
     pixels_sha256: Annotated[str | None, Field("Of the RGB bytes, row by row, as made.", pattern=_SHA256)] = None
 
     def to_json(self) -> str:
@@ -112,7 +115,7 @@ def parse_record(data: bytes) -> Record:
 
 
 def records_of(
-    pipeline: "Pipeline", request: "Request", mode: Mode, tile: tuple[int, int] | None
+    pipeline: "Pipeline", request: "Request", mode: Mode, tile: tuple[int, int] | None, flagged: Sequence[bool]
 ) -> tuple[Record, ...]:
     """Return the record of each picture of a request, prompt-major, without the sha256 of its pixels.
 
@@ -121,6 +124,7 @@ def records_of(
         request: complete.
         mode: in which the decoder ran.
         tile: height and width of tiles in pixels, or None.
+        flagged: as in Result.
     """
     manifest = pipeline.bundle.manifest
     count, _, height, width = request.shape
@@ -148,6 +152,7 @@ def records_of(
             prompt=None if request.prompts is None else request.prompts[i // request.num_images],
             seed=request.seeds[i] if request.seeds else None,
             index=i,
+            flagged=flagged[i] if flagged else None,
         )
         for i in range(count)
     )

@@ -131,7 +131,7 @@ def _differences(made: Record, record: Record) -> Iterator[str]:
     """Say in which values two records differ."""
     if made.bundle_sha256 != record.bundle_sha256:
         yield f"the bundle {record.bundle} was another one, {record.bundle_sha256[:10]}, now {made.bundle_sha256[:10]}"
-    for name in ("variant", "device", "provider", "precision", "threads", "memory", "tile", "steps"):
+    for name in ("variant", "device", "provider", "precision", "threads", "memory", "tile", "steps", "flagged"):
         then, now = getattr(record, name), getattr(made, name)
         if then != now:
             yield f"{name} was {then}, now {now}"

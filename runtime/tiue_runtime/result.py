@@ -31,6 +31,7 @@ class Result(Generic[Images]):
     vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
     tile: tuple[int, int] | None  # (height, width) in pixels, if pictures were decoded in tiles
     records: "tuple[Record, ...]" = ()  # one per image: everything that a file says about it
+    flagged: tuple[bool, ...] = ()  # one per image: flagged by the safety checker, and blurred; empty if not checked
 
     def save(
         self,

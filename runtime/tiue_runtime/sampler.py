@@ -3,11 +3,12 @@
 prompt -> text_encoder -> text
 z_T, text -> denoise: unet_encoder once, unet_decoder at N timesteps -> z_0
 z_0 -> vae_decoder -> image
+image -> safety_checker, if the bundle has one -> flagged or not
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from PIL.Image import Image
 from tiue_runtime.bundle import (
     ATTENTION_MASK,
     INPUT_IDS,
+    SAFETY_CHECKER,
     TEXT,
     TEXT_ENCODER,
     UNET_DECODER,
@@ -33,11 +35,21 @@ from tiue_runtime.modes import Ladder, Mode
 from tiue_runtime.preview import Previews
 from tiue_runtime.request import Request
 from tiue_runtime.run import Run
+from tiue_runtime.safety import blurred, flag
 from tiue_runtime.tokenizer import PromptTokenizer
 from tiue_runtime.vocabulary import Vocabulary
 
 Float32 = NDArray[np.float32]
 Tile = tuple[int, int]
+
+
+class Sampled(NamedTuple):
+    """What a request made. The fields are described in Result."""
+
+    images: Any
+    memory: Mode
+    tile: Tile | None
+    flagged: tuple[bool, ...]
 
 
 class Sampler:
@@ -57,7 +69,7 @@ class Sampler:
 
     def sample(
         self, request: Request, output_type: OutputType, run: Run, decode: Callable[[Float32], list[Image]]
-    ) -> tuple[Any, Mode, Tile | None]:
+    ) -> Sampled:
         """Go the whole way from noise to pictures.
 
         Args:
@@ -65,14 +77,11 @@ class Sampler:
             output_type: "latent" ends the way before the image decoder.
             run: hears of each stage.
             decode: the image decoder, for exact previews.
-
-        Returns:
-            The pictures, and `memory` and `tile` as in Result.
         """
         text_stage = () if request.prompts is None else (TEXT_ENCODER,)
-        image_stage = () if output_type == "latent" else (VAE_DECODER,)
+        image_stages = () if output_type == "latent" else self._image_stages()
         self._warn_of_size(request)
-        run.expect((*text_stage, UNET_ENCODER, UNET_DECODER, *image_stage), Previews(self._manifest, decode))
+        run.expect((*text_stage, UNET_ENCODER, UNET_DECODER, *image_stages), Previews(self._manifest, decode))
         z_T = request.noise(run)
         with self.graphs.request(run, low=request.memory == "low") as turns:
             text = request.prompt_embeds if request.prompts is None else self._encode(request.prompts, turns)
@@ -81,9 +90,10 @@ class Sampler:
             halves = Halves(turns, request.steps, decoded=output_type != "latent")
             z_0 = denoise(halves, self._manifest, z_T, text, ladder, run)
             if output_type == "latent":
-                return z_0, ladder.mode, None
+                return Sampled(z_0, ladder.mode, None, ())
             image, tile = decode_image(turns, self._manifest, z_0, request.vae_tiling)
-        return _as(output_type, image), ladder.mode, tile
+            images, flagged = self._checked(image, output_type, turns)
+        return Sampled(images, ladder.mode, tile, flagged)
 
     def encode(self, prompts: list[str], run: Run, *, low: bool) -> Float32:
         """Encode prompts => text embeddings, float32 (B, L, D)."""
@@ -93,10 +103,26 @@ class Sampler:
 
     def decode(self, latents: Float32, output_type: OutputType, tiling: bool | None, run: Run, *, low: bool) -> Any:
         """Turn latents (B, C, h, w) => pictures, as `output_type` says."""
-        run.expect((VAE_DECODER,))
+        run.expect(self._image_stages())
         with self.graphs.request(run, low=low) as turns:
             image, _ = decode_image(turns, self._manifest, latents, tiling)
-        return _as(output_type, image)
+            return self._checked(image, output_type, turns)[0]
+
+    def _image_stages(self) -> tuple[str, ...]:
+        return (VAE_DECODER,) if self.graphs.safety_checker is None else (VAE_DECODER, SAFETY_CHECKER)
+
+    def _checked(self, image: Float32, output_type: OutputType, turns: Turns) -> tuple[Any, tuple[bool, ...]]:
+        """Turn an image (B, 3, H, W) into pictures as `output_type` says. Blur those that the checker flags."""
+        unit = to_unit(image)
+        graph, how = self.graphs.safety_checker, self._manifest.safety_checker
+        if graph is None or how is None:
+            return to_pil(unit) if output_type == "pil" else unit, ()
+        pictures = to_pil(unit)
+        flagged = flag(turns, graph, how, pictures)
+        for i in np.flatnonzero(flagged):
+            pictures[i] = blurred(pictures[i])
+            unit[i] = np.asarray(pictures[i], dtype=np.float32) / np.float32(255)
+        return pictures if output_type == "pil" else unit, flagged
 
     def _encode(self, prompts: list[str], turns: Turns) -> Float32:
         """Return text embeddings (B, L, D), one row per prompt."""
@@ -132,8 +158,3 @@ class Sampler:
             count, _, height, width = request.shape
             return self.graphs.budget.fastest_mode(UNET_DECODER, request.steps, count, height * width)
         return "sequential" if request.memory == "low" else request.memory
-
-
-def _as(output_type: OutputType, image: Float32) -> list[Image] | Float32:
-    unit = to_unit(image)
-    return to_pil(unit) if output_type == "pil" else unit

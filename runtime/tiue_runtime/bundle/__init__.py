@@ -49,6 +49,7 @@ from tiue_runtime.bundle.manifest import (
     MemoryUse,
     Preview,
     Prompts,
+    SafetyChecker,
     Schedule,
     vae_graphs,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "MemoryUse",
     "Preview",
     "Prompts",
+    "SafetyChecker",
     "Schedule",
     "vae_graphs",
     "write_bundle",

@@ -1,7 +1,7 @@
 """Typed reading of JSON. The annotations of a dataclass define its fields, and every error names the field.
 
 `reader_of(hint)` makes a reader from a type. `bundle/schema.py` makes a JSON schema from the same annotations.
-Types are str, int, float, tuples, mappings and dataclasses, each also as Annotated[type, Field(...)].
+Types are str, bool, int, float, tuples, mappings and dataclasses, each also as Annotated[type, Field(...)].
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def reader_of(hint: Any) -> Reader:
         return _list(get_args(kind), note)
     if isinstance(get_origin(kind), type) and issubclass(cast(type, get_origin(kind)), Mapping):
         return _map(get_args(kind), note)
-    return {str: _string, int: _integer, float: _number}[kind](note)
+    return {str: _string, bool: _truth, int: _integer, float: _number}[kind](note)
 
 
 def parse_json(data: bytes) -> object:
@@ -138,6 +138,15 @@ def _string(note: Field) -> Reader:
         _check_length(value, note, where, "characters")
         readable = re.fullmatch(note.pattern or TEXT_PATTERN, value) and not re.search("[\ud800-\udfff]", value)
         require(bool(readable), where, "printable characters" if not note.pattern else note.pattern, value)
+        return value
+
+    return read
+
+
+def _truth(_: Field) -> Reader:
+    def read(value: object, where: str) -> bool:
+        if not isinstance(value, bool):
+            raise _wrong(where, "true or false", value)
         return value
 
     return read

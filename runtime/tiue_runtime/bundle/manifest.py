@@ -11,10 +11,11 @@ The graphs, with B, h, w and k dynamic:
     unet_encoder     latents (B, C, h, w), text                                 => features, named, opaque
     unet_decoder     features [, text], step_index int64 (k), step_weight (k)   => contribution (B, C, h, w)
     vae_decoder      latents (B, C, h, w)                                       => image (B, 3, H, W) in [-1, 1]
-    safety_checker   image (B, 3, H, W) in [-1, 1]                              => score (B)
+    safety_checker   image (B, 3, S, S) in [-1, 1]                              => score (B)
 
 vae_decoder is the first of Manifest.vaes. A second image decoder is one more graph, vae_decoder_tiny or vae_decoder_kl,
-with the same signature and for the same latents. safety_checker is optional.
+with the same signature and for the same latents. safety_checker is optional. It takes pictures as
+Manifest.safety_checker prepares them, and flags those with a score above 0.
 
 text, latents, step_weight, contribution, image and score are float32 at every precision. The two UNet graphs agree on
 the types of features. step_index holds rows of `decoder_timesteps`. contribution = sum_k step_weight_k eps_k, so that
@@ -76,6 +77,7 @@ TENSORS = {
     SCORE: ("float", 1),
 }
 
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of computing, and of stored weights
 
 MANIFEST_LIMIT = 16 * 2**20  # bytes of bundle.json
@@ -118,7 +120,7 @@ class MemoryUse:
     """Working memory of one run of a graph, beyond its weights, measured at export.
 
     On h*w latents, a run takes rows * (per_latent * h*w + per_latent_squared * (h*w)**2) bytes. rows is k*B for
-    unet_decoder and B for the other graphs.
+    unet_decoder and B for the other graphs. For safety_checker, h*w is 1: its pictures have one size.
     """
 
     per_latent: Annotated[float, Field("Bytes for each latent pixel of a row.", least=0)]
@@ -145,6 +147,15 @@ class Prompts:
     vocabulary: Annotated[
         tuple[_Text, ...], Field("Words and phrases that it was trained on, if it knows no others.")
     ] = ()
+
+
+@dataclass(frozen=True)
+class SafetyChecker:
+    """How the graph safety_checker gets a picture of 8-bit levels: resized, then cut to the square at its center."""
+
+    resize: Annotated[int, _pixels("The shorter side after resizing. The longer one keeps the ratio, rounded down.")]
+    crop: Annotated[int, _pixels("S, the sides of the square.")]
+    filter: Annotated[str, Field("Pillow's filter for resizing, with antialiasing.", choices=FILTERS)]
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,9 @@ class Manifest:
     ] = field(default_factory=dict[str, Mapping[str, MemoryUse]])
     preview: Annotated[Preview | None, Field("A linear image decoder, for previews.")] = None
     prompts: Annotated[Prompts | None, Field("Prompts that suit the model.")] = None
+    safety_checker: Annotated[
+        SafetyChecker | None, Field("How pictures are prepared for the graph safety_checker, if there is one.")
+    ] = None
     files: Annotated[
         Mapping[str, FileInfo], Field("Every file of the bundle but bundle.json.", shortest=1, always=True)
     ] = field(default_factory=dict[str, FileInfo])  # write_bundle fills this
@@ -201,6 +215,7 @@ class Manifest:
         self._check_schedules()
         require(bool(self.vaes) and len(set(self.vaes)) == len(self.vaes), "vaes", "different kinds", self.vaes)
         self._check_variants()
+        self._check_safety_checker()
         self._check_files()
         self._check_memory()
         if self.preview is not None:
@@ -248,6 +263,14 @@ class Manifest:
             for graph, name in graphs.items():
                 expected = "a file name inside the bundle that ends in .onnx"
                 require(is_portable(name) and name.endswith(".onnx"), f"{where}.{graph}", expected, name)
+
+    def _check_safety_checker(self) -> None:
+        checker, has_graph = self.safety_checker, SAFETY_CHECKER in self.graphs
+        expected = f"an object if variants have the graph {SAFETY_CHECKER}, else none"
+        require(has_graph == (checker is not None), "safety_checker", expected, checker)
+        if checker is not None:
+            most = f"at most safety_checker.resize ({checker.resize})"
+            require(checker.crop <= checker.resize, "safety_checker.crop", most, checker.crop)
 
     def _check_files(self) -> None:
         if not self.files:

@@ -37,6 +37,8 @@ def _schema(hint: Any) -> dict[str, Any]:
         return {**about, **_list(get_args(kind), note)}
     if kind is str:
         return {**about, **_string(note)}
+    if kind is bool:
+        return {**about, "type": "boolean"}
     if kind in (int, float):
         bounds = {"minimum": note.least, "maximum": note.most}
         limits = {key: value for key, value in bounds.items() if value is not None}

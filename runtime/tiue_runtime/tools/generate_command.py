@@ -251,10 +251,13 @@ def _save_to(target: "Target", save: "Save", image: "Image", path: Path) -> Path
 
 def _say_saved(arguments: argparse.Namespace, path: Path, image: "Image", seed: int, prompt: str | None) -> None:
     row: dict[str, Any] = {"path": str(path), "width": image.width, "height": image.height, "seed": seed}
+    record: Record | None = getattr(image, "record", None)
+    flagged = None if record is None else record.flagged
     if arguments.json:
-        write(json.dumps({**row, "prompt": prompt}))
+        write(json.dumps({**row, "prompt": prompt} | ({} if flagged is None else {"flagged": flagged})))
     elif not arguments.quiet:
-        write(f"{path}  {image.width}x{image.height}  seed {seed}")
+        note = "  flagged by the safety checker, and blurred" if flagged else ""
+        write(f"{path}  {image.width}x{image.height}  seed {seed}{note}")
 
 
 def _say_time(arguments: argparse.Namespace, result: "Result[list[Image]]", seconds: float) -> None:
