@@ -13,6 +13,7 @@ $(FULL)/ready: pyproject.toml runtime/pyproject.toml models/emoji/pyproject.toml
 	$(PYTHON) -m venv $(FULL)
 	$(FULL)/bin/pip install --quiet torch==2.13.0
 	$(FULL)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji -e ".[recipe,dev,docs,browser]"
+	$(FULL)/bin/pip install --quiet --no-deps spandrel==0.4.2 einops  # Its torchvision would replace torch.
 	touch $@
 
 # What an application has: the runtime and the default model.

@@ -21,7 +21,14 @@ from export.parity import Row, compare_with_pytorch, judge
 from export.plan import Plan, make_plan
 from export.publish import building, check_target, publish
 from export.storage import store_float16, store_int8
-from export.trace import GraphTarget, forget_graphs, safety_checker_graph, unet_graphs, vae_decoder_graph
+from export.trace import (
+    GraphTarget,
+    forget_graphs,
+    safety_checker_graph,
+    unet_graphs,
+    upscaler_graph,
+    vae_decoder_graph,
+)
 from export.trace_text import text_encoder_graph
 from export.working_memory import fit_runs, give_back
 from export.writer import WEB_FILE_LIMIT, GraphWriter
@@ -80,8 +87,8 @@ def export_bundle(
 def _trace(plan: Plan, progress: Progress) -> Iterator[tuple[str, Graphs]]:
     """Yield the graphs part by part, with their target.
 
-    The order is: the text encoder; of every target the UNet, then each VAE; the safety checker. The caller empties each
-    dictionary before it takes the next, so that one part's weights are in memory at a time.
+    The order is: the text encoder; of every target the UNet, then each VAE; the safety checker; the upscaler. The
+    caller empties each dictionary before it takes the next, so that one part's weights are in memory at a time.
     """
     student, options = plan.student, plan.options
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
@@ -102,6 +109,9 @@ def _trace(plan: Plan, progress: Progress) -> Iterator[tuple[str, Graphs]]:
     if plan.safety_checker is not None:
         progress("exporting the safety checker")
         yield options.target[0], {bundle.SAFETY_CHECKER: safety_checker_graph(plan.safety_checker)}
+    if options.upscaler is not None:
+        progress("exporting the upscaler")
+        yield options.target[0], {bundle.UPSCALER: upscaler_graph(options.upscaler)}
 
 
 def _unet(plan: Plan, target: GraphTarget) -> Graphs:

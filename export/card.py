@@ -19,6 +19,7 @@ at {steps} timesteps in parallel. No sampling loop, no PyTorch.
 - Computes in {precision}; weights stored as {weights}, text encoder as {text_encoder}
 - Variants: {variants}. Image decoders: {vaes}
 - Safety checker: {safety_checker}
+- Upscaler: {upscaler}
 
 ```python
 from tiue_runtime import Pipeline
@@ -50,6 +51,7 @@ def model_card(manifest: bundle.Manifest, made_from: str, text_encoder: str) -> 
         variants=", ".join(manifest.variants),
         vaes=", ".join(manifest.vaes),
         safety_checker="flagged pictures are blurred" if manifest.safety_checker else "none, pictures are not checked",
+        upscaler=f"enlarges by {manifest.upscaler.scale}" if manifest.upscaler else "none",
         weights=manifest.weights,
         text_encoder=text_encoder,
         steps=manifest.default_steps,

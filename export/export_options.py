@@ -13,8 +13,10 @@ from tiue.settings import check, setting
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
+
+    from export.upscaler import LoadedUpscaler
 else:
-    AutoencoderTiny = Any  # Importing diffusers takes seconds, which the help should not take.
+    AutoencoderTiny = LoadedUpscaler = Any  # Importing diffusers takes seconds, which the help should not take.
 
 # The lowest PSNR allowed of latents and images: with graphs or weights in less than float32, and with int8.
 PSNR_FLOOR_DB, INT8_FLOOR_DB = 35.0, 30.0
@@ -66,6 +68,7 @@ class Options:
         True, "export the safety checker of a pipeline that has one; without it, pictures are not checked"
     )
     overwrite: bool = setting(False, "replace a bundle that exists")
+    upscaler: LoadedUpscaler | None = None  # enlarges pictures on request, after the image decoder
     tiny_vae: AutoencoderTiny | None = None  # beside the model's own decoder, or in its place
     calibration_prompts: tuple[str, ...] = ()  # for int8 to measure ranges on; () uses 16 built-in prompts
 

@@ -71,6 +71,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     from export.parity import table
     from export.publish import check_target
     from export.source import load_source
+    from export.upscaler import load_upscaler
     from tiue.components import load_tiny_vae
     from tiue.prompts import load_prompts
 
@@ -81,6 +82,7 @@ def _export(arguments: argparse.Namespace) -> Path:
     prompts = load_prompts(Path(chosen.calibration_prompts)) if chosen.calibration_prompts else ()
     options = Options(
         **given(arguments, Options),
+        upscaler=load_upscaler(Path(chosen.upscaler)) if chosen.upscaler else None,
         tiny_vae=load_tiny_vae(chosen.vae_path) if chosen.vae_path else None,
         calibration_prompts=tuple(prompts),
     )
@@ -163,6 +165,12 @@ class Source:
     guidance: float | None = setting(
         None,
         "for a latent consistency model whose UNet takes the guidance scale as an input: that scale, such as 8.5",
+        shown="none",
+    )
+    upscaler: str | None = setting(
+        None,
+        "the weights of an upscaler (safetensors, of an architecture that spandrel knows), which applications may use",
+        metavar="FILE",
         shown="none",
     )
     vae_path: str | None = setting(

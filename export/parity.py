@@ -1,7 +1,7 @@
 """The gate: a bundle is published only if its graphs compute what PyTorch computes.
 
 The graphs run in a chain, as at run time, so the difference in every row includes those of all graphs before it. Only
-the safety checker takes PyTorch's picture: whether it flags a picture is its own matter.
+the safety checker and the upscaler take PyTorch's picture: they are models of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tiue.text_encoder import tokenize
 FLOAT32_TOLERANCE = 1e-3
 # Stands for the standard deviation and the range of scores, of which a batch has too few. Most lie that near to 0.
 SCORES = 0.1
+_PEAKS = {bundle.SAFETY_CHECKER: SCORES, bundle.UPSCALER: 2.0}
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,18 @@ def _compare_graph(
 ) -> None:
     """Run a graph on every case, and add to the comparison."""
     session = GraphSession(path, variant, graph)
-    gated = plan.options.floor_db is None or graph in (bundle.UNET_DECODER, *plan.vaes, bundle.SAFETY_CHECKER)
+    gated = plan.options.floor_db is None or graph in (
+        bundle.UNET_DECODER,
+        *plan.vaes,
+        bundle.SAFETY_CHECKER,
+        bundle.UPSCALER,
+    )
     channels_last = variant == bundle.CUDA and graph == bundle.UNET_ENCODER
     for case in cases:
         for name, made, expected in case.outputs(session):
             if channels_last and made.ndim == 4:
                 made = made.transpose(TO_CHANNELS_FIRST)
-            peak = 2.0 if graph in plan.vaes else SCORES if graph == bundle.SAFETY_CHECKER else None
+            peak = _PEAKS.get(graph, 2.0 if graph in plan.vaes else None)
             most, std, psnr = _difference(f"{name} ({case.name})", made, expected, peak)
             std = SCORES if graph == bundle.SAFETY_CHECKER else std
             comparison.rows.append(Row(variant, graph, name, case.name, most, std, psnr, gated))

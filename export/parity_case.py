@@ -22,6 +22,8 @@ from tiue.text_encoder import encode_text, tokenize
 
 PARITY_PROMPTS = ("a red heart", "", "Zwölf Boxkämpfer, a very long prompt " * 20)
 
+_CORNER, _LARGE_CORNER = 64, 128  # pixels: multiples of all that models and upscalers ask for
+
 
 class Output(NamedTuple):
     """One output of a graph, and PyTorch's."""
@@ -63,6 +65,7 @@ class ParityCase:
             bundle.UNET_ENCODER: self._feature_outputs,
             bundle.UNET_DECODER: self._latent_outputs,
             bundle.SAFETY_CHECKER: self._score_outputs,
+            bundle.UPSCALER: self._enlarged_outputs,
         }
         return list(stages.get(session.graph, self._image_outputs)(session))
 
@@ -138,6 +141,16 @@ class ParityCase:
         rows = [session({bundle.IMAGE: prepare(picture, how)}, rows=1, latents=1) for picture in pictures]
         made = np.concatenate([row[bundle.SCORE] for row in rows])
         yield Output(bundle.SCORE, made, score(checker, pictures).numpy())
+
+    def _enlarged_outputs(self, session: GraphSession) -> Iterator[Output]:
+        """Enlarge a corner of PyTorch's picture. A whole one would take minutes."""
+        upscaler = self._plan.options.upscaler
+        assert upscaler is not None
+        side = _LARGE_CORNER if self._largest else _CORNER
+        corner = self._images[bundle.VAE_DECODER][:, :, :side, :side].contiguous()
+        rows, pixels = len(corner), corner[0, 0].numel()
+        made = session({bundle.IMAGE: corner.numpy()}, rows=rows, latents=pixels)[bundle.ENLARGED]
+        yield Output(bundle.ENLARGED, made, upscaler.module(corner).numpy())
 
     def _image_outputs(self, session: GraphSession) -> Iterator[Output]:
         made = self._run(session, {bundle.LATENTS: self._made["z_0"]})[bundle.IMAGE]

@@ -13,6 +13,7 @@ from tiue_runtime import bundle
 from export.errors import ExportError
 from export.export_options import Options
 from export.source import check_tiny_vae
+from export.upscaler import LoadedUpscaler
 from export.writer import EXTERNAL_ABOVE
 from tiue.checkpoint import Student
 from tiue.safety_checker import SafetyChecker
@@ -46,6 +47,7 @@ def make_plan(student: Student, options: Options) -> Plan:
     options = replace(options, target=options.target or default_targets(student))
     if options.tiny_vae is not None:
         check_tiny_vae(options.tiny_vae, student.components)
+    _check_upscaler(options.upscaler, student.components.geometry.multiple)
     kinds = _vae_kinds(student, options)
     own, tiny = student.components.vae, options.tiny_vae
     vaes = {
@@ -73,6 +75,14 @@ def latent_sizes(manifest: bundle.Manifest) -> tuple[tuple[int, int], tuple[int,
     return (height, width), (half_height, half_width)
 
 
+def _check_upscaler(upscaler: LoadedUpscaler | None, multiple: int) -> None:
+    if upscaler is not None and multiple % upscaler.multiple:
+        raise ExportError(
+            f"`upscaler`: it takes sides that are multiples of {upscaler.multiple}, but the model's pictures have "
+            f"multiples of {multiple}"
+        )
+
+
 def _vae_kinds(student: Student, options: Options) -> tuple[str, ...]:
     """Return the kinds of image decoders, the default first."""
     own = bundle.TINY if isinstance(student.components.vae, AutoencoderTiny) else bundle.KL
@@ -81,10 +91,10 @@ def _vae_kinds(student: Student, options: Options) -> tuple[str, ...]:
     return options.vae or (own,)
 
 
-def _variants(options: Options, vae_kinds: Iterable[str], *, safety_checker: bool) -> dict[str, dict[str, str]]:
+def _variants(options: Options, vae_kinds: Iterable[str], *, optional: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return the file of every graph of every target.
 
-    All targets share the text encoder and the safety checker, which special operators would not make faster.
+    All targets share the text encoder, the safety checker and the upscaler, in standard operators.
     """
     variants: dict[str, dict[str, str]] = {}
     for target in options.target:
@@ -92,15 +102,15 @@ def _variants(options: Options, vae_kinds: Iterable[str], *, safety_checker: boo
         names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *bundle.vae_graphs(vae_kinds).values())
         variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
         variants[target][bundle.TEXT_ENCODER] = bundle.GRAPH_FILES[bundle.TEXT_ENCODER]
-        if safety_checker:
-            variants[target][bundle.SAFETY_CHECKER] = f"{bundle.SAFETY_CHECKER}.onnx"
+        variants[target] |= {name: f"{name}.onnx" for name in optional}
     return variants
 
 
 def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) -> bundle.Manifest:
     components = student.components
     geometry = components.geometry
-    checker = components.safety_checker if options.safety_checker else None
+    checker, upscaler = (components.safety_checker if options.safety_checker else None), options.upscaler
+    optional = [name for name, it in ((bundle.SAFETY_CHECKER, checker), (bundle.UPSCALER, upscaler)) if it is not None]
     schedules: dict[int, bundle.Schedule] = {}
     for steps in sorted(student.schedules):
         s = student.schedule(steps)
@@ -114,6 +124,7 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
             "tiue": version("tiue"),
             "text_encoder": options.stored_text_encoder,
             **({} if options.safety_checker else {"safety_checker": "left out on request"}),
+            **({} if upscaler is None else {"upscaler": upscaler.origin}),
             **{f"lora_{i}": lora for i, lora in enumerate(student.loras, start=1)},
             **({"scheduler": f"one step of {student.one_step.scheduler}"} if student.one_step else {}),
         },
@@ -129,10 +140,11 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
         schedules=schedules,
         default_steps=max(schedules),
-        variants=_variants(options, vae_kinds, safety_checker=checker is not None),
+        variants=_variants(options, vae_kinds, optional=optional),
         vaes=vae_kinds,
         sizes=options.further_sizes,
         safety_checker=None if checker is None else _preparation(checker),
+        upscaler=None if upscaler is None else bundle.Upscaler(upscaler.scale),
     )
 
 

@@ -16,6 +16,7 @@ from export.cuda import fuse
 from export.errors import ExportError
 from export.quiet import quiet
 from export.translate import CONTRIB, CPU, CUDA, FLOAT16, PLAIN, TO_CHANNELS_FIRST, TO_CHANNELS_LAST, Translations
+from export.upscaler import LoadedUpscaler
 from tiue.components import latent_scaling
 from tiue.files import one_line
 from tiue.hoist import HoistedDecoder, HoistedEncoder, alias_weights, hoist
@@ -23,6 +24,7 @@ from tiue.safety_checker import SafetyChecker, Scorer
 from tiue.unet import TiUE
 
 OPSET = 18  # From opset 21 on GroupNormalization is an operator, for which ONNX Runtime has no kernel.
+_UPSCALER_SIDE = 8  # The sides of the traced picture are multiples of it.
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -211,6 +213,27 @@ def safety_checker_graph(checker: SafetyChecker) -> ir.Model:
         dynamic_shapes=({0: Dim("batch")},),
         input_names=[bundle.IMAGE],
         output_names=[bundle.SCORE],
+    )
+
+
+def upscaler_graph(upscaler: LoadedUpscaler) -> ir.Model:
+    """Trace an upscaler in standard operators and float32, for all devices.
+
+    Returns:
+        A graph: image (B, 3, H, W) in [-1, 1] => enlarged (B, 3, scale * H, scale * W).
+
+    Raises:
+        ExportError: it cannot be traced with sizes that vary.
+    """
+    multiple = upscaler.multiple
+    height, width = (multiple * Dim(name) if multiple > 1 else Dim(name) for name in ("height", "width"))
+    return _trace(
+        upscaler.module,
+        (torch.rand(2, 3, 4 * multiple * _UPSCALER_SIDE, 6 * multiple * _UPSCALER_SIDE),),
+        GraphTarget(bundle.PORTABLE, torch.float32),
+        dynamic_shapes=({0: Dim("batch"), 2: height, 3: width},),
+        input_names=[bundle.IMAGE],
+        output_names=[bundle.ENLARGED],
     )
 
 

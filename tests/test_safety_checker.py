@@ -1,5 +1,6 @@
 """The safety checker at export: it flags what diffusers flags, from transformers' preparation to the bundle."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -98,10 +99,13 @@ def test_the_graph_scores_like_the_module(loaded, tmp_path):
 
 def test_a_bundle_with_a_safety_checker(directory, tmp_path, traced_once):
     out = tmp_path / "out"
-    assert main(["--ckpt", str(directory), "--steps", "1", "--out", str(out)]) == 0
+    has_spandrel = importlib.util.find_spec("spandrel") is not None  # One export tests both optional graphs.
+    save_file(tiny.upscaler(), tmp_path / "compact.safetensors")
+    upscaler = ["--upscaler", str(tmp_path / "compact.safetensors")] if has_spandrel else []
+    assert main(["--ckpt", str(directory), "--steps", "1", "--out", str(out), *upscaler]) == 0
     found = bundle.Bundle.load(out)
     assert found.manifest.safety_checker == bundle.SafetyChecker(14, 12, "bicubic")
-    assert found.manifest.graphs[-1] == "safety_checker"
+    assert found.manifest.graphs[4:] == ("safety_checker", "upscaler")[: 2 if has_spandrel else 1]
     assert "flagged pictures are blurred" in (out / "README.md").read_text()
 
     plain = Pipeline.load(out, device="cpu", safety_checker=False)("a red heart", num_images=12, seed=1)
@@ -110,6 +114,11 @@ def test_a_bundle_with_a_safety_checker(directory, tmp_path, traced_once):
     assert list(made.flagged) == expected
     for before, after, flag in zip(plain.images, made.images, expected, strict=True):
         assert after.tobytes() == (blurred(before) if flag else before).tobytes()
+    if has_spandrel:
+        assert found.manifest.upscaler == bundle.Upscaler(2)
+        assert "RealESRGAN Compact, compact.safetensors, sha256" in found.manifest.created_from["upscaler"]
+        enlarged = Pipeline.load(out, device="cpu")("a red heart", seed=1, upscale=2).images[0]
+        assert enlarged.size == tuple(2 * side for side in made.images[0].size)
 
 
 # What is loaded, and what is left out.

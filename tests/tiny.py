@@ -124,6 +124,18 @@ def save_safety_checker(directory: Path, **processor: Any) -> StableDiffusionSaf
     return checker
 
 
+def upscaler() -> dict[str, torch.Tensor]:
+    """Return the weights of a tiny RealESRGAN Compact (SRVGGNetCompact), which enlarges by 2."""
+    torch.manual_seed(4)
+    tensors: dict[str, torch.Tensor] = {}
+    for i, (channels, out) in enumerate(((3, 4), (4, 4), (4, 12))):
+        tensors |= {
+            f"body.{2 * i}.weight": 0.2 * torch.randn(out, channels, 3, 3),
+            f"body.{2 * i}.bias": torch.randn(out),
+        }
+    return tensors | {f"body.{i}.weight": torch.rand(4) for i in (1, 3)}
+
+
 def save_pipeline(components: Components, directory: Path) -> Path:
     """Write a diffusers pipeline directory."""
     parts = {"unet": components.unet, "vae": components.vae, "text_encoder": components.text_encoder}

@@ -11,6 +11,7 @@ heavy computes the same, but takes more memory: eps and image are the mean of CO
 default pictures of 128 x 128 pixels, and a second image decoder, which takes little memory and halves the contrast.
 
 checked is tiny with a safety checker: it flags pictures whose center of 4 x 4 pixels is brighter than LIMIT.
+upscaled is checked with an upscaler: it repeats every pixel three times in height and width, and inverts its color.
 """
 
 import shutil
@@ -27,6 +28,7 @@ from tiue_runtime.bundle import (
     SAFETY_CHECKER,
     TINY,
     TOKENIZER,
+    UPSCALER,
     VAE_DECODER,
     Bundle,
     Manifest,
@@ -35,6 +37,7 @@ from tiue_runtime.bundle import (
     Prompts,
     SafetyChecker,
     Schedule,
+    Upscaler,
     write_bundle,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -226,10 +229,31 @@ def make_checked(directory: Path) -> None:
     write_bundle(directory, changed).verify()
 
 
+def make_upscaled(directory: Path) -> None:
+    node = helper.make_node
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(DATA / "checked", directory)
+    save(
+        directory / "upscaler.onnx",
+        [
+            node("Resize", ["image", "", "scales"], ["larger"], mode="nearest"),
+            node("Mul", ["larger", "minus"], ["enlarged"]),
+        ],
+        [value("image", FLOAT, "B", 3, "H", "W")],
+        [value("enlarged", FLOAT, "B", 3, "HH", "WW")],
+        {"scales": np.array([1, 1, 3, 3], dtype=np.float32), "minus": np.float32(-1)},
+    )
+    manifest = Bundle.load(DATA / "checked").manifest
+    variants = {PORTABLE: {**manifest.variants[PORTABLE], UPSCALER: "upscaler.onnx"}}
+    changed = replace(manifest, name=directory.name, variants=variants, upscaler=Upscaler(3), files={})
+    write_bundle(directory, changed).verify()
+
+
 def main() -> None:
     make(DATA / "tiny", heavy=False)
     make(DATA / "heavy", heavy=True)
     make_checked(DATA / "checked")
+    make_upscaled(DATA / "upscaled")
 
 
 if __name__ == "__main__":

@@ -107,12 +107,13 @@ class Budget:
                 return mode
         return "sequential"
 
-    def refuse_excess(self, shape: tuple[int, ...], fields: str) -> None:
+    def refuse_excess(self, shape: tuple[int, ...], fields: str, enlarged: int = 1) -> None:
         """Refuse a request that fits into memory in no mode.
 
         Args:
             shape: of its latents, (B, C, h, w).
             fields: names of the options that the shape comes from, for the message.
+            enlarged: the factor of the upscaler.
 
         Raises:
             RequestError: the noise and the pictures alone exceed the free memory, or the smallest run exceeds it by
@@ -122,7 +123,7 @@ class Budget:
         scale = self._manifest.pixels_per_latent
         pixels = count * height * width * scale**2
         # Bytes of a pixel: z_T and z_0; then the decoder's image, the same in [0, 1], and the picture.
-        arrays = pixels * (2 * 4 * channels / scale**2 + 3 * (4 + 4 + 1))
+        arrays = pixels * (2 * 4 * channels / scale**2 + 3 * (4 + 4 + 1) * enlarged**2)
         work = max(self._more(UNET_DECODER, count, height * width), 0)  # one timestep
         if arrays + work <= LITTLE:
             return
@@ -130,7 +131,8 @@ class Budget:
         needs += [(work, self._free(), HOPELESS)] if self._device.is_gpu else [(arrays + work, needs[0][1], HOPELESS)]
         for need, free, factor in needs:
             if free is not None and need > factor * free:
-                pictures = f"{count} picture{'' if count == 1 else 's'} of {width * scale}x{height * scale} pixels"
+                size = f"{width * scale * enlarged}x{height * scale * enlarged}"
+                pictures = f"{count} picture{'' if count == 1 else 's'} of {size} pixels"
                 raise RequestError(
                     f"{fields}: {pictures} need {need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; "
                     "ask for fewer or smaller ones"

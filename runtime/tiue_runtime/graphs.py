@@ -32,7 +32,7 @@ _LOAD_TINY = 'load with vae="tiny"'
 
 
 class Graphs:
-    """Text encoder, UNet encoder, UNet decoder, image decoder and safety checker, in the order in which they run.
+    """Text encoder, UNet encoder and decoder, image decoder, safety checker and upscaler, in the order of their runs.
 
     Args:
         bundle: where they are.
@@ -40,7 +40,7 @@ class Graphs:
         vae: the kind of image decoder.
         safety: whether pictures are checked, if the bundle has a safety checker.
 
-    They are loaded by `load`, or each when it is first needed.
+    They are loaded by `load`, or each when it is first needed. The upscaler is always loaded when it is first needed.
     """
 
     def __init__(self, bundle: Bundle, placement: Placement, vae: str, *, safety: bool) -> None:
@@ -66,26 +66,31 @@ class Graphs:
             self.safety_checker = self._graph(
                 contract.SAFETY_CHECKER, lambda g: expect(g, {contract.IMAGE}, {contract.SCORE})
             )
+        self.upscaler: Graph | None = None
+        if bundle.manifest.upscaler is not None:
+            self.upscaler = self._graph(
+                contract.UPSCALER, lambda g: expect(g, {contract.IMAGE}, {contract.ENLARGED}), recorded=False
+            )
 
-    def _graph(self, name: str, check: Callable[[Graph], object]) -> Graph:
+    def _graph(self, name: str, check: Callable[[Graph], object], *, recorded: bool = True) -> Graph:
         path = self._bundle.graph_path(name, self.variant)
         settings = with_cache(self._settings, self._device, self._bundle.directory, path)
-        recording = self.cuda_graphs
-        if name in (contract.TEXT_ENCODER, contract.SAFETY_CHECKER):
+        recording = self.cuda_graphs if recorded else None
+        if recording is None or name in (contract.TEXT_ENCODER, contract.SAFETY_CHECKER):
             # Some of their nodes may stay on the CPU, for example those of a mask. Such a graph cannot be recorded.
             settings, recording = replace(settings, cuda_graphs=False), None
         files = partial(self._bundle.check_graph, name, self.variant)
-        load_now = self.cuda_graphs is not None  # Recordings need a session at once.
+        load_now = self.cuda_graphs is not None and recorded  # Recordings need a session at once.
         with self._loading():
             return Graph(path, self._device, settings, recording, check=check, check_files=files, load=load_now)
 
     def __iter__(self) -> Iterator[Graph]:
-        checker = () if self.safety_checker is None else (self.safety_checker,)
-        return iter((self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder, *checker))
+        always = self.text_encoder, self.unet_encoder, self.unet_decoder, self.vae_decoder
+        return iter((*always, *(graph for graph in (self.safety_checker, self.upscaler) if graph is not None)))
 
     def load(self) -> None:
         """Load the graphs that are not loaded. Raises BundleError, DeviceError, OutOfMemoryError."""
-        missing = [graph for graph in self if not graph.loaded]
+        missing = [graph for graph in self if not graph.loaded and graph is not self.upscaler]
         with self._loading():
             for_each(Graph.session, missing, self._device.row.loads_at_once)
 
@@ -97,6 +102,7 @@ class Graphs:
             (self.unet_decoder, contract.UNET_DECODER),
             (self.vae_decoder, self.vae_name),
             (self.safety_checker, contract.SAFETY_CHECKER),
+            (self.upscaler, contract.UPSCALER),
         ):
             if graph in graphs:
                 self.budget.freed(name)

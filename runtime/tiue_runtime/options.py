@@ -84,6 +84,11 @@ _Cancel = Annotated[
 ]
 
 
+_Upscale = Annotated[
+    int | None, Option("enlarge the pictures by the bundle's upscaler; its factor, for example 4 (default: no)")
+]
+
+
 class RequestOptions(TypedDict, total=False):
     """Options of one request, besides prompt and output type."""
 
@@ -97,6 +102,7 @@ class RequestOptions(TypedDict, total=False):
         Option("z_T, floats (B, C, h, w), instead of noise from a seed; they determine the size", flag=False),
     ]
     prompt_embeds: Annotated[Any, Option("floats (B / num_images, L, D), instead of a prompt", flag=False)]
+    upscale: _Upscale
     memory: _Memory
     vae_tiling: _Tiling
     timeout: _Timeout
@@ -107,6 +113,7 @@ class RequestOptions(TypedDict, total=False):
 class DecodeOptions(TypedDict, total=False):
     """Options of decoding latents."""
 
+    upscale: _Upscale
     memory: _Memory
     vae_tiling: _Tiling
     timeout: _Timeout

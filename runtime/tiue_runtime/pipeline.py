@@ -238,13 +238,14 @@ class Pipeline:
             width = lambda: graphs.text_width  # noqa: E731
             request = Request.make(self.bundle.manifest, graphs.budget, width, prompt, output_type, given)
             exact = partial(self.decode, memory=memory, vae_tiling=request.vae_tiling, cancel=run.cancelled)
-            images, mode, tile, flagged = sampler.sample(request, output_type, run, exact)
-            records = records_of(self, request, mode, tile, flagged)
+            sampled = sampler.sample(request, output_type, run, exact)
+            records = records_of(self, request, sampled)
             if output_type == "pil":
-                attach(images, records)
+                attach(sampled.images, records)
         run.timings["total"] = time.perf_counter() - run.begun
-        made = self.device, self.precision, request.steps, mode, self.vae, tile, records, flagged
-        return Result(images, request.seeds, run.timings, *made)
+        how = self.device, self.precision, request.steps, sampled.memory, self.vae, sampled.tile
+        made = records, request.upscale, sampled.flagged
+        return Result(sampled.images, request.seeds, run.timings, *how, *made)
 
     def repeat(
         self,
@@ -345,7 +346,7 @@ class Pipeline:
         Args:
             latents: z_0, floats (B, C, h, w).
             output_type: "pil", or "np" for float32 (B, H, W, 3) in [0, 1].
-            **options: memory, vae_tiling, timeout, callback and cancel, as in `__call__`.
+            **options: upscale, memory, vae_tiling, timeout, callback and cancel, as in `__call__`.
 
         Returns:
             The pictures. Those that the safety checker flags are blurred.
@@ -353,15 +354,16 @@ class Pipeline:
         Raises:
             RequestError, Cancelled, InferenceError: as `__call__`.
         """
-        from tiue_runtime.request import check_latents
+        from tiue_runtime.request import check_latents, check_upscale
 
         given = complete(DecodeOptions, options)
         one_of("output_type", output_type, ("pil", "np"))
         run, sampler = Run(given["cancel"], given["callback"], given["timeout"]), self._open()
         low, tiling = self._check_memory(given["memory"] or self.memory) == "low", given["vae_tiling"]
         with self._remedies(sampler, run, low=low, tiles=tiling is not False):
-            checked = check_latents(latents, self.bundle.manifest, sampler.graphs.budget)
-            return sampler.decode(checked, output_type, tiling, run, low=low)
+            upscale = check_upscale(given["upscale"], self.bundle.manifest)
+            checked = check_latents(latents, self.bundle.manifest, sampler.graphs.budget, upscale)
+            return sampler.decode(checked, output_type, tiling, upscale, run, low=low)
 
     @contextmanager
     def _remedies(self, sampler: Sampler, run: Run, *, low: bool, tiles: bool = True) -> Generator[None]:

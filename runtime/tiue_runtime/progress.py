@@ -21,6 +21,7 @@ SHARES = {
     "unet_decoder": 0.45,
     "vae_decoder": 0.3,
     "safety_checker": 0.1,
+    "upscaler": 0.5,
 }
 
 

@@ -6,7 +6,7 @@ docs/traceability.md describes the format for readers in other languages.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, cast
@@ -17,13 +17,14 @@ from tiue_runtime import __version__
 from tiue_runtime.bundle import VAE_KINDS
 from tiue_runtime.bundle.fields import Field, parse_json, reader_of
 from tiue_runtime.errors import BundleError, RequestError, shorten
-from tiue_runtime.modes import MODES, Mode
+from tiue_runtime.modes import MODES
 from tiue_runtime.ort.devices import KINDS, parse_device
 from tiue_runtime.ort.sessions import installed_wheels
 
 if TYPE_CHECKING:
     from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.request import Request
+    from tiue_runtime.sampler import Sampled
 
 FORMAT = 1
 MOST_BYTES = 16 * 2**20  # of a record
@@ -59,10 +60,19 @@ class Record:
     prompts: Annotated[int, Field("Prompts of the request, which ran as one batch.", least=1, most=2**20)] = 1
     num_images: Annotated[int, Field("Pictures of each prompt.", least=1, most=2**20)] = 1
     index: Annotated[int, Field("Of this picture in the request, prompt-major, from 0.", least=0, most=2**40)] = 0
+    upscale: Annotated[
+        int | None, Field("Factor of the upscaler that enlarged it to this multiple of its size.", least=2, most=16)
+    ] = None
+    upscale_tile: Annotated[tuple[_Pixels, _Pixels] | None, Field("Of the upscaler, before it enlarges them.")] = None
     flagged: Annotated[
         bool | None, Field("Flagged by the safety checker, and therefore blurred. Absent if it was not checked.")
     ] = None
     pixels_sha256: Annotated[str | None, Field("Of the RGB bytes, row by row, as made.", pattern=_SHA256)] = None
+
+    @property
+    def pixel_height(self) -> int:
+        """The height of the picture as it was saved."""
+        return self.height * (self.upscale or 1)
 
     def to_json(self) -> str:
         """Return the record as one line of JSON in ASCII, without the fields that are absent."""
@@ -78,6 +88,7 @@ class Record:
             "Model": self.bundle,
             "Model hash": self.bundle_sha256[:10],
             "VAE": self.vae,
+            "Hires upscale": self.upscale,
             "Version": f"tiue-runtime {self.versions.get('tiue-runtime', '')}",
         }
         pairs = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value is not None)
@@ -114,17 +125,13 @@ def parse_record(data: bytes) -> Record:
     return record
 
 
-def records_of(
-    pipeline: "Pipeline", request: "Request", mode: Mode, tile: tuple[int, int] | None, flagged: Sequence[bool]
-) -> tuple[Record, ...]:
+def records_of(pipeline: "Pipeline", request: "Request", sampled: "Sampled") -> tuple[Record, ...]:
     """Return the record of each picture of a request, prompt-major, without the sha256 of its pixels.
 
     Args:
         pipeline: that ran it.
         request: complete.
-        mode: in which the decoder ran.
-        tile: height and width of tiles in pixels, or None.
-        flagged: as in Result.
+        sampled: what it made.
     """
     manifest = pipeline.bundle.manifest
     count, _, height, width = request.shape
@@ -134,7 +141,7 @@ def records_of(
         steps=request.steps,
         height=height * manifest.pixels_per_latent,
         width=width * manifest.pixels_per_latent,
-        memory=mode,
+        memory=sampled.memory,
         vae=pipeline.vae,
         variant=pipeline.variant,
         device=pipeline.device,
@@ -142,7 +149,9 @@ def records_of(
         versions=versions(),
         threads=pipeline.threads,
         precision=pipeline.precision,
-        tile=tile,
+        tile=sampled.tile,
+        upscale=request.upscale,
+        upscale_tile=sampled.upscale_tile,
         prompts=count // request.num_images,
         num_images=request.num_images,
     )
@@ -152,7 +161,7 @@ def records_of(
             prompt=None if request.prompts is None else request.prompts[i // request.num_images],
             seed=request.seeds[i] if request.seeds else None,
             index=i,
-            flagged=flagged[i] if flagged else None,
+            flagged=sampled.flagged[i] if sampled.flagged else None,
         )
         for i in range(count)
     )

@@ -112,6 +112,7 @@ def _make(pipeline: "Pipeline", record: Record, options: dict[str, Any], *, alon
         width=record.width,
         memory=record.memory,
         vae_tiling=record.tile is not None,
+        upscale=record.upscale,
         **options,
     )
     return replace(
@@ -127,11 +128,25 @@ def _equal(result: "Result[list[Image]]", record: Record) -> bool:
     return made is not None and made.pixels_sha256 == record.pixels_sha256
 
 
+_COMPARED = (
+    "variant",
+    "device",
+    "provider",
+    "precision",
+    "threads",
+    "memory",
+    "tile",
+    "steps",
+    "upscale_tile",
+    "flagged",
+)
+
+
 def _differences(made: Record, record: Record) -> Iterator[str]:
     """Say in which values two records differ."""
     if made.bundle_sha256 != record.bundle_sha256:
         yield f"the bundle {record.bundle} was another one, {record.bundle_sha256[:10]}, now {made.bundle_sha256[:10]}"
-    for name in ("variant", "device", "provider", "precision", "threads", "memory", "tile", "steps", "flagged"):
+    for name in _COMPARED:
         then, now = getattr(record, name), getattr(made, name)
         if then != now:
             yield f"{name} was {then}, now {now}"

@@ -34,6 +34,7 @@ class Request:
     latents: Float32 | None  # z_T, if the caller passed it
     memory: Memory  # "auto": the free memory decides the mode; "low": graphs stay loaded only for their turns
     vae_tiling: bool | None
+    upscale: int | None  # the factor of the bundle's upscaler, or None
 
     @classmethod
     def make(
@@ -85,15 +86,18 @@ class Request:
             latents = _latents(latents, count, manifest)
             height, width = _sizes_of_latents(latents.shape, sizes, manifest)
         shape = (count, manifest.latent_channels, height, width)
+        upscale = check_upscale(options["upscale"], manifest)
+        if upscale and output_type == "latent":
+            raise RequestError('upscale: pictures are enlarged, not latents: ask for output_type="pil" or "np"')
         if budget is not None:
-            budget.refuse_excess(shape, fields)
+            budget.refuse_excess(shape, fields, upscale or 1)
         embeds = None if embeds is None else _finite("prompt_embeds", embeds)
         latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]
         if memory == "auto" and getattr(options["callback"], "previews", options["callback"] is not None):
             memory = "sequential"  # Only this mode has a preview of every step.
         return cls(
-            prompts, embeds, num_images, tuple(seeds), steps, shape, latents, memory, options["vae_tiling"]
+            prompts, embeds, num_images, tuple(seeds), steps, shape, latents, memory, options["vae_tiling"], upscale
         )  # fmt: skip
 
     def noise(self, run: Run) -> Float32:
@@ -135,10 +139,23 @@ def check_prompts(prompt: object) -> list[str]:
     return cast(list[str], items)
 
 
-def check_latents(latents: Any, manifest: Manifest, budget: Budget) -> Float32:
+def check_upscale(upscale: int | None, manifest: Manifest) -> int | None:
+    """Return the factor of the upscaler, or None for pictures as they are. Raises RequestError."""
+    if upscale is None or upscale == 1:
+        return None
+    if manifest.upscaler is None:
+        raise RequestError(f"upscale: bundle {manifest.name} has no upscaler; the exporter adds one (--upscaler FILE)")
+    if upscale != manifest.upscaler.scale:
+        raise RequestError(
+            f"upscale: bundle {manifest.name} enlarges by {manifest.upscaler.scale}, got {shorten(upscale)}"
+        )
+    return upscale
+
+
+def check_latents(latents: Any, manifest: Manifest, budget: Budget, upscale: int | None = None) -> Float32:
     """Return z_0 as finite float32 (B, C, h, w), of sizes that the bundle allows. Raises RequestError."""
     array = _latents(latents, None, manifest)
-    budget.refuse_excess(array.shape, "latents")
+    budget.refuse_excess(array.shape, "latents", upscale or 1)
     return _finite("latents", array)
 
 

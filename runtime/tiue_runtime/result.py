@@ -31,6 +31,7 @@ class Result(Generic[Images]):
     vae: str  # the kind of image decoder, one of bundle.VAE_KINDS
     tile: tuple[int, int] | None  # (height, width) in pixels, if pictures were decoded in tiles
     records: "tuple[Record, ...]" = ()  # one per image: everything that a file says about it
+    upscale: int | None = None  # the factor of the upscaler, if it enlarged the pictures
     flagged: tuple[bool, ...] = ()  # one per image: flagged by the safety checker, and blurred; empty if not checked
 
     def save(
@@ -63,7 +64,7 @@ class Result(Generic[Images]):
 
         images: Any = self.images
         if hasattr(images, "shape"):
-            if images.shape[-1] != 3 or (self.records and images.shape[1] != self.records[0].height):
+            if images.shape[-1] != 3 or (self.records and images.shape[1] != self.records[0].pixel_height):
                 raise RequestError('save: expected pictures, got latents: ask for output_type="pil" or "np"')
             images = to_pil(images)
             attach(images, self.records)

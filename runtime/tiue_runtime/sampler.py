@@ -4,6 +4,7 @@ prompt -> text_encoder -> text
 z_T, text -> denoise: unet_encoder once, unet_decoder at N timesteps -> z_0
 z_0 -> vae_decoder -> image
 image -> safety_checker, if the bundle has one -> flagged or not
+image -> upscaler, on request -> a larger image
 """
 
 import warnings
@@ -22,6 +23,7 @@ from tiue_runtime.bundle import (
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,
+    UPSCALER,
     VAE_DECODER,
     Bundle,
 )
@@ -37,6 +39,7 @@ from tiue_runtime.request import Request
 from tiue_runtime.run import Run
 from tiue_runtime.safety import blurred, flag
 from tiue_runtime.tokenizer import PromptTokenizer
+from tiue_runtime.upscale import enlarge
 from tiue_runtime.vocabulary import Vocabulary
 
 Float32 = NDArray[np.float32]
@@ -49,7 +52,8 @@ class Sampled(NamedTuple):
     images: Any
     memory: Mode
     tile: Tile | None
-    flagged: tuple[bool, ...]
+    flagged: tuple[bool, ...] = ()
+    upscale_tile: Tile | None = None  # (height, width) before enlarging, if the upscaler worked in tiles
 
 
 class Sampler:
@@ -79,7 +83,7 @@ class Sampler:
             decode: the image decoder, for exact previews.
         """
         text_stage = () if request.prompts is None else (TEXT_ENCODER,)
-        image_stages = () if output_type == "latent" else self._image_stages()
+        image_stages = () if output_type == "latent" else self._image_stages(request.upscale)
         self._warn_of_size(request)
         run.expect((*text_stage, UNET_ENCODER, UNET_DECODER, *image_stages), Previews(self._manifest, decode))
         z_T = request.noise(run)
@@ -90,10 +94,10 @@ class Sampler:
             halves = Halves(turns, request.steps, decoded=output_type != "latent")
             z_0 = denoise(halves, self._manifest, z_T, text, ladder, run)
             if output_type == "latent":
-                return Sampled(z_0, ladder.mode, None, ())
+                return Sampled(z_0, ladder.mode, None)
             image, tile = decode_image(turns, self._manifest, z_0, request.vae_tiling)
-            images, flagged = self._checked(image, output_type, turns)
-        return Sampled(images, ladder.mode, tile, flagged)
+            images, flagged, upscale_tile = self._finished(image, output_type, request.upscale, turns)
+        return Sampled(images, ladder.mode, tile, flagged, upscale_tile)
 
     def encode(self, prompts: list[str], run: Run, *, low: bool) -> Float32:
         """Encode prompts => text embeddings, float32 (B, L, D)."""
@@ -101,28 +105,49 @@ class Sampler:
         with self.graphs.request(run, low=low) as turns:
             return self._encode(prompts, turns)
 
-    def decode(self, latents: Float32, output_type: OutputType, tiling: bool | None, run: Run, *, low: bool) -> Any:
+    def decode(
+        self,
+        latents: Float32,
+        output_type: OutputType,
+        tiling: bool | None,
+        upscale: int | None,
+        run: Run,
+        *,
+        low: bool,
+    ) -> Any:
         """Turn latents (B, C, h, w) => pictures, as `output_type` says."""
-        run.expect(self._image_stages())
+        run.expect(self._image_stages(upscale))
         with self.graphs.request(run, low=low) as turns:
             image, _ = decode_image(turns, self._manifest, latents, tiling)
-            return self._checked(image, output_type, turns)[0]
+            return self._finished(image, output_type, upscale, turns)[0]
 
-    def _image_stages(self) -> tuple[str, ...]:
-        return (VAE_DECODER,) if self.graphs.safety_checker is None else (VAE_DECODER, SAFETY_CHECKER)
+    def _image_stages(self, upscale: int | None) -> tuple[str, ...]:
+        """Return the stages after the latents, in their order."""
+        checker = () if self.graphs.safety_checker is None else (SAFETY_CHECKER,)
+        return VAE_DECODER, *checker, *(() if upscale is None else (UPSCALER,))
 
-    def _checked(self, image: Float32, output_type: OutputType, turns: Turns) -> tuple[Any, tuple[bool, ...]]:
-        """Turn an image (B, 3, H, W) into pictures as `output_type` says. Blur those that the checker flags."""
+    def _finished(
+        self, image: Float32, output_type: OutputType, upscale: int | None, turns: Turns
+    ) -> tuple[Any, tuple[bool, ...], Tile | None]:
+        """Check an image (B, 3, H, W), enlarge it on request, and turn it into pictures as `output_type` says.
+
+        Returns:
+            The pictures, and `flagged` and `upscale_tile` as in Sampled.
+        """
+        checker, how, upscaler = self.graphs.safety_checker, self._manifest.safety_checker, self.graphs.upscaler
+        flagged: tuple[bool, ...] = ()
+        tile: Tile | None = None
+        if checker is not None and how is not None:
+            pictures = to_pil(to_unit(image))
+            flagged = flag(turns, checker, how, pictures)
+            image = image.copy() if any(flagged) else image
+            for i in np.flatnonzero(flagged):
+                levels = np.asarray(blurred(pictures[i]), dtype=np.float32)
+                image[i] = levels.transpose(2, 0, 1) / np.float32(127.5) - 1
+        if upscaler is not None and upscale is not None:
+            image, tile = enlarge(turns, upscaler, self._manifest, image, upscale)
         unit = to_unit(image)
-        graph, how = self.graphs.safety_checker, self._manifest.safety_checker
-        if graph is None or how is None:
-            return to_pil(unit) if output_type == "pil" else unit, ()
-        pictures = to_pil(unit)
-        flagged = flag(turns, graph, how, pictures)
-        for i in np.flatnonzero(flagged):
-            pictures[i] = blurred(pictures[i])
-            unit[i] = np.asarray(pictures[i], dtype=np.float32) / np.float32(255)
-        return pictures if output_type == "pil" else unit, flagged
+        return to_pil(unit) if output_type == "pil" else unit, flagged, tile
 
     def _encode(self, prompts: list[str], turns: Turns) -> Float32:
         """Return text embeddings (B, L, D), one row per prompt."""

@@ -19,6 +19,7 @@ from tiue_runtime.bundle.manifest import (
     CONTRIBUTION,
     CPU,
     CUDA,
+    ENLARGED,
     FORMAT,
     GRAPH_FILES,
     GRAPHS,
@@ -40,6 +41,7 @@ from tiue_runtime.bundle.manifest import (
     TOKENIZER,
     UNET_DECODER,
     UNET_ENCODER,
+    UPSCALER,
     VAE_DECODER,
     VAE_KINDS,
     VARIANTS,
@@ -51,6 +53,7 @@ from tiue_runtime.bundle.manifest import (
     Prompts,
     SafetyChecker,
     Schedule,
+    Upscaler,
     vae_graphs,
 )
 
@@ -59,6 +62,7 @@ __all__ = [
     "CONTRIBUTION",
     "CPU",
     "CUDA",
+    "ENLARGED",
     "FORMAT",
     "GRAPHS",
     "GRAPH_FILES",
@@ -80,6 +84,7 @@ __all__ = [
     "TOKENIZER",
     "UNET_DECODER",
     "UNET_ENCODER",
+    "UPSCALER",
     "VAE_DECODER",
     "VAE_KINDS",
     "VARIANTS",
@@ -92,6 +97,7 @@ __all__ = [
     "Prompts",
     "SafetyChecker",
     "Schedule",
+    "Upscaler",
     "vae_graphs",
     "write_bundle",
 ]

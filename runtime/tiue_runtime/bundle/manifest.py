@@ -12,10 +12,11 @@ The graphs, with B, h, w and k dynamic:
     unet_decoder     features [, text], step_index int64 (k), step_weight (k)   => contribution (B, C, h, w)
     vae_decoder      latents (B, C, h, w)                                       => image (B, 3, H, W) in [-1, 1]
     safety_checker   image (B, 3, S, S) in [-1, 1]                              => score (B)
+    upscaler         image (B, 3, H, W) in [-1, 1]                              => enlarged (B, 3, scale*H, scale*W)
 
 vae_decoder is the first of Manifest.vaes. A second image decoder is one more graph, vae_decoder_tiny or vae_decoder_kl,
 with the same signature and for the same latents. safety_checker is optional. It takes pictures as
-Manifest.safety_checker prepares them, and flags those with a score above 0.
+Manifest.safety_checker prepares them, and flags those with a score above 0. upscaler is optional.
 
 text, latents, step_weight, contribution, image and score are float32 at every precision. The two UNet graphs agree on
 the types of features. step_index holds rows of `decoder_timesteps`. contribution = sum_k step_weight_k eps_k, so that
@@ -49,6 +50,7 @@ VAE_DECODER = "vae_decoder"
 GRAPHS = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)  # in the order of their runs
 GRAPH_FILES = {graph: f"{graph}.onnx" for graph in GRAPHS}
 SAFETY_CHECKER = "safety_checker"  # optional, in all variants of a bundle or in none
+UPSCALER = "upscaler"  # likewise
 
 KL, TINY = "kl", "tiny"  # the kinds of image decoder: the teacher's AutoencoderKL, a small autoencoder for its latents
 VAE_KINDS = (KL, TINY)
@@ -63,6 +65,7 @@ STEP_WEIGHT = "step_weight"
 CONTRIBUTION = "contribution"
 IMAGE = "image"
 SCORE = "score"
+ENLARGED = "enlarged"
 
 # ONNX Runtime's name of the element type, and the rank, of every tensor that the contract names.
 TENSORS = {
@@ -75,6 +78,7 @@ TENSORS = {
     CONTRIBUTION: ("float", 4),
     IMAGE: ("float", 4),
     SCORE: ("float", 1),
+    ENLARGED: ("float", 4),
 }
 
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
@@ -120,7 +124,8 @@ class MemoryUse:
     """Working memory of one run of a graph, beyond its weights, measured at export.
 
     On h*w latents, a run takes rows * (per_latent * h*w + per_latent_squared * (h*w)**2) bytes. rows is k*B for
-    unet_decoder and B for the other graphs. For safety_checker, h*w is 1: its pictures have one size.
+    unet_decoder and B for the other graphs. For safety_checker, h*w is 1: its pictures have one size. For upscaler, it
+    is the number of pixels before it enlarges them.
     """
 
     per_latent: Annotated[float, Field("Bytes for each latent pixel of a row.", least=0)]
@@ -156,6 +161,13 @@ class SafetyChecker:
     resize: Annotated[int, _pixels("The shorter side after resizing. The longer one keeps the ratio, rounded down.")]
     crop: Annotated[int, _pixels("S, the sides of the square.")]
     filter: Annotated[str, Field("Pillow's filter for resizing, with antialiasing.", choices=FILTERS)]
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """The graph upscaler, which enlarges pictures on request."""
+
+    scale: Annotated[int, Field("The factor of both sides.", least=2, most=16)]
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,7 @@ class Manifest:
     safety_checker: Annotated[
         SafetyChecker | None, Field("How pictures are prepared for the graph safety_checker, if there is one.")
     ] = None
+    upscaler: Annotated[Upscaler | None, Field("What the graph upscaler does, if there is one.")] = None
     files: Annotated[
         Mapping[str, FileInfo], Field("Every file of the bundle but bundle.json.", shortest=1, always=True)
     ] = field(default_factory=dict[str, FileInfo])  # write_bundle fills this
@@ -215,7 +228,7 @@ class Manifest:
         self._check_schedules()
         require(bool(self.vaes) and len(set(self.vaes)) == len(self.vaes), "vaes", "different kinds", self.vaes)
         self._check_variants()
-        self._check_safety_checker()
+        self._check_optional_graphs()
         self._check_files()
         self._check_memory()
         if self.preview is not None:
@@ -264,10 +277,11 @@ class Manifest:
                 expected = "a file name inside the bundle that ends in .onnx"
                 require(is_portable(name) and name.endswith(".onnx"), f"{where}.{graph}", expected, name)
 
-    def _check_safety_checker(self) -> None:
-        checker, has_graph = self.safety_checker, SAFETY_CHECKER in self.graphs
-        expected = f"an object if variants have the graph {SAFETY_CHECKER}, else none"
-        require(has_graph == (checker is not None), "safety_checker", expected, checker)
+    def _check_optional_graphs(self) -> None:
+        checker = self.safety_checker
+        for graph, about in ((SAFETY_CHECKER, checker), (UPSCALER, self.upscaler)):
+            expected = f"an object if variants have the graph {graph}, else none"
+            require((graph in self.graphs) == (about is not None), graph, expected, about)
         if checker is not None:
             most = f"at most safety_checker.resize ({checker.resize})"
             require(checker.crop <= checker.resize, "safety_checker.crop", most, checker.crop)
@@ -310,9 +324,10 @@ class Manifest:
 
     @property
     def graphs(self) -> tuple[str, ...]:
-        """Every graph of a variant: GRAPHS, further image decoders, and the safety checker if there is one."""
-        checker = [SAFETY_CHECKER] if any(SAFETY_CHECKER in graphs for graphs in self.variants.values()) else []
-        return tuple(dict.fromkeys((*GRAPHS, *self.vae_graphs.values(), *checker)))
+        """Every graph of a variant: GRAPHS, further image decoders, the safety checker and the upscaler, if any."""
+        named = {graph for graphs in self.variants.values() for graph in graphs}
+        optional = [graph for graph in (SAFETY_CHECKER, UPSCALER) if graph in named]
+        return tuple(dict.fromkeys((*GRAPHS, *self.vae_graphs.values(), *optional)))
 
     def step_rows(self, steps: int) -> tuple[int, ...]:
         """The step_index values of a schedule: rows of decoder_timesteps."""

@@ -147,7 +147,8 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     ]
     if not arguments.grid:
         return _Plan(prompts, num_images, seed, values, target.paths(values), None)
-    sheet = Sheet(len(prompts), num_images, width, height)
+    enlarged = request.get("upscale") or 1
+    sheet = Sheet(len(prompts), num_images, width * enlarged, height * enlarged)
     paths = target.paths(values[:1], "{prompt}-{seed}-grid.png")
     sheet.check(ENDINGS[paths[0].suffix.lower()])
     return _Plan(prompts, num_images, seed, values, paths, sheet)

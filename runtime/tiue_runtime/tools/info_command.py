@@ -28,6 +28,7 @@ def describe(arguments: argparse.Namespace) -> int:
         "variants": ", ".join(manifest.variants),
         "vae": f"{', '.join(manifest.vaes)} (default {manifest.vaes[0]})",
         **({"safety checker": "yes; flagged pictures are blurred"} if manifest.safety_checker else {}),
+        **({"upscaler": f"--upscale {manifest.upscaler.scale}"} if manifest.upscaler else {}),
         "image": _sizes(manifest),
         "prompt": f"up to {manifest.text_length} tokens",
         "steps": f"{', '.join(map(str, sorted(manifest.schedules)))} (default {manifest.default_steps})",
