@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError, remedy
 from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
-from tiue_runtime.tools import batch_command, completion, generate_command, model_commands, serve_command
+from tiue_runtime.tools import batch_command, completion, generate_command, mcp_command, model_commands, serve_command
 from tiue_runtime.tools.console import print_rows, say, write
 from tiue_runtime.tools.info_command import describe
 from tiue_runtime.tools.saving_flags import add_saving_flags
@@ -158,6 +158,7 @@ def _parser() -> _Parser:
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 
     model_commands.register(partial(_command, commands), write)
+    mcp_command.register(partial(_command, commands))
     serve_command.register(partial(_command, commands), write, _option_flags, _given)
 
     complete = _command(commands, "completion", partial(_completion, parser), "print a script for a shell's completion")

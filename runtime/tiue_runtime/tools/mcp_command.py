@@ -1,0 +1,44 @@
+"""The command `mcp`: pictures for assistants that speak the Model Context Protocol."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from tiue_runtime.errors import RequestError
+from tiue_runtime.options import LoadOptions, described
+from tiue_runtime.tools.console import write
+
+Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+"""Adds a command: its name, its function and one line of help."""
+
+
+def register(add: Add) -> None:
+    """Add the command. `add` makes its parser."""
+    parser = add("mcp", _run, "draw for an assistant that starts this command as an MCP server")
+    parser.add_argument(
+        "--bundle",
+        metavar="NAME_OR_PATH",
+        help="a bundle's directory or installed name (default: TIUE_BUNDLE, else emoji)",
+    )
+    for name, kind in (("device", str), ("threads", int)):
+        parser.add_argument(f"--{name}", type=kind, help=described(LoadOptions)[name].option.help)
+    parser.add_argument(
+        "--format", choices=("png", "jpeg", "webp"), default="png", help="of the pictures (default: png, without loss)"
+    )
+
+
+def _run(given: argparse.Namespace) -> int:
+    """Serve until the assistant closes stdin."""
+    from tiue_runtime.bundle import Bundle
+    from tiue_runtime.bundle.find import find_bundle
+
+    try:
+        from tiue_runtime.tools.mcp_server import serve
+    except ImportError as error:
+        name = str(error.name).partition(".")[0]
+        raise RequestError(f'mcp: expected the package {name}, got none: pip install "tiue-runtime[mcp]"') from error
+    bundle = Bundle.load(find_bundle(given.bundle))
+    loading = {name: value for name in ("device", "threads") if (value := getattr(given, name)) is not None}
+    if sys.stdin is not None and sys.stdin.isatty():
+        write("tiue-runtime: waiting for an assistant on stdin; docs/mcp.md says how one is set up", sys.stderr)
+    return serve(bundle, given.format, loading)
