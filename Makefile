@@ -40,6 +40,7 @@ test-web:
 # In Debian's Chromium, or the browser that the environment variable CHROMIUM names: minutes.
 test-browser: $(WEB)/node_modules/ready $(FULL)/ready
 	cd $(WEB) && npm run --silent test:browser
+	npm install --silent --no-save --prefix build/browser axe-core@4.14
 	$(FULL)/bin/python -m pytest -m browser
 
 # onnxruntime-node would download CUDA in its install script.

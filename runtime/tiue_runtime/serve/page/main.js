@@ -1,0 +1,152 @@
+/** The page: it connects the form, the server and the gallery. */
+
+import { ApiError, describeModel, draw, listModels, useKey } from "./api.js";
+import { Composer } from "./composer.js";
+import { onDrop } from "./dropping.js";
+import { Gallery } from "./gallery.js";
+import { readRecord } from "./record.js";
+import { chooseTheme } from "./theme.js";
+import { Viewer } from "./viewer.js";
+
+const at = (id) => document.getElementById(id);
+
+let models = [];
+let model = null;
+let drawing = null;  // the AbortController of the request that runs
+
+const composer = new Composer({ draw: drawForm, cancel: () => drawing?.abort() });
+const gallery = new Gallery(
+  { list: at("gallery"), count: at("gallery-count"), empty: at("empty"), more: at("more"), clear: at("clear") },
+  (picture) => viewer.show(picture),
+);
+const viewer = new Viewer(at("viewer"), {
+  repeat: (picture) => repeat({ ...picture, bundle: picture.model }),
+  forget: (picture) => attempt(() => gallery.forget(picture)),
+  address: (picture) => gallery.address(picture),
+});
+
+/** Show a message above the gallery, or none. */
+function tell(message, isNote = false) {
+  at("notice").textContent = message;
+  at("notice").classList.toggle("note", isNote);
+}
+
+/** Do something, and show what went wrong. */
+async function attempt(act) {
+  tell("");
+  try {
+    await act();
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (error instanceof ApiError && error.status === 401) askForKey();
+    tell(error.message || String(error));
+  }
+}
+
+/** Ask the server what it can draw. */
+async function connect() {
+  models = await listModels();
+  at("models").hidden = models.length < 2;
+  at("model-choice").replaceChildren(...models.map((name) => new Option(name)));
+  await choose(models[0]);
+  at("key-form").hidden = true;
+}
+
+async function choose(name) {
+  const facts = await describeModel(name);
+  model = name;
+  at("model").textContent = models.length < 2 ? `${name} on ${facts.device}` : `on ${facts.device}`;
+  composer.offer(facts);
+}
+
+function askForKey() {
+  at("key-form").hidden = false;
+  at("key").focus();
+}
+
+function drawForm() {
+  return attempt(async () => {
+    if (model === null) await connect();
+    await drawWish({ model, ...composer.read() });
+  });
+}
+
+/** Make a picture again, from what is known of it. */
+function repeat({ prompt, seed, size, steps, bundle }) {
+  return attempt(async () => {
+    if (drawing) throw new Error("Wait until this drawing is done, or cancel it first.");
+    if (model === null) await connect();
+    if (!models.includes(bundle)) {
+      throw new Error(`The picture was made with the model ${bundle}. This server has ${models.join(", ")}.`);
+    }
+    if (bundle !== model) await choose(bundle);
+    at("model-choice").value = bundle;
+    composer.fill({ prompt, seed, size });
+    scrollTo({ top: 0 });
+    await drawWish({ model, prompt, n: 1, size, seed, steps });
+  });
+}
+
+async function drawWish(wish) {
+  const plates = gallery.addPlates(wish.n, wish.prompt);
+  const left = new Set(plates);
+  drawing = new AbortController();
+  composer.setBusy(true);
+  at("status").textContent = wish.n === 1 ? "Drawing a picture." : `Drawing ${wish.n} pictures.`;
+  try {
+    for await (const { done, index, blob, seed, facts } of draw(wish, drawing.signal)) {
+      if (!done) {
+        plates[index].show(blob);
+        continue;
+      }
+      const { prompt, size, steps = null } = wish;
+      const picture = { blob, prompt, seed, size, steps, model: wish.model, made: Date.now() };
+      left.delete(plates[index]);
+      await gallery.finish(plates[index], picture).catch(notKept);
+      if (facts.warnings?.length) tell(facts.warnings.join(" "), true);
+    }
+    at("status").textContent = wish.n === 1 ? "The picture is finished." : `${wish.n} pictures are finished.`;
+  } catch (error) {
+    at("status").textContent = error.name === "AbortError" ? "The drawing was cancelled." : "";
+    throw error;
+  } finally {
+    left.forEach((plate) => gallery.drop(plate));
+    composer.setBusy(false);
+    drawing = null;
+  }
+}
+
+function notKept(error) {
+  const full = error.name === "QuotaExceededError";
+  const why = full ? "its storage is full. Delete some." : `${error.message || error.name}.`;
+  tell(`This browser does not keep the picture: ${why} Download what you need.`);
+}
+
+function repeatFile(file) {
+  return attempt(async () => {
+    const record = await readRecord(file);
+    await repeat({ ...record, size: `${record.width}x${record.height}` });
+  });
+}
+
+chooseTheme(at("theme"));
+onDrop(at("drop"), repeatFile);
+at("file").addEventListener("change", () => {
+  const [file] = at("file").files;
+  at("file").value = "";  // so that the same file can be chosen again
+  if (file) repeatFile(file);
+});
+at("model-choice").addEventListener("change", () => attempt(() => choose(at("model-choice").value)));
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(at("key").value.trim());
+  at("key").value = "";
+  attempt(connect);
+});
+at("clear").addEventListener("click", () => at("confirm").showModal());
+at("confirm").addEventListener("close", () => {
+  if (at("confirm").returnValue === "yes") attempt(() => gallery.clear());
+});
+
+attempt(connect);
+gallery.showOlder().catch(() => tell("This browser does not keep pictures: its storage is closed to this page.", true));

@@ -1,0 +1,68 @@
+/** The pictures that this browser keeps, in IndexedDB. */
+
+/**
+ * @typedef {object} Picture
+ * @property {number} id given by the store; larger is newer
+ * @property {Blob} blob the file
+ * @property {string} prompt
+ * @property {string} seed digits
+ * @property {string} size for example 64x64
+ * @property {?number} steps null: the model's default
+ * @property {string} model
+ * @property {number} made milliseconds since 1970
+ */
+
+const NAME = "tiue";
+const STORE = "pictures";
+
+let opened = null;
+
+/** Keep a picture. Returns its id. */
+export async function keep(picture) {
+  return finished((await store("readwrite")).add(picture));
+}
+
+/** Forget a picture, or all of them. */
+export async function forget(id) {
+  const pictures = await store("readwrite");
+  await finished(id === undefined ? pictures.clear() : pictures.delete(id));
+}
+
+/** Return the number of pictures. */
+export async function countKept() {
+  return finished((await store("readonly")).count());
+}
+
+/** Return pictures that are older than an id, the newest first. */
+export async function listKept(most, before = Infinity) {
+  const request = (await store("readonly")).openCursor(IDBKeyRange.upperBound(before, true), "prev");
+  const found = [];
+  return new Promise((resolve, reject) => {
+    request.onerror = () => reject(request.error);
+    request.onsuccess = () => {
+      const cursor = request.result;
+      if (!cursor || found.length === most) return resolve(found);
+      found.push(cursor.value);
+      cursor.continue();
+    };
+  });
+}
+
+async function store(mode) {
+  opened ??= open();
+  const database = await opened;
+  return database.transaction(STORE, mode).objectStore(STORE);
+}
+
+function open() {
+  const request = indexedDB.open(NAME, 1);
+  request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
+  return finished(request);
+}
+
+function finished(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+}
