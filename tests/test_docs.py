@@ -136,7 +136,7 @@ def test_commands_have_the_flags_that_are_shown(document):
 @every_document
 def test_flags_that_are_named_exist(document):
     known = flags_of("tiue") | flags_of("export.onnx") | flags_of("tiue-runtime", "generate")
-    for verb in ("info", "mcp", "pull", "sign", "verify", "serve"):
+    for verb in ("batch", "info", "mcp", "pull", "sign", "verify", "serve"):
         known |= flags_of("tiue-runtime", verb)
     known |= flags_of("tiue-runtime", "info") | flags_of("recipes.emoji") | flags_of("benchmarks.latency")
     known |= flags_of("benchmarks.memory") | flags_of("evaluation") | flags_of("evaluation.encoder")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiue_runtime import RequestError, read_record
-from tiue_runtime.bundle.replacing import replacing
+from tiue_runtime.bundle.replacing import check_writable, replacing
 from tiue_runtime.tools.cli import main
 from tiue_runtime.tools.file_names import FIELDS, Template, slug
 from tiue_runtime.tools.text_lines import LONGEST_LINE
@@ -350,3 +350,18 @@ def test_a_key_without_c2pa_or_without_its_certificate_is_refused_before_drawing
     assert "--private-key: cannot read" in run("a", "--certificates", "chain.pem", "--private-key", "none.pem")[2]
     with pytest.raises(RequestError):
         Template("{")
+
+
+def test_an_interrupt_right_after_a_file_is_made_leaves_none(tmp_path, monkeypatch):
+    opened = os.open
+
+    def interrupted(*arguments):
+        os.close(opened(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tiue_runtime.bundle.replacing.os.open", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a"):
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        check_writable(tmp_path / "a")
+    assert not files(tmp_path)

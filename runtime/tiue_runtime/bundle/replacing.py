@@ -25,9 +25,9 @@ def replacing(path: Path, overwrite: bool = True) -> Generator[IO[bytes]]:
     """
     target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
     mode = _mode(target) if overwrite else None
-    temporary, descriptor = _create(target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    temporary = _new_name(target.parent)
+    try:  # The file is made in this block: a signal at any moment leaves no file behind.
+        with os.fdopen(os.open(temporary, _FLAGS, 0o666), "wb") as file:
             yield file
         if mode is not None:
             temporary.chmod(mode)
@@ -57,9 +57,11 @@ def check_writable(path: Path) -> None:
     """Raise OSError unless `replacing` can write `path`. Tests the folder by making a file in it."""
     target = Path(os.path.realpath(path))  # unlike Path.resolve, also of a link to itself
     _mode(target)
-    temporary, descriptor = _create(target.parent)
-    os.close(descriptor)
-    temporary.unlink()
+    temporary = _new_name(target.parent)
+    try:
+        os.close(os.open(temporary, _FLAGS, 0o666))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _mode(target: Path) -> int | None:
@@ -76,11 +78,9 @@ def _mode(target: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _create(folder: Path) -> tuple[Path, int]:
-    """Make an empty file with a short random name."""
+def _new_name(folder: Path) -> Path:
+    """Return a short random name that no file has."""
     while True:
         temporary = folder / f".{secrets.token_hex(8)}.tmp"
-        try:
-            return temporary, os.open(temporary, _FLAGS, 0o666)
-        except FileExistsError:
-            continue
+        if not os.path.lexists(temporary):
+            return temporary

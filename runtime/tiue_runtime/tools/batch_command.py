@@ -94,7 +94,7 @@ def batch(arguments: argparse.Namespace, loading: LoadOptions, request: RequestO
         there = len(target)
         _make_all(arguments, loading, tasks, target, save, report)
         target.finish()
-    report.end(f"{arguments.out}: {len(target)} pictures, {len(target) - there} of them new")
+    report.end(f"{arguments.out}: {_counted(len(target), 'picture')}, {len(target) - there} new")
     return _LINE_FAILED if report.failures else 0
 
 
@@ -108,13 +108,14 @@ def _state(
 ) -> dict[str, Any]:
     """Return everything on which the files of a batch depend. A batch is only continued with the same."""
     saved = {name: getattr(arguments, name) for name in ("format", "shards", "metadata", "ai_mark", "certificates")}
+    made = {name: value for name, value in request.items() if name != "timeout"}  # A line may get more time later.
     return {
         "prompts_sha256": hashlib.sha256(b"".join(b"%d:%b\n" % line for line in lines)).hexdigest(),
         "lines": len(lines),
         "bundle": bundle.manifest.name,
         "bundle_sha256": bundle.sha256,
         "seed": seed,
-        "options": {**saved, "certificates": saved["certificates"] is not None, **loading, **request},
+        "options": {**saved, "certificates": saved["certificates"] is not None, **loading, **made},
     }
 
 
@@ -180,6 +181,10 @@ def _save(save: "Save", image: "Image", path: Path) -> None:
     save(image, path, True)
 
 
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 class _Report:
     """Says what was made and which lines failed."""
 
@@ -202,6 +207,6 @@ class _Report:
         """Say what is there."""
         more = self.failures - _SHOWN_FAILURES
         if more > 0:
-            say("error", f"{more} more lines failed")
+            say("error", f"{_counted(more, 'more line')} failed")
         if not (self._arguments.quiet or self._arguments.json):
-            write(summary + (f"; {self.failures} lines failed" if self.failures else ""))
+            write(summary + (f"; {_counted(self.failures, 'line')} failed" if self.failures else ""))
