@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiue_runtime import BundleError, Cancelled, OutOfMemoryError, Pipeline, RequestError
 from tiue_runtime.bundle import Bundle, MemoryUse, Upscaler, write_bundle
 from tiue_runtime.ort.graph import Graph
@@ -207,6 +208,8 @@ def test_the_commands(upscaled, tmp_path, capsys):
     assert "36x24" in capsys.readouterr().out
     assert main([*flags, "--upscale", "3", "--num-images", "2", "--grid"]) == 0
     assert "2x1 pictures" in capsys.readouterr().out
+    named = [*flags[:-1], str(tmp_path / "{width}x{height}.png"), "--upscale", "3"]
+    assert main(named) == 0 and Image.open(tmp_path / "36x24.png").size == (36, 24)
     assert main([*flags, "--upscale", "2"]) == 2
     assert "--upscale: bundle upscaled enlarges by 3, got 2" in capsys.readouterr().err
     assert main(["info", "--bundle", str(upscaled)]) == 0

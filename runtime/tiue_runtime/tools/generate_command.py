@@ -125,7 +125,7 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle
     from tiue_runtime.noise import check_seed
-    from tiue_runtime.request import LARGEST, check_num_images, check_prompts
+    from tiue_runtime.request import LARGEST, check_num_images, check_prompts, check_upscale
     from tiue_runtime.saving import ENDINGS
     from tiue_runtime.tools.contact_sheet import Sheet
     from tiue_runtime.tools.text_lines import read_prompts
@@ -138,8 +138,9 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     given = request.get("seed")
     seed = secrets.randbits(32) if given is None else check_seed(given, count)
     manifest = Bundle.load(find_bundle(arguments.bundle)).manifest
-    width = request.get("width") or manifest.default_width
-    height = request.get("height") or manifest.default_height
+    enlarged = check_upscale(request.get("upscale"), manifest) or 1
+    width = (request.get("width") or manifest.default_width) * enlarged
+    height = (request.get("height") or manifest.default_height) * enlarged
     fixed = {"width": width, "height": height, "bundle": manifest.name}
     fixed |= {"steps": request.get("steps") or manifest.default_steps}
     values: list[Values] = [
@@ -147,8 +148,7 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     ]
     if not arguments.grid:
         return _Plan(prompts, num_images, seed, values, target.paths(values), None)
-    enlarged = request.get("upscale") or 1
-    sheet = Sheet(len(prompts), num_images, width * enlarged, height * enlarged)
+    sheet = Sheet(len(prompts), num_images, width, height)
     paths = target.paths(values[:1], "{prompt}-{seed}-grid.png")
     sheet.check(ENDINGS[paths[0].suffix.lower()])
     return _Plan(prompts, num_images, seed, values, paths, sheet)
@@ -239,8 +239,8 @@ def _values(record: "Record") -> "Values":
         "prompt": record.prompt or "",
         "seed": record.seed or 0,
         "index": 1,
-        "width": record.width,
-        "height": record.height,
+        "width": record.width * (record.upscale or 1),
+        "height": record.height * (record.upscale or 1),
         "steps": record.steps,
         "bundle": record.bundle,
     }
