@@ -209,7 +209,9 @@ def test_the_commands(upscaled, tmp_path, capsys):
     assert main([*flags, "--upscale", "3", "--num-images", "2", "--grid"]) == 0
     assert "2x1 pictures" in capsys.readouterr().out
     named = [*flags[:-1], str(tmp_path / "{width}x{height}.png"), "--upscale", "3"]
-    assert main(named) == 0 and Image.open(tmp_path / "36x24.png").size == (36, 24)
+    assert main(named) == 0
+    with Image.open(tmp_path / "36x24.png") as picture:
+        assert picture.size == (36, 24)
     assert main([*flags, "--upscale", "2"]) == 2
     assert "--upscale: bundle upscaled enlarges by 3, got 2" in capsys.readouterr().err
     assert main(["info", "--bundle", str(upscaled)]) == 0
