@@ -40,6 +40,8 @@ WITHOUT_EXTRA = ("serve", "serve.jobs", "serve.worker", "serve.server_settings")
 def test_no_module_imports_a_training_library_or_onnxruntime(module):
     if module.startswith("serve.") and module not in WITHOUT_EXTRA:
         pytest.importorskip("starlette")
+    if module == "tools.mcp_server":
+        pytest.importorskip("mcp")
     assert not modules_after(f"import tiue_runtime.{module}") & set(HEAVY)
 
 

@@ -1,7 +1,8 @@
 """What an application that imports tiue_runtime needs beside its code.
 
 - the bundles of installed packages, and the metadata by which they are found
-- modules that are imported by name when they are first used; `tools` and `hub` only if the program imports them
+- modules that are imported by name when they are first used; `tools`, `hub` and `serve` only if the program imports
+  them
 - the metadata of the libraries whose versions are checked
 """
 
@@ -9,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, entry_points
 
 from PyInstaller.utils.hooks import collect_data_files, collect_submodules, copy_metadata
 
-_OPTIONAL = ("tiue_runtime.tools", "tiue_runtime.hub", "tiue_runtime._pyinstaller")
+_OPTIONAL = ("tiue_runtime.tools", "tiue_runtime.hub", "tiue_runtime.serve", "tiue_runtime._pyinstaller")
 
 datas = collect_data_files("tiue_runtime")
 for _entry in entry_points(group="tiue_runtime.bundles"):
