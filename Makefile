@@ -19,7 +19,7 @@ $(FULL)/ready: pyproject.toml runtime/pyproject.toml models/emoji/pyproject.toml
 # What an application has: the runtime and the default model.
 $(LIGHT)/ready: runtime/pyproject.toml models/emoji/pyproject.toml
 	$(PYTHON) -m venv $(LIGHT)
-	$(LIGHT)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji "pytest>=9.2,<10"
+	$(LIGHT)/bin/pip install --quiet -e "runtime[cpu]" -e models/emoji "pytest>=9.2,<10" "pytest-xdist>=3.8,<4"
 	touch $@
 
 demo: $(LIGHT)/ready
@@ -49,10 +49,11 @@ $(WEB)/node_modules/ready: $(WEB)/package-lock.json
 	touch $@
 
 test-runtime: $(LIGHT)/ready
-	$(LIGHT)/bin/python -m pytest runtime/tests
+	$(LIGHT)/bin/python -m pytest runtime/tests -n auto --dist loadfile
 
+# One thread for each worker: more would wait for each other.
 test-full: $(FULL)/ready
-	$(FULL)/bin/python -m pytest -m "not slow and not gpu and not browser" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(FULL)/bin/python -m pytest -m "not slow and not gpu and not browser" -n auto --dist loadfile
 
 lint: $(FULL)/ready
 	$(FULL)/bin/ruff check

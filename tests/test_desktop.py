@@ -204,7 +204,7 @@ def test_a_full_disk_is_explained(window, tmp_path, monkeypatch, code):
     draw(window)
     idle(window)
 
-    def fail(path):
+    def fail(path, *_):
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(saving, "replacing", fail)

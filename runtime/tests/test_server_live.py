@@ -300,7 +300,7 @@ def started():
 def figure(url, name):
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    return float(next(line for line in lines if line.startswith(name)).rpartition(" ")[2])
+    return float(next((line for line in lines if line.startswith(name)), "0").rpartition(" ")[2])
 
 
 @pytest.mark.parametrize(

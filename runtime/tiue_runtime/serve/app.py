@@ -23,7 +23,8 @@ try:
     from starlette.staticfiles import StaticFiles
 except ImportError as error:
     raise RequestError(
-        f'the server needs the package {str(error.name).partition(".")[0]}: pip install "tiue-runtime[server]"'
+        f"the server needs the package {str(error.name).partition('.')[0]}: "
+        "pip install starlette uvicorn python-multipart prometheus-client"
     ) from error
 
 from tiue_runtime.ort.devices import parse_device

@@ -18,7 +18,9 @@ from tiue_runtime.serve.worker import hear_warnings
 try:
     import uvicorn
 except ImportError as error:
-    raise RequestError('the server needs the package uvicorn: pip install "tiue-runtime[server]"') from error
+    raise RequestError(
+        "the server needs the package uvicorn: pip install starlette uvicorn python-multipart prometheus-client"
+    ) from error
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -36,7 +36,7 @@ def _run(given: argparse.Namespace) -> int:
         from tiue_runtime.tools.mcp_server import serve
     except ImportError as error:
         name = str(error.name).partition(".")[0]
-        raise RequestError(f'mcp: expected the package {name}, got none: pip install "tiue-runtime[mcp]"') from error
+        raise RequestError(f"mcp: expected the package {name}, got none: pip install mcp") from error
     bundle = Bundle.load(find_bundle(given.bundle))
     loading = {name: value for name in ("device", "threads") if (value := getattr(given, name)) is not None}
     if sys.stdin is not None and sys.stdin.isatty():
