@@ -104,6 +104,7 @@ def flags_for(work, *flags):
     return ["--model", "mini21", "--work", str(work), "--threads", "1", "--runs", "1", *map(str, flags)]
 
 
+@pytest.mark.slow
 def test_latency_end_to_end(work, tmp_path, capsys):
     out = tmp_path / "figures"
     contenders = "tiue tiue:memory=low torch diffusers openvino tiue:vae=tiny"

@@ -315,6 +315,7 @@ def test_a_run_does_not_resume_on_other_drawings(tmp_path, archive, capsys):
     assert "captions" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_to_find_a_color(archive, tmp_path):
     options = [*SMALL, "--iterations", "40", "--learning-rate", "0.01"]
     assert encoder_main(["--drawings", str(archive), "--out", str(tmp_path), *options]) == 0
