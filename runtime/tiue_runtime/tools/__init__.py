@@ -2,6 +2,7 @@
 
 cli               the parser, and what ends a command
 console           lines on stdout and stderr
+option_flags      flags for options of the library
 generate_command  pictures of prompts, or of a saved picture
 file_names        their names: templates, defaults, no two alike
 contact_sheet     one picture of them all

@@ -10,17 +10,17 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError, remedy
-from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
+from tiue_runtime.options import LoadOptions, RequestOptions, described
 from tiue_runtime.tools import batch_command, completion, generate_command, mcp_command, model_commands, serve_command
 from tiue_runtime.tools.console import print_rows, say, write
 from tiue_runtime.tools.info_command import describe
+from tiue_runtime.tools.option_flags import bundle_flag, given, lesson_flags, option_flags
 from tiue_runtime.tools.saving_flags import add_saving_flags
 
-T = TypeVar("T", bound=Any)
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
 _FOREIGN = {"--model": "--bundle", "-n": "--num-images", "--count": "--num-images", "-s": "--seed", "-p": "--prompts"}
@@ -95,12 +95,12 @@ def _show_warning(message: object, *_: object, **__: object) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    loading, request = _given(arguments, LoadOptions), _given(arguments, RequestOptions)
+    loading, request = given(arguments, LoadOptions), given(arguments, RequestOptions)
     return generate_command.generate(arguments, loading, request)
 
 
 def _batch(arguments: argparse.Namespace) -> int:
-    loading, request = _given(arguments, LoadOptions), _given(arguments, RequestOptions)
+    loading, request = given(arguments, LoadOptions), given(arguments, RequestOptions)
     return batch_command.batch(arguments, loading, request)
 
 
@@ -117,9 +117,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from tiue_runtime.tools.bench import bench
 
-    loading = _given(arguments, LoadOptions)
+    loading = given(arguments, LoadOptions)
     loading["cuda_graphs"] = arguments.cuda_graphs
-    rows = bench(arguments.bundle, runs=arguments.runs, loading=loading, request=_given(arguments, RequestOptions))
+    rows = bench(arguments.bundle, runs=arguments.runs, loading=loading, request=given(arguments, RequestOptions))
     print_rows(rows)
     return 0
 
@@ -136,45 +136,46 @@ def _parser() -> _Parser:
 
     generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them")
     generate_command.add_arguments(generate)
-    _bundle_flag(generate)
-    _option_flags(generate, RequestOptions)
-    _option_flags(generate, LoadOptions)
-    add_saving_flags(generate)
-    _lesson_flags(generate)
+    _drawing_flags(generate)
     generate.epilog = generate_command.EXIT_CODES
 
     batch = _command(commands, "batch", _batch, "make pictures of many prompts; the same command continues it")
     batch_command.add_arguments(batch)
-    _bundle_flag(batch)
-    _option_flags(batch, RequestOptions)
-    _option_flags(batch, LoadOptions)
-    add_saving_flags(batch)
-    _lesson_flags(batch)
+    _drawing_flags(batch)
     batch.epilog = batch_command.EXIT_CODES
 
     info = _command(commands, "info", describe, "describe a bundle: license, sizes, step counts, what it can draw")
-    _bundle_flag(info)
+    bundle_flag(info)
     info.add_argument("--all", action="store_true", help="print everything that the model can draw, one a line")
     info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
 
     model_commands.register(partial(_command, commands), write)
     mcp_command.register(partial(_command, commands))
-    serve_command.register(partial(_command, commands), write, _option_flags, _given)
+    serve_command.register(partial(_command, commands), write)
 
     complete = _command(commands, "completion", partial(_completion, parser), "print a script for a shell's completion")
     completion.add_arguments(complete)
 
     doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
-    _bundle_flag(doctor)
+    bundle_flag(doctor)
     doctor.add_argument("--device", help="with this or --bundle, load the graphs and count the nodes of each provider")
 
     bench = _command(commands, "bench", _bench, "measure seconds per image, graph by graph")
     bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
     bench.add_argument("--cuda-graphs", action="store_true", help=described(LoadOptions)["cuda_graphs"].option.help)
-    _bundle_flag(bench)
-    _option_flags(bench, RequestOptions)
-    _option_flags(bench, LoadOptions)
+    bundle_flag(bench)
+    option_flags(bench, RequestOptions)
+    option_flags(bench, LoadOptions)
     return parser
+
+
+def _drawing_flags(parser: _Parser) -> None:
+    """Add what `generate` and `batch` have in common."""
+    bundle_flag(parser)
+    option_flags(parser, RequestOptions)
+    option_flags(parser, LoadOptions)
+    add_saving_flags(parser)
+    lesson_flags(parser)
 
 
 def _completion(parser: _Parser, arguments: argparse.Namespace) -> int:
@@ -196,46 +197,3 @@ def _command(
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.set_defaults(command=run, parser=parser)
     return parser
-
-
-def _bundle_flag(parser: _Parser) -> None:
-    parser.add_argument(
-        "--bundle",
-        metavar="NAME_OR_PATH",
-        help="a bundle's directory or installed name (default: TIUE_BUNDLE, else emoji)",
-    )
-
-
-def _option_flags(parser: _Parser, options: type) -> None:
-    """Add a flag for every option of a TypedDict whose `flag` is set."""
-    for name, (kind, option, _) in described(options).items():
-        if not option.flag:
-            continue
-        flag = "--" + name.replace("_", "-")
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=option.help)
-            continue
-        listed = choices(kind, option) or None
-        parse = {int: int, float: float}.get(kind, str)
-        metavar = option.metavar if option.metavar or listed else None
-        parser.add_argument(flag, type=parse, choices=listed, metavar=metavar, help=option.help)
-
-
-class _Lesson(argparse.Action):
-    """A flag that people from diffusers may try. It ends in one sentence that teaches."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        raise RequestError(f"{self.option_strings[0]}: {LESSONS[self.dest]}")
-
-
-def _lesson_flags(parser: _Parser) -> None:
-    for name in LESSONS:
-        flags = dict.fromkeys(("--" + name.replace("_", "-"), f"--{name}"))
-        parser.add_argument(*flags, dest=name, nargs="?", action=_Lesson, help=argparse.SUPPRESS)
-
-
-def _given(arguments: argparse.Namespace, options: type[T]) -> T:
-    """Return the options that the user gave, as keyword arguments."""
-    values = vars(arguments)
-    named = {name: values[name] for name in described(options) if values.get(name) is not None}
-    return cast(T, named)

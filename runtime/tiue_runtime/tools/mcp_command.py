@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tiue_runtime.errors import RequestError
 from tiue_runtime.options import LoadOptions, described
 from tiue_runtime.tools.console import write
+from tiue_runtime.tools.option_flags import bundle_flag, given
 
 Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 """Adds a command: its name, its function and one line of help."""
@@ -15,11 +16,7 @@ Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Argumen
 def register(add: Add) -> None:
     """Add the command. `add` makes its parser."""
     parser = add("mcp", _run, "draw for an assistant that starts this command as an MCP server")
-    parser.add_argument(
-        "--bundle",
-        metavar="NAME_OR_PATH",
-        help="a bundle's directory or installed name (default: TIUE_BUNDLE, else emoji)",
-    )
+    bundle_flag(parser)
     for name, kind in (("device", str), ("threads", int)):
         parser.add_argument(f"--{name}", type=kind, help=described(LoadOptions)[name].option.help)
     parser.add_argument(
@@ -27,7 +24,7 @@ def register(add: Add) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     """Serve until the assistant closes stdin."""
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle
@@ -37,8 +34,8 @@ def _run(given: argparse.Namespace) -> int:
     except ImportError as error:
         name = str(error.name).partition(".")[0]
         raise RequestError(f"mcp: expected the package {name}, got none: pip install mcp") from error
-    bundle = Bundle.load(find_bundle(given.bundle))
-    loading = {name: value for name in ("device", "threads") if (value := getattr(given, name)) is not None}
+    bundle = Bundle.load(find_bundle(arguments.bundle))
+    loading = given(arguments, LoadOptions)
     if sys.stdin is not None and sys.stdin.isatty():
         write("tiue-runtime: waiting for an assistant on stdin; docs/mcp.md says how one is set up", sys.stderr)
-    return serve(bundle, given.format, loading)
+    return serve(bundle, arguments.format, loading)

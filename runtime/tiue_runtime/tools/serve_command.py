@@ -4,12 +4,13 @@ import argparse
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from tiue_runtime.errors import RequestError
 from tiue_runtime.modes import Memory
 from tiue_runtime.options import LoadOptions, RequestOptions, described
 from tiue_runtime.serve.server_settings import KEY_VARIABLE, ServerSettings
+from tiue_runtime.tools.option_flags import given, option_flags
 
 if TYPE_CHECKING:
     from tiue_runtime.pipeline import Pipeline
@@ -36,14 +37,12 @@ Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Argumen
 """Adds a command: its name, its function and one line of help."""
 
 
-def register(add: Add, write: Write, option_flags: Callable[[Any, type], None], given: Callable[..., Any]) -> None:
+def register(add: Add, write: Write) -> None:
     """Add the command.
 
     Args:
         add: makes the parser of a command.
         write: prints a line.
-        option_flags: adds flags for the options of a TypedDict.
-        given: returns those that the user gave.
     """
     summary = "draw for other programs over HTTP, as OpenAI's images API does, with a page for people"
     parser = add("serve", lambda arguments: _serve(arguments, given(arguments, LoadOptions), write), summary)
