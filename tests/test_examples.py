@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+HOSTED = ("gradio_app", "comfyui_tiue")  # They run in other programs: see test_gradio_app.py and test_comfyui.py.
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in HOSTED]
 GUIDES = ("docs/quick-start.md", "docs/embed.md", "docs/previews.md", "README.md", "runtime/README.md")
 PROGRAMS = [
     pytest.param(program, id=f"{guide}-{number}".replace("/", "-"))

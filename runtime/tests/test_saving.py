@@ -241,6 +241,23 @@ def test_options_of_pillow_reach_the_format(pipe, tmp_path):
     assert b"mine" in (tmp_path / "a.jpg").read_bytes()
 
 
+def test_chunks_of_the_caller_stand_beside_ours(pipe, tmp_path):
+    """Gradio and other programs pass a PngInfo with every picture."""
+    from PIL.PngImagePlugin import PngInfo
+
+    picture, theirs = pipe("a red heart", seed=5).images[0], PngInfo()
+    theirs.add_text("Title", "mine")
+    theirs.add_text("tiue", "not a record")
+    chunks = list(theirs.chunks)
+    for given in (PngInfo(), theirs):
+        picture.save(tmp_path / "a.png", pnginfo=given)
+        assert read_record(tmp_path / "a.png") == picture.record
+        assert AI_SOURCE.encode() in (tmp_path / "a.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").text["Title"] == "mine" and theirs.chunks == chunks
+    with pytest.raises(RequestError, match=r"pnginfo: .*metadata=False"):
+        picture.save(tmp_path / "a.png", pnginfo="mine")
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a", "a.png.txt", ".png", "a.heic"])
 def test_other_formats_are_refused_with_the_ones_that_work(pipe, tmp_path, name):
     for save in (pipe("a", seed=5).save, pipe("a", seed=5).images[0].save):

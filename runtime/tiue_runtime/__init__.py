@@ -19,6 +19,7 @@ The modules, in the order in which a request meets them:
     modes, budget   how many timesteps at once; whether a run fits into memory
     run, progress   progress, timings and cancelling of one request
     result, saving  pictures and how they were made; their files
+    contact_sheet, notebook     one picture that shows them all; results and progress in notebooks
     record, metadata, repeating, credentials    what a file says about its picture; making it again; signatures
     preview, errors         small pictures of latents; exceptions
 

@@ -10,6 +10,8 @@ from tiue_runtime.errors import RequestError
 from tiue_runtime.modes import Mode
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from tiue_runtime.choices import Precision
     from tiue_runtime.credentials import Credentials
     from tiue_runtime.record import Record
@@ -59,18 +61,43 @@ class Result(Generic[Images]):
             RequestError: the path cannot be written, the ending is another one, or these are latents, not pictures.
             OSError: a file could not be written. No file is half written.
         """
-        from tiue_runtime.images import attach, to_pil
         from tiue_runtime.saving import check_picture_path, numbered, save_picture
 
-        images: Any = self.images
-        if hasattr(images, "shape"):
-            if images.shape[-1] != 3 or (self.records and images.shape[1] != self.records[0].pixel_height):
-                raise RequestError('save: expected pictures, got latents: ask for output_type="pil" or "np"')
-            images = to_pil(images)
-            attach(images, self.records)
+        images = self._pictures()
+        if images is None:
+            raise RequestError('save: expected pictures, got latents: ask for output_type="pil" or "np"')
         paths = list(numbered(Path(path), len(images)))
         for each in paths:
             check_picture_path(each)
         for each, image in zip(paths, images, strict=True):
             save_picture(image, each, metadata=metadata, ai_mark=ai_mark, credentials=credentials, **options)
         return paths
+
+    def __repr__(self) -> str:
+        """Tell in one line what was made, and how."""
+        images: Any = self.images
+        count = len(images)
+        made = f"array {images.shape}" if hasattr(images, "shape") else f"{count} picture{'s' * (count != 1)}"
+        seeds = " to ".join(dict.fromkeys(str(seed) for seed in (*self.seeds[:1], *self.seeds[-1:])))
+        how = [f"{'seeds' if count > 1 else 'seed'} {seeds}"] if seeds else []
+        return f"<Result: {', '.join([made, *how])}, {self.timings['total']:.2f} s on {self.device}>"
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        """Show the pictures in a notebook: one picture, or a sheet of several."""
+        from tiue_runtime.notebook import mime_bundle
+
+        pictures = self._pictures()
+        data, metadata = mime_bundle(pictures, self.records) if pictures else ({}, {})
+        return {"text/plain": repr(self), **data}, metadata
+
+    def _pictures(self) -> "list[Image] | None":
+        """Return the pictures as PIL images, or None if these are latents."""
+        from tiue_runtime.images import attach, to_pil
+
+        images: Any = self.images
+        if hasattr(images, "shape"):
+            if images.shape[-1] != 3 or (self.records and images.shape[1] != self.records[0].pixel_height):
+                return None
+            images = to_pil(images)
+            attach(images, self.records)
+        return images

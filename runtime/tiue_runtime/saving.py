@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tiue_runtime.bundle.directory import read_limited
 from tiue_runtime.bundle.replacing import check_writable, replacing
@@ -75,6 +76,9 @@ def save_picture(
     format = _format_of(path, "path") if format is None and path else _format(format)
     record = image.info.get(RECORD) if metadata else None
     added = options_for(format, record if isinstance(record, Record) else None, ai_mark)
+    if isinstance(options.get("pnginfo"), PngInfo) and "pnginfo" in added:
+        # Gradio passes one, even an empty one. Readers take the last chunk of a name, which is ours.
+        added["pnginfo"].chunks[:0] = options.pop("pnginfo").chunks
     for name in added:
         if name in options:
             raise RequestError(

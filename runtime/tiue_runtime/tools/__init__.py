@@ -5,7 +5,6 @@ console           lines on stdout and stderr
 option_flags      flags for options of the library
 generate_command  pictures of prompts, or of a saved picture
 file_names        their names: templates, defaults, no two alike
-contact_sheet     one picture of them all
 text_lines        prompts from files
 saving_flags      what a file holds
 progress_bar      a bar on a terminal

@@ -16,10 +16,10 @@ from tiue_runtime.tools.console import write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tiue_runtime.contact_sheet import Sheet
     from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.record import Record
     from tiue_runtime.result import Result
-    from tiue_runtime.tools.contact_sheet import Sheet
     from tiue_runtime.tools.file_names import Target, Values
     from tiue_runtime.tools.progress_bar import Bar
     from tiue_runtime.tools.saving_flags import Save
@@ -124,10 +124,10 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     """Read prompts, choose seeds and names, and check all that can be checked without drawing."""
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle
+    from tiue_runtime.contact_sheet import Sheet
     from tiue_runtime.noise import check_seed
     from tiue_runtime.request import LARGEST, check_num_images, check_prompts, check_upscale
     from tiue_runtime.saving import ENDINGS
-    from tiue_runtime.tools.contact_sheet import Sheet
     from tiue_runtime.tools.text_lines import read_prompts
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else check_prompts(" ".join(arguments.prompt))
