@@ -11,6 +11,7 @@
       fit_preview           fit the preview matrix
       parity                check; parity_case: one size; execution, cuda_definitions: how graphs run here
       working_memory        measure and fit the memory of runs
+      triton, triton_model  a model repository for Triton Inference Server, and the Python model in it
       card, publish         write README.md, and move the finished directory into place
     errors, quiet         exceptions; libraries that print too much
 

@@ -30,6 +30,7 @@ from export.trace import (
     vae_decoder_graph,
 )
 from export.trace_text import text_encoder_graph
+from export.triton import write_models
 from export.working_memory import fit_runs, give_back
 from export.writer import WEB_FILE_LIMIT, GraphWriter
 from tiue.checkpoint import Student
@@ -66,8 +67,8 @@ def export_bundle(
     out = check(out)
     with building(out, progress) as directory:
         check(out)  # The bundle that a killed export had moved aside may have come back.
-        limit = WEB_FILE_LIMIT if bundle.WEB in plan.options.target else None
-        writer = GraphWriter(directory, deduplicate=len(plan.options.target) > 1, file_limit=limit)
+        limit = WEB_FILE_LIMIT if bundle.WEB in plan.targets else None
+        writer = GraphWriter(directory, deduplicate=len(plan.targets) > 1, file_limit=limit)
         calibration = Calibration(plan, progress) if options.precision == "int8" else None
         for target, graphs in _trace(plan, progress):
             _rewrite(graphs, plan.options, calibration)
@@ -78,6 +79,8 @@ def export_bundle(
         comparison = compare_with_pytorch(directory, plan)
         report(comparison.rows)
         judge(comparison.rows, plan.options.floor_db)
+        if plan.options.triton:
+            write_models(directory, plan.manifest)
         _describe(directory, plan, replace(plan.manifest, preview=preview, memory=fit_runs(comparison.runs)))
         check(out)  # Another process may have made it.
         publish(directory, out)
@@ -90,13 +93,13 @@ def _trace(plan: Plan, progress: Progress) -> Iterator[tuple[str, Graphs]]:
     The order is: the text encoder; of every target the UNet, then each VAE; the safety checker; the upscaler. The
     caller empties each dictionary before it takes the next, so that one part's weights are in memory at a time.
     """
-    student, options = plan.student, plan.options
+    student, options, targets = plan.student, plan.options, plan.targets
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
     progress("exporting the text encoder")
     # int8 weights are made of float32.
     text_dtype = torch.float32 if options.text_encoder == "int8" else dtype
-    yield options.target[0], {bundle.TEXT_ENCODER: text_encoder_graph(student.components, text_dtype)}
-    for name in options.target:
+    yield targets[0], {bundle.TEXT_ENCODER: text_encoder_graph(student.components, text_dtype)}
+    for name in targets:
         # CPUs compute in float32, whatever the files store, and a browser may have nothing but the CPU.
         target = GraphTarget(name, torch.float32 if name in (bundle.CPU, bundle.WEB) else dtype)
         progress(f"exporting the UNet's encoder and decoder, {name}")
@@ -108,10 +111,10 @@ def _trace(plan: Plan, progress: Progress) -> Iterator[tuple[str, Graphs]]:
         give_back()
     if plan.safety_checker is not None:
         progress("exporting the safety checker")
-        yield options.target[0], {bundle.SAFETY_CHECKER: safety_checker_graph(plan.safety_checker)}
+        yield targets[0], {bundle.SAFETY_CHECKER: safety_checker_graph(plan.safety_checker)}
     if options.upscaler is not None:
         progress("exporting the upscaler")
-        yield options.target[0], {bundle.UPSCALER: upscaler_graph(options.upscaler)}
+        yield targets[0], {bundle.UPSCALER: upscaler_graph(options.upscaler)}
 
 
 def _unet(plan: Plan, target: GraphTarget) -> Graphs:

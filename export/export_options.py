@@ -20,6 +20,7 @@ else:
 
 # The lowest PSNR allowed of latents and images: with graphs or weights in less than float32, and with int8.
 PSNR_FLOOR_DB, INT8_FLOOR_DB = 35.0, 30.0
+TRITON = "triton"  # the target that arranges the files of another one for NVIDIA's Triton Inference Server
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Options:
     target: tuple[str, ...] = setting(
         (),
         "portable runs anywhere; cpu and cuda use ONNX Runtime's own operators for CPUs and CUDA; web is for browsers, "
-        "in files of at most 256 MiB; all targets share their weights",
-        choices=bundle.VARIANTS,
+        "in files of at most 256 MiB; all targets share their weights. triton, alone or with one of the first three, "
+        "makes a model repository for Triton Inference Server",
+        choices=(*bundle.VARIANTS, TRITON),
         metavar="TARGET[,TARGET]",
         shown="portable, and cpu for a model over 1 GB",
     )
@@ -87,8 +89,8 @@ class Options:
             raise ExportError(f"`weights` {self.weights}: graphs that compute in fp16 have fp16 weights; leave it out")
         if self.precision == "int8" and self.weights == "int8":
             raise ExportError("`weights` int8: graphs that compute in int8 store what they can so; leave it out")
-        if self.precision == "fp16" and self.target in ((bundle.CPU,), (bundle.WEB,)):
-            only = self.target[0]
+        if self.precision == "fp16" and self.variants in ((bundle.CPU,), (bundle.WEB,)):
+            only = self.variants[0]
             raise ExportError(f"`precision` fp16: the {only} target computes in fp32; `weights` fp16 halves its files")
         if self.precision == "int8" and bundle.CUDA in self.target:
             raise ExportError("`precision` int8: CUDA has no such kernels; export the cuda target in fp16")
@@ -96,6 +98,29 @@ class Options:
             raise ExportError("`precision` int8: WebGPU has no such kernels; `weights` int8 quarters the files")
         if (bundle.TINY in self.vae) != (self.tiny_vae is not None):
             raise ExportError("`vae` tiny and `vae_path`, a directory of a diffusers AutoencoderTiny, need each other")
+        self._check_triton()
+
+    def _check_triton(self) -> None:
+        if not self.triton:
+            return
+        if bundle.WEB in self.variants or len(self.variants) > 1:
+            raise ExportError(
+                f"`target` triton: expected it alone or with one of portable, cpu and cuda, got {','.join(self.target)}"
+            )
+        if len(self.vae) > 1:
+            raise ExportError(f"`target` triton: expected one image decoder, got `vae` {','.join(self.vae)}")
+        if self.upscaler is not None:
+            raise ExportError("`target` triton: its model has no upscaler; leave `upscaler` out")
+
+    @property
+    def triton(self) -> bool:
+        """Whether the files are arranged for Triton Inference Server."""
+        return TRITON in self.target
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants that are asked for. Empty: the default."""
+        return tuple(target for target in self.target if target != TRITON)
 
     @property
     def further_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -13,6 +13,7 @@ from tiue_runtime import bundle
 from export.errors import ExportError
 from export.export_options import Options
 from export.source import check_tiny_vae
+from export.triton import repository_file
 from export.upscaler import LoadedUpscaler
 from export.writer import EXTERNAL_ABOVE
 from tiue.checkpoint import Student
@@ -24,7 +25,8 @@ class Plan:
     """The decisions that follow from the student and the options."""
 
     student: Student
-    options: Options  # `target` is never empty here
+    options: Options
+    targets: tuple[str, ...]  # variants of the bundle, never empty
     manifest: bundle.Manifest  # without preview, files and memory of runs, which later stages add
     vaes: Mapping[str, AutoencoderKL | AutoencoderTiny]  # by the name of the graph, the default first
 
@@ -39,22 +41,27 @@ def make_plan(student: Student, options: Options) -> Plan:
 
     Args:
         student: the model to export.
-        options: an empty `target` or `vae` stands for the default.
+        options: if `target` or `vae` is empty, the default takes its place.
 
     Raises:
         ExportError: the options do not fit the student.
     """
-    options = replace(options, target=options.target or default_targets(student))
+    targets = options.variants or ((bundle.PORTABLE,) if options.triton else default_targets(student))
     if options.tiny_vae is not None:
         check_tiny_vae(options.tiny_vae, student.components)
     _check_upscaler(options.upscaler, student.components.geometry.multiple)
+    if options.triton and options.safety_checker and student.components.safety_checker is not None:
+        raise ExportError(
+            "`target` triton: its model cannot check pictures, and `safety_checker` is on; turn it off to export the "
+            "model without"
+        )
     kinds = _vae_kinds(student, options)
     own, tiny = student.components.vae, options.tiny_vae
     vaes = {
         name: tiny if kind == bundle.TINY and tiny is not None else own
         for kind, name in bundle.vae_graphs(kinds).items()
     }
-    return Plan(student, options, _manifest(student, options, kinds), vaes)
+    return Plan(student, options, targets, _manifest(student, options, targets, kinds), vaes)
 
 
 def default_targets(student: Student) -> tuple[str, ...]:
@@ -91,13 +98,15 @@ def _vae_kinds(student: Student, options: Options) -> tuple[str, ...]:
     return options.vae or (own,)
 
 
-def _variants(options: Options, vae_kinds: Iterable[str], *, optional: Iterable[str]) -> dict[str, dict[str, str]]:
+def _variants(
+    targets: Iterable[str], vae_kinds: Iterable[str], *, optional: Iterable[str]
+) -> dict[str, dict[str, str]]:
     """Return the file of every graph of every target.
 
     All targets share the text encoder, the safety checker and the upscaler, in standard operators.
     """
     variants: dict[str, dict[str, str]] = {}
-    for target in options.target:
+    for target in targets:
         suffix = "" if target == bundle.PORTABLE else f".{target}"
         names = (bundle.UNET_ENCODER, bundle.UNET_DECODER, *bundle.vae_graphs(vae_kinds).values())
         variants[target] = {name: f"{name}{suffix}.onnx" for name in names}
@@ -106,7 +115,9 @@ def _variants(options: Options, vae_kinds: Iterable[str], *, optional: Iterable[
     return variants
 
 
-def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) -> bundle.Manifest:
+def _manifest(
+    student: Student, options: Options, targets: tuple[str, ...], vae_kinds: tuple[str, ...]
+) -> bundle.Manifest:
     components = student.components
     geometry = components.geometry
     checker, upscaler = (components.safety_checker if options.safety_checker else None), options.upscaler
@@ -116,8 +127,13 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
         s = student.schedule(steps)
         schedules[steps] = bundle.Schedule(s.timesteps, s.noise_weight, s.step_weights)
     decoder_timesteps = {t for s in schedules.values() for t in s.timesteps}
+    name = options.name or components.name
+    variants = _variants(targets, vae_kinds, optional=optional)
+    if options.triton:
+        ((target, graphs),) = variants.items()
+        variants = {target: {graph: repository_file(name, graph) for graph in graphs}}
     return bundle.Manifest(
-        name=options.name or components.name,
+        name=name,
         license=components.license,
         created_from={
             "base_model": student.base_model,
@@ -140,7 +156,7 @@ def _manifest(student: Student, options: Options, vae_kinds: tuple[str, ...]) ->
         decoder_timesteps=tuple(sorted(decoder_timesteps, reverse=True)),
         schedules=schedules,
         default_steps=max(schedules),
-        variants=_variants(options, vae_kinds, optional=optional),
+        variants=variants,
         vaes=vae_kinds,
         sizes=options.further_sizes,
         safety_checker=None if checker is None else _preparation(checker),

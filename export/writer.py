@@ -37,15 +37,17 @@ class GraphWriter:
         self._written: dict[bytes, ir.ExternalTensor] = {}  # by content
 
     def write(self, graph: ir.Model, name: str) -> None:
-        """Write a graph to the file `name`. The graph is stripped, in place."""
+        """Write a graph to the file `name`, which may lie in a folder. The graph is stripped, in place."""
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         _strip(graph)
         weights = list(graph.graph.initializers.values())
         size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
         if self.deduplicate or size > (self.file_limit or EXTERNAL_ABOVE):
-            self._move_out(weights, name)
-        ir.save(graph, self.directory / name)
+            self._move_out(weights, path)
+        ir.save(graph, path)
 
-    def _move_out(self, weights: list[ir.Value], name: str) -> None:
+    def _move_out(self, weights: list[ir.Value], path: Path) -> None:
         new: dict[bytes, list[ir.Value]] = {}  # by content, or by name where nothing is deduplicated
         for value in weights:
             tensor: Any = value.const_value
@@ -58,8 +60,8 @@ class GraphWriter:
                 new.setdefault(key, []).append(value)
         for number, part in enumerate(self._parts(new), 1):
             tensors: list[Any] = [new[key][0].const_value for key in part]
-            file = f"{name}.data" if number == 1 else f"{name}.{number}.data"
-            moved = ir.external_data.convert_tensors_to_external(tensors, self.directory, file, alignment=_PAGE)
+            file = f"{path.name}.data" if number == 1 else f"{path.name}.{number}.data"
+            moved = ir.external_data.convert_tensors_to_external(tensors, path.parent, file, alignment=_PAGE)
             for key, tensor in zip(part, moved, strict=True):
                 for value in new[key]:
                     value.const_value = _reference(tensor, str(value.name), tensor.shape)
