@@ -98,7 +98,10 @@ def commands(document):
 
 @cache
 def flags_of(command, verb=""):
-    """The flags of a command, from its help."""
+    """The flags of a command, from its help, or from its source if it needs packages that are not here."""
+    if command.startswith("examples.scale."):
+        source = ROOT.joinpath(*command.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        return frozenset(re.findall(r'add_argument\("(--[\w-]+)"', source))
     return frozenset(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", help_of(command, verb)))
 
 
@@ -140,6 +143,7 @@ def test_flags_that_are_named_exist(document):
         known |= flags_of("tiue-runtime", verb)
     known |= flags_of("tiue-runtime", "info") | flags_of("recipes.emoji") | flags_of("benchmarks.latency")
     known |= flags_of("benchmarks.memory") | flags_of("evaluation") | flags_of("evaluation.encoder")
+    known |= flags_of("examples.scale.serve_replicas") | flags_of("examples.scale.draw_shards")
     for words in code_words(document):
         if words.startswith("--"):
             assert {word for word in words.split() if word.startswith("--")} <= known, words

@@ -1,0 +1,10 @@
+"""Pictures from several machines, with Ray.
+
+pip install --find-links dist "tiue-runtime[cpu,server]" tiue-emoji "ray[data,serve]==2.60.*"
+
+serve_replicas   the server of `tiue-runtime serve`, with as many replicas as its queue needs
+draw_shards      the pictures of a list of prompts, in Parquet files that can be drawn again one by one
+
+docs/scale.md tells more. Ray sends figures about its use to its makers. Both programs turn that off, and so must
+whoever starts a cluster: RAY_USAGE_STATS_ENABLED=0 ray start --head
+"""
