@@ -82,6 +82,7 @@ def served():
     served = Served()
     yield served
     served.process.kill()
+    served.process.communicate()
 
 
 @pytest.fixture(scope="module")

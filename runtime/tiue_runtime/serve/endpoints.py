@@ -135,8 +135,11 @@ class Endpoints:
         return JsonAnswer({**_model(name), "tiue": facts})
 
     async def job(self, request: Request) -> Response:
-        """GET /v1/jobs/{id}: how far a job is."""
+        """GET /v1/jobs/{id}: how far a job is. DELETE cancels it, and its request is answered with an error."""
         queue, job = self._find(request)
+        if request.method == "DELETE":
+            cancelled = queue.cancel(job.id)
+            return JsonAnswer({"id": job.id, "object": "job", "status": job.state, "cancelled": cancelled})
         drawing = job.drawing
         content = {
             "id": job.id,
@@ -150,12 +153,6 @@ class Endpoints:
             "created_at": int(job.created),
         }
         return JsonAnswer(content)
-
-    async def cancel_job(self, request: Request) -> Response:
-        """DELETE /v1/jobs/{id}: cancel a job. Its request is answered with an error that says so."""
-        queue, job = self._find(request)
-        cancelled = queue.cancel(job.id)
-        return JsonAnswer({"id": job.id, "object": "job", "status": job.state, "cancelled": cancelled})
 
     def _find(self, request: Request) -> tuple[JobQueue, Job]:
         for queue in self.queues.values():
