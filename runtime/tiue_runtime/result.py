@@ -82,8 +82,10 @@ class Result(Generic[Images]):
         how = [f"{'seeds' if count > 1 else 'seed'} {seeds}"] if seeds else []
         return f"<Result: {', '.join([made, *how])}, {self.timings['total']:.2f} s on {self.device}>"
 
-    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-        """Show the pictures in a notebook: one picture, or a sheet of several."""
+    def _repr_mimebundle_(
+        self, include: object = None, exclude: object = None
+    ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        """Show the pictures in a notebook: one picture, or a sheet of several. IPython itself includes and excludes."""
         from tiue_runtime.notebook import mime_bundle
 
         pictures = self._pictures()
