@@ -10,12 +10,14 @@ import pytest
 import tiny
 from fake_triton import TYPES, Server, read_config
 from test_export import SCHEDULES, assert_refused, export
+from test_web_target import convolution, run
 from tiue_runtime import Pipeline, bundle
 
 from export.errors import ExportError
 from export.export_options import Options
 from export.plan import make_plan
 from export.triton import model_name, repository_file, write_models
+from export.writer import GraphWriter
 from tiue.checkpoint import Student, save_student
 
 TINY = Path(__file__).parents[1] / "runtime" / "tests" / "data" / "tiny"
@@ -163,6 +165,16 @@ def test_a_repository_is_a_bundle_too(repository):
     found = bundle.Bundle.load(repository)
     found.verify()
     assert {f"{model_name(found.manifest.name)}/1/model.py", "tokenizer.json"} <= found.manifest.files.keys()
+
+
+def test_weights_beside_a_graph_lie_in_its_folder(tmp_path):
+    weight = np.random.default_rng(0).standard_normal((8, 16, 3, 3)).astype(np.float32)
+    writer, name = GraphWriter(tmp_path, deduplicate=False, file_limit=1024), "emoji_vae_decoder/1/model.onnx"
+    writer.write(convolution(weight), name)
+    assert {path.name for path in (tmp_path / name).parent.iterdir()} == {"model.onnx", "model.onnx.data"}
+    x = np.ones((1, 16, 8, 8), np.float32)
+    (made,) = ort.InferenceSession(tmp_path / name).run(None, {"x": x})
+    np.testing.assert_array_equal(made, run(convolution(weight), x))
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     print(f"{len(missing)} of {len(wanted)} shards are missing", flush=True)
     if not missing:
         return
-    # The cluster that the variable RAY_ADDRESS names, or one on this machine.
-    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     given = str(out), arguments.seed, arguments.batch, arguments.bundle, arguments.device, arguments.cpus
     drawn = ray.data.from_items(missing, override_num_blocks=len(missing)).map(

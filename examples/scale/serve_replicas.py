@@ -6,7 +6,6 @@ Every replica is a whole server: a pipeline, its queue and its worker. Ray's pro
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from typing import Any
@@ -45,13 +44,18 @@ class Server:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command until Ctrl-C. Returns 2 for a mistake of the user."""
+    """Run the command until Ctrl-C. Returns 0, 1 if Ray fails, or 2 for a mistake of the user."""
     arguments = _parser().parse_args(argv)
     try:
         _serve(arguments)
     except (TiueError, ValueError, OSError) as error:
         print(f"serve_replicas: error: {error}", file=sys.stderr)
         return 2
+    except ray.exceptions.RayError as error:
+        print(f"serve_replicas: error: {str(error).splitlines()[-1]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
     return 0
 
 
@@ -68,12 +72,14 @@ def _serve(arguments: argparse.Namespace) -> None:
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
         autoscaling_config=scaling | {"target_ongoing_requests": GOAL},
     )
-    ray.init(include_dashboard=False)  # the cluster that the variable RAY_ADDRESS names, or one on this machine
+    ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
-    with contextlib.suppress(KeyboardInterrupt):
-        application = replicas.bind(arguments.bundle, arguments.device, arguments.cpus, settings)
+    application = replicas.bind(arguments.bundle, arguments.device, arguments.cpus, settings)
+    try:
         serve.run(application, name=NAME, blocking=True)
-    serve.delete(NAME)
+    except KeyboardInterrupt:
+        serve.delete(NAME)
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

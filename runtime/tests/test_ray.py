@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -37,14 +38,15 @@ starts_ray = pytest.mark.slow  # half a minute each
 
 
 class Program:
-    """A program of examples/scale, and the processes that Ray starts for it."""
+    """A module that runs as a program, and the processes that Ray starts for it."""
 
-    def __init__(self, name: str, *arguments: object) -> None:
+    def __init__(self, module: str, *arguments: object, **variables: str) -> None:
         self.mark = secrets.token_hex(8)
-        command = [sys.executable, "-m", f"examples.scale.{name}", *map(str, arguments)]
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         path = os.pathsep.join([str(ROOT), *sys.path])
         environment = {**os.environ, MARK: self.mark, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         environment.pop("RAY_ADDRESS", None)
+        environment |= variables
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -102,13 +104,20 @@ class Program:
 def start() -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
-    def begin(name: str, *arguments: object) -> Program:
-        programs.append(Program(name, *arguments))
+    def begin(module: str, *arguments: object, **variables: str) -> Program:
+        programs.append(Program(module, *arguments, **variables))
         return programs[-1]
 
     yield begin
-    for program in programs:
+    for program in reversed(programs):
         program.end()
+
+
+@pytest.fixture
+def short_path() -> Iterator[str]:
+    """A directory for Ray's sockets. In its own, Ray would leave the address of a cluster that later programs join."""
+    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as path:
+        yield path
 
 
 @pytest.fixture
@@ -116,6 +125,11 @@ def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"{PROMPTS[i % len(PROMPTS)]}\n" for i in range(115)))
     return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def shards(out: Path) -> list[Path]:
@@ -148,7 +162,7 @@ def assert_complete(out: Path, seed: int) -> None:
 def test_a_killed_worker_loses_no_picture(start, prompts, tmp_path):
     out = tmp_path / "pictures"
     options = "--shard-size", 10, "--workers", 2, "--bundle", EMOJI, "--seed", LAST, "--device", "cpu"
-    job = start("draw_shards", prompts, out, *options)
+    job = start("examples.scale.draw_shards", prompts, out, *options)
     job.until(lambda: len(shards(out)) >= 3)
     workers = job.processes("ray::MapWorker")
     assert len(workers) == 2, job.said
@@ -160,10 +174,31 @@ def test_a_killed_worker_loses_no_picture(start, prompts, tmp_path):
 
 
 @starts_ray
+def test_a_killed_node_loses_no_picture(start, prompts, tmp_path, short_path):
+    """Two nodes of a cluster, on this machine, and a job that joins them."""
+    out, port = tmp_path / "pictures", free_port()
+    address = f"127.0.0.1:{port}"
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    node = "ray.scripts.scripts", "start", "--num-cpus", 1, "--block"
+    head = start(*node, "--head", "--port", port, "--include-dashboard", "false", "--temp-dir", short_path, **secret)
+    head.until(lambda: "will now block" in head.said)
+    other = start(*node, "--address", address, **secret)
+    other.until(lambda: "will now block" in other.said)
+    options = "--shard-size", 10, "--workers", 2, "--bundle", EMOJI, "--device", "cpu"
+    job = start("examples.scale.draw_shards", prompts, out, *options, **secret, RAY_ADDRESS=address)
+    job.until(lambda: len(shards(out)) >= 3)
+    assert other.processes("ray::MapWorker")
+    for process in other.processes():
+        os.kill(process, signal.SIGKILL)
+    assert job.wait() == 0, job.said
+    assert_complete(out, 0)
+
+
+@starts_ray
 def test_a_killed_job_goes_on_and_a_shard_can_be_drawn_alone(start, prompts, tmp_path):
     out = tmp_path / "pictures"
     options = "--shard-size", 10, "--workers", 2, "--bundle", EMOJI, "--device", "cpu"
-    job = start("draw_shards", prompts, out, *options)
+    job = start("examples.scale.draw_shards", prompts, out, *options)
     job.until(lambda: len(shards(out)) >= 3)
     for process in job.processes():
         os.kill(process, signal.SIGKILL)
@@ -171,7 +206,7 @@ def test_a_killed_job_goes_on_and_a_shard_can_be_drawn_alone(start, prompts, tmp
     before = {path: path.stat().st_mtime_ns for path in shards(out)}
     assert 3 <= len(before) < 12
 
-    again = start("draw_shards", prompts, out, *options)
+    again = start("examples.scale.draw_shards", prompts, out, *options)
     assert again.wait() == 0, again.said
     assert f"{12 - len(before)} of 12 shards are missing" in again.said
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -180,7 +215,7 @@ def test_a_killed_job_goes_on_and_a_shard_can_be_drawn_alone(start, prompts, tmp
     lost = shards(out)[7]
     content = rows(lost)
     lost.unlink()
-    alone = start("draw_shards", prompts, out, *options, "--shard", 7)
+    alone = start("examples.scale.draw_shards", prompts, out, *options, "--shard", 7)
     assert alone.wait() == 0, alone.said
     assert "1 of 1 shards are missing" in alone.said
     assert rows(lost) == content
@@ -203,7 +238,7 @@ def test_a_directory_holds_the_pictures_of_one_plan(start, prompts, tmp_path, op
     text = "\n".join(prompts.read_text().splitlines())
     plan = {"prompts_sha256": hashlib.sha256(text.encode()).hexdigest(), "bundle_sha256": bundle.sha256}
     (out / "plan.json").write_text(json.dumps(plan | {"seed": 0, "shard_size": 10, "batch": 1}))
-    job = start("draw_shards", prompts, out, "--bundle", TINY, "--shard-size", 10, *options)
+    job = start("examples.scale.draw_shards", prompts, out, "--bundle", TINY, "--shard-size", 10, *options)
     assert job.wait() == 2
     assert message in job.said and "Traceback" not in job.said
     assert sorted(path.name for path in out.iterdir()) == ["plan.json"]
@@ -215,10 +250,9 @@ def serve(start):
     openai = pytest.importorskip("openai")
 
     def begin(least: int):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         options = "--least", least, "--most", 2, "--port", port, "--device", "cpu"
-        server = start("serve_replicas", "--bundle", EMOJI, *options)
+        server = start("examples.scale.serve_replicas", "--bundle", EMOJI, *options)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=8)
 
         def ready() -> bool:
@@ -294,6 +328,6 @@ def test_replicas_follow_the_queue(serve):
 )
 def test_a_server_that_cannot_start_says_why(start, monkeypatch, options, message):
     monkeypatch.delenv("TIUE_API_KEY", raising=False)
-    server = start("serve_replicas", "--bundle", TINY, *options)
+    server = start("examples.scale.serve_replicas", "--bundle", TINY, *options)
     assert server.wait() == 2
     assert message in server.said and "Traceback" not in server.said
