@@ -56,7 +56,7 @@ def write_models(directory: Path, manifest: bundle.Manifest) -> None:
     for graph in bundle.GRAPHS:
         proto = onnx.load(directory / files[graph], load_external_data=False).graph
         inputs, outputs = _tensors(proto.input), _tensors(proto.output)
-        graphs[graph] = {"inputs": [name for name, *_ in inputs], "outputs": [name for name, *_ in outputs]}
+        graphs[graph] = {"inputs": [one[0] for one in inputs], "outputs": [one[0] for one in outputs]}
         # The numbers of pictures and of timesteps are dimensions of the graphs, so Triton makes no batches of its own.
         _write_config(directory, f"{name}_{graph}", "onnxruntime", 0, inputs, outputs)
     inputs = [(tensor, kind, [1]) for tensor, kind in _INPUTS.items()]

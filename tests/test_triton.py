@@ -225,11 +225,12 @@ def test_unchecked_pictures_are_asked_for(tmp_path, capsys):
 
 @pytest.mark.usefixtures("traced_once")
 @pytest.mark.slow  # a whole export
-@pytest.mark.parametrize("kind", ["sd15", "emoji"])
-def test_an_export_makes_a_repository(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "precision"), [("sd15", "fp16"), ("emoji", "fp32")])
+def test_an_export_makes_a_repository(kind, precision, tmp_path):
     save_student(tmp_path / "student.safetensors", student(getattr(tiny, kind)()))
     out = tmp_path / "models"
-    assert export("--ckpt", tmp_path / "student.safetensors", "--out", out, "--target", "triton") == 0
+    arguments = "--ckpt", tmp_path / "student.safetensors", "--out", out, "--target", "triton", "--precision", precision
+    assert export(*arguments) == 0
     name = f"tiny-{kind}"
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
         name, *sorted(f"{name}_{graph}" for graph in bundle.GRAPHS)
@@ -239,5 +240,5 @@ def test_an_export_makes_a_repository(kind, tmp_path):
     with Pipeline.load(out, device="cpu") as pipeline:
         expected = pixels(pipeline, ["a cat", "a dog"], seed=3, memory="parallel")
     np.testing.assert_array_equal(answer.tensors["image"].as_numpy(), expected)
-    assert export("--ckpt", tmp_path / "student.safetensors", "--out", out, "--target", "triton", "--overwrite") == 0
+    assert export(*arguments, "--overwrite") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "student.safetensors"]
