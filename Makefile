@@ -49,11 +49,11 @@ $(WEB)/node_modules/ready: $(WEB)/package-lock.json
 	touch $@
 
 test-runtime: $(LIGHT)/ready
-	$(LIGHT)/bin/python -m pytest runtime/tests -n auto --dist loadfile
+	$(LIGHT)/bin/python -m pytest runtime/tests -n auto --dist loadfile --no-loadscope-reorder
 
-# One thread for each worker: more would wait for each other.
+# One thread for each worker: more would wait for each other. Long tests come early, since the runtime's are short.
 test-full: $(FULL)/ready
-	OMP_NUM_THREADS=1 $(FULL)/bin/python -m pytest -m "not slow and not gpu and not browser" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(FULL)/bin/python -m pytest -m "not slow and not gpu and not browser" -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(FULL)/ready
 	$(FULL)/bin/ruff check

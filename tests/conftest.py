@@ -56,6 +56,14 @@ def golden_components() -> Components:
     return load_components(GOLDEN_DIRECTORY)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def place_of_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All workers of a run share it. See tracing.py."""
+    own = tmp_path_factory.getbasetemp()
+    tracing.place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces"
+    tracing.place.mkdir(exist_ok=True)
+
+
 @pytest.fixture
 def traced_once() -> Iterator[None]:
     """For a test that exports, and tests something else than tracing. See tracing.py."""

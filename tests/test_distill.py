@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image, ImageChops
-from processes import launched
+from processes import launched, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import ALMOST_ZERO, AMPLIFIED, CUT_LOSSES, EMBEDDINGS, REORDERED, SHARED_LOSSES, SHARED_WEIGHTS
@@ -171,14 +170,14 @@ def test_resumed_after_sigkill_equals_uninterrupted(tmp_path, teacher_directory,
     assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
 
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "tiue", *flags, "--out", str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(["-m", "tiue", *flags, "--out", str(killed)], tmp_path / "printed")
     log = killed / "losses.csv"
     deadline = time.monotonic() + 300
     while not (log.exists() and len(log.read_text().splitlines()) >= 4) and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (killed / "student.safetensors").exists()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (killed / "student.safetensors").exists()
     assert list((killed / "checkpoints").glob("step-*.pt"))
 
     assert main([*flags, "--out", str(killed)]) == 0

@@ -99,7 +99,8 @@ def students(tmp_path_factory):
     root, paths = tmp_path_factory.mktemp("students"), {}
     for make in (tiny.sd15, tiny.v_prediction, tiny.emoji):
         paths[make.__name__] = root / f"{make.__name__}.safetensors"
-        save_student(paths[make.__name__], Student(make(), 751, SCHEDULES, "tiny-teacher"))
+        shared = int(make is tiny.v_prediction)  # up blocks
+        save_student(paths[make.__name__], Student(make(), 751, SCHEDULES, "tiny-teacher", shared_up_blocks=shared))
     return paths
 
 

@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
+from test_export import SCHEDULES
 from tiue_runtime import Pipeline, bundle
 from tolerances import INT8_CEILING_DB, INT8_REORDERED, REORDERED
 from tracing import traced_once
@@ -102,7 +103,7 @@ def test_a_layer_that_would_lose_too_much_stays_in_float():
 def bundles(tmp_path_factory):
     """The same student in float32 and in int8."""
     root = tmp_path_factory.mktemp("int8")
-    save_student(root / "s.safetensors", Student(tiny.emoji(), 751, {2: [751, 251]}))
+    save_student(root / "s.safetensors", Student(tiny.emoji(), 751, SCHEDULES))
     for precision in ("fp32", "int8"):
         flags = ["--ckpt", str(root / "s.safetensors"), "--out", str(root / precision), "--precision", precision]
         with traced_once():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from busy import wait_until_busy
 from onnx import TensorProto, helper, numpy_helper
 from tiue_runtime import Pipeline
 from tiue_runtime.bundle import Bundle, write_bundle
@@ -153,7 +154,7 @@ def test_interrupting_the_command_line_ends_a_graph_that_runs(endless, tmp_path)
     process = subprocess.Popen(
         [*command, endless, "--out", tmp_path / "a.png"], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
-    time.sleep(3)
+    wait_until_busy(process, 3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
@@ -195,7 +196,7 @@ def test_interrupting_a_process_that_loads_ends_it(slow_to_load):
         [sys.executable, "-c", LOADING, slow_to_load], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
     assert process.stderr is not None and process.stderr.readline() == "loading\n"
-    time.sleep(3)
+    wait_until_busy(process, 3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()

@@ -102,7 +102,7 @@ def test_a_bundle_with_a_safety_checker(directory, tmp_path, traced_once):
     has_spandrel = importlib.util.find_spec("spandrel") is not None  # One export tests both optional graphs.
     save_file(tiny.upscaler(), tmp_path / "compact.safetensors")
     upscaler = ["--upscaler", str(tmp_path / "compact.safetensors")] if has_spandrel else []
-    assert main(["--ckpt", str(directory), "--steps", "2", "--out", str(out), *upscaler]) == 0
+    assert main(["--ckpt", str(directory), "--steps", "4", "--out", str(out), *upscaler]) == 0
     found = bundle.Bundle.load(out)
     assert found.manifest.safety_checker == bundle.SafetyChecker(14, 12, "bicubic")
     assert found.manifest.graphs[4:] == ("safety_checker", "upscaler")[: 2 if has_spandrel else 1]

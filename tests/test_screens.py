@@ -57,14 +57,15 @@ def test_a_screen_outlives_its_clients():
             assert [client.wait() for client in several] == [0] * 5
 
 
-def test_a_process_that_fails_ends_the_others():
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    processes.start(["-c", ""], tmp_path / "printed").join()  # The first one waits until torch is imported.
     program = "import os, sys, time; print('I am', os.environ['RANK'], flush=True); time.sleep(1)\n"
     program += "if os.environ['RANK'] == '1': sys.exit('out of luck')\n"
     program += "time.sleep(100)"
     begun = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)Process 0 still ran.*I am 0.*ended with status 1.*out of luck"):
         processes.launched(["-c", program], [], 2)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
 
 
 def test_processes_that_wait_forever_are_killed(monkeypatch):

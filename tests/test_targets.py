@@ -143,7 +143,8 @@ def evaluate(graph, feeds):
 
 def loud_unet():
     """Products of queries and keys beyond float16's 65504, also when scaled; each factor is well within."""
-    unet = tiny.unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    one_level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = tiny.unet(use_linear_projection=True, attention_head_dim=2, block_out_channels=(16,), **one_level)
     for attention in of_type(unet, Attention):
         for projection in (attention.to_q, attention.to_k):
             projection.weight.data *= 400

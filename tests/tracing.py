@@ -1,24 +1,31 @@
-"""A cache of traced graphs, for tests that export the same model again and test something else than tracing."""
+"""Traced graphs that tests share, for exports that test something else than tracing, which takes most of their time."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
+from filelock import FileLock
 from torch import nn
 
 from export import assemble, trace
 from tiue.files import fingerprint
 from tiue.unet import TiUE
 
-_TRACED: dict[str, list[bytes]] = {}
+place = Path()  # conftest.py sets it to a directory that all workers of a run of pytest share
 
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """Within the block, an export takes graphs from the cache if the same graph was traced in such a block before."""
+    """Within the block, an export takes graphs that any test of this run has traced in such a block before.
+
+    Exports of `tiny.sd15()` and `tiny.emoji()` with the four steps of test_export.py's SCHEDULES share theirs.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assemble, "unet_graphs", _once(trace.unet_graphs, _student))
         patch.setattr(assemble, "vae_decoder_graph", _once(trace.vae_decoder_graph, _vae))
@@ -27,13 +34,17 @@ def traced_once() -> Iterator[None]:
 
 def _once(make: Callable[..., Any], describe: Callable[..., str]) -> Callable[..., Any]:
     def traced(*given: Any) -> Any:
-        key = f"{make.__name__} {describe(*given)}"
-        if key not in _TRACED:
-            found = make(*given)
-            several = found if isinstance(found, tuple) else (found,)
-            _TRACED[key] = [ir.to_proto(graph).SerializeToString() for graph in several]
-            return found
-        again = tuple(ir.from_proto(onnx.load_from_string(graph)) for graph in _TRACED[key])
+        key = hashlib.sha256(f"{make.__name__} {describe(*given)}".encode()).hexdigest()
+        with FileLock(place / f"{key}.lock"):
+            if not (place / key).exists():
+                found = make(*given)
+                several = found if isinstance(found, tuple) else (found,)
+                (place / key).mkdir()
+                for number, graph in enumerate(several):
+                    onnx.save(ir.to_proto(graph), place / key / f"{number}.onnx")
+                return found
+        paths = sorted((place / key).iterdir())
+        again = tuple(ir.from_proto(onnx.load(path)) for path in paths)
         return again if len(again) > 1 else again[0]
 
     return traced
@@ -47,5 +58,7 @@ def _vae(vae: nn.Module, *given: Any) -> str:
     return f"{_network(vae)} {given}"
 
 
-def _network(module: nn.Module) -> str:
-    return f"{fingerprint(module)} {module.config}"
+def _network(module: Any) -> str:
+    """Describe weights and configuration, without where they were read from."""
+    own = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    return f"{fingerprint(module)} {json.dumps(own, sort_keys=True)}"
