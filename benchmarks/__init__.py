@@ -3,6 +3,7 @@
     latency     one picture, by contender       scaling    by batch, timesteps and resolution
     exporting   an export, by stage             training   updates, ours beside the authors' loop
     memory      the peak of a distillation, by option
+    gpu         what only a GPU can show, in parts, within a time limit
 
 Modules behind them:
     kinds, contender, comparing, agreement      contenders: made, run in processes of their own, timed, compared

@@ -48,7 +48,7 @@ _ON_CPU = (
     "tiue tiue:variant=portable tiue:memory=sequential tiue:memory=low tiue:vae=tiny tiue:device=openvino "
     "torch torch:compile=true diffusers optimum openvino openvino:precision=bf16 sdcpp"
 )
-_ON_CUDA = (
+ON_CUDA = (
     "tiue:variant=portable tiue:variant=portable,cuda_graphs=true tiue:variant=cuda tiue:variant=cuda,cuda_graphs=true "
     "torch diffusers"
 )
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     on_gpu = arguments.device != "cpu"
-    asked = " ".join(arguments.contenders or [_ON_CUDA if on_gpu else _ON_CPU]).split()
+    asked = " ".join(arguments.contenders or [ON_CUDA if on_gpu else _ON_CPU]).split()
     specs = [Spec.parse(text) for text in dict.fromkeys(asked)]
     place = workplace(arguments, arguments.device)
     shape, pixels = place.geometry(arguments.size)
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "--contenders",
         nargs="+",
         metavar="KIND[:OPTION=VALUE,...]",
-        help=f"contenders of the kinds {', '.join(KINDS)} (default on the CPU: {_ON_CPU}; on cuda: {_ON_CUDA})",
+        help=f"contenders of the kinds {', '.join(KINDS)} (default on the CPU: {_ON_CPU}; on cuda: {ON_CUDA})",
     )
     add_places(parser)
     parser.add_argument("--steps", type=int, default=4, help="timesteps (default: 4)")

@@ -218,6 +218,18 @@ def write_pipeline(
     return target
 
 
+def unet_configuration(model: str) -> dict[str, Any]:
+    """Return the arguments of the UNet of a model of LAYOUTS."""
+    return _SD_UNET | LAYOUTS[model].unet
+
+
+def scheduler_configuration(model: str, scheduler: str | None = None) -> dict[str, Any]:
+    """Return the scheduler's configuration of a model of LAYOUTS. `scheduler` is as in `write_pipeline`."""
+    layout = LAYOUTS[model]
+    name = {"_class_name": _SCHEDULERS[scheduler or layout.scheduler]}
+    return name | _SD_SCHEDULER | {"prediction_type": layout.prediction_type}
+
+
 def random_teacher(model: str, work: Path, changes: Mapping[str, Any]) -> Any:
     """Load a model, with a UNet of changed configuration and random weights, which are the same each time.
 
@@ -260,18 +272,14 @@ def _write_parts(
         write(AutoencoderTiny, directory)  # The defaults of the class are TAESD.
         return
     layout = LAYOUTS[model]
-    write(lambda: UNet2DConditionModel(**(_SD_UNET | layout.unet)), directory / "unet")
+    write(lambda: UNet2DConditionModel(**unet_configuration(model)), directory / "unet")
     config = CLIPTextConfig(**_SD_CLIP, **layout.text_encoder)
     write(lambda: CLIPTextModel(config), directory / "text_encoder")
     write(lambda: AutoencoderKL(**_SD_VAE, **layout.vae), directory / "vae")
     _write_tokenizer(directory / "tokenizer", layout.pad_token)
-    scheduler_class = _SCHEDULERS[scheduler or layout.scheduler]
-    about = {"_class_name": scheduler_class, "_diffusers_version": __version__}
+    configuration = scheduler_configuration(model, scheduler)
     (directory / "scheduler").mkdir()
-    _write_json(
-        directory / "scheduler" / "scheduler_config.json",
-        about | _SD_SCHEDULER | {"prediction_type": layout.prediction_type},
-    )
+    _write_json(directory / "scheduler" / "scheduler_config.json", configuration | {"_diffusers_version": __version__})
     _write_json(
         directory / "model_index.json",
         {
@@ -280,7 +288,7 @@ def _write_parts(
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler_class],
+            "scheduler": ["diffusers", configuration["_class_name"]],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],

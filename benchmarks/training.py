@@ -39,9 +39,9 @@ from tiue.schedule import closed_form
 from tiue.text_encoder import encode_text
 from tiue.unet import TiUE
 
-_CAPTIONS = [f"a photograph of {number} lighthouses, oil on canvas" for number in range(32)]
+CAPTIONS = [f"a photograph of {number} lighthouses, oil on canvas" for number in range(32)]
 _AGREE = 1e-3  # relative difference of losses, whose sums have another order
-_Update = Callable[[int], dict[str, float]]  # of a step => losses
+Update = Callable[[int], dict[str, float]]  # of a step => losses
 
 
 class Plain:
@@ -117,16 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     changes = {"layers_per_block": arguments.layers, "sample_size": arguments.latents}
     components = partial(random_teacher, arguments.model, arguments.work, changes)
-    makers: dict[str, Callable[[Path], _Update]] = {
-        "plain": lambda _: Plain(components(), config, _CAPTIONS).update,
-        "tiue": lambda out: _ours(*prepare(components(), _CAPTIONS, out, config)),
+    makers: dict[str, Callable[[Path], Update]] = {
+        "plain": lambda _: Plain(components(), config, CAPTIONS).update,
+        "tiue": lambda out: method_update(*prepare(components(), CAPTIONS, out, config)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(arguments.rounds):
         for name, make in makers.items():
             with tempfile.TemporaryDirectory() as directory:
-                found[name], taken = _timed(make(Path(directory)), arguments.updates)
+                found[name], taken = timed_updates(make(Path(directory)), arguments.updates)
             seconds[name] += taken
             print(json.dumps({"round": number + 1, "loop": name, "seconds": taken, "losses": found[name]}), flush=True)
             gc.collect()  # Memory may not hold both loops.
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(worst > _AGREE)
 
 
-def _timed(update: _Update, count: int) -> tuple[list[dict[str, float]], list[float]]:
+def timed_updates(update: Update, count: int) -> tuple[list[dict[str, float]], list[float]]:
     """Return the losses of one update and of `count` more, and the seconds of the latter."""
     found, seconds = [], []
     for step in range(count + 1):
@@ -157,7 +157,8 @@ def _timed(update: _Update, count: int) -> tuple[list[dict[str, float]], list[fl
     return found, seconds[1:]
 
 
-def _ours(run: Run, method: Vsd) -> _Update:
+def method_update(run: Run, method: Vsd) -> Update:
+    """Return the update of a distillation with everything that its loop does each time: average and losses."""
     average = Average(run.accelerator, method.model, method.config)
 
     def update(step: int) -> dict[str, float]:

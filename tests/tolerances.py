@@ -61,3 +61,10 @@ OF_4000_SAMPLES = 0.1
 
 # Latents of schedulers that subtract two numbers of 4096 in float32 (relative to their standard deviation).
 ZERO_SNR = 5e-3
+
+# A GPU's float32 without TF32, and its float16, beside the CPU's float32 (relative root mean square).
+GPU_FLOAT32 = 1e-4
+GPU_FLOAT16 = 3e-2
+
+# Losses of the first updates on a GPU beside those of the CPU (relative): Adam amplifies what differs.
+GPU_LOSSES = 1e-3
