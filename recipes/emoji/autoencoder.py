@@ -10,15 +10,15 @@ from torch import Tensor
 
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import device, minimize
+from recipes.emoji.stage import device, minimize, on_device
 from tiue.components import decode_latents, latent_scaling
 
 KL_WEIGHT = 1e-5  # per latent element; it keeps latents near zero and is too small to blur
 
 
-def to_pixels(images) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """Turn uint8 (n, H, W, 3) into float32 (n, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autoencoder(preset: Preset, drawings: Drawings, directory: Path) -> AutoencoderKL:
@@ -42,14 +42,16 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
         scaling_factor=1.0,
         sample_size=preset.resolution,
     ).to(device())
-    pixels = to_pixels(drawings.images[~drawings.held_out])
+    images = torch.from_numpy(drawings.images[~drawings.held_out]).to(device())
 
     def loss(generator: torch.Generator, count: int) -> Tensor:
-        rows = torch.randint(len(pixels), (count,), generator=generator)
-        flip = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(flip, pixels[rows].flip(-1), pixels[rows]).to(device())
+        random = on_device(generator)
+        rows = torch.randint(len(images), (count,), generator=random, device=images.device)
+        flip = torch.rand(count, 1, 1, 1, generator=random, device=images.device) < 0.5
+        x = to_pixels(images[rows])
+        x = torch.where(flip, x.flip(-1), x)
         posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        noise = torch.randn(posterior.mean.shape, generator=random, device=x.device)
         y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         return (y - x).abs().mean() + gradient_loss(y, x) + KL_WEIGHT * posterior.kl().mean() / x[0].numel()
 
@@ -64,7 +66,7 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
         ema_decay=preset.autoencoder_ema_decay,
         seed=preset.seed,
     )
-    whiten(vae, encode(vae, pixels))
+    whiten(vae, encode(vae, images))
     vae.save_pretrained(directory)
 
 
@@ -94,9 +96,9 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Turn pixels (n, 3, H, W) in [-1, 1] into scaled latents (n, C, h, w) on the CPU."""
-    means = [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in pixels.split(64)]
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Turn pictures uint8 (n, H, W, 3) into scaled latents (n, C, h, w), on the device of the recipe."""
+    means = [vae.encode(to_pixels(part.to(vae.device))).latent_dist.mean for part in images.split(64)]
     return torch.cat(means) * latent_scaling(vae)[0]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from recipes.emoji.autoencoder import encode, gradient_loss, to_pixels
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import device, minimize
+from recipes.emoji.stage import device, minimize, on_device
 from tiue.components import decode_latents
 
 LATENT_NOISE = 0.05  # in standard deviations of the latents; imitates the error of a student's latents
@@ -27,17 +27,19 @@ def polish(preset: Preset, drawings: Drawings, source: Path, directory: Path) ->
     if directory.exists():
         return
     vae = AutoencoderKL.from_pretrained(source / "vae").to(device())
-    pixels = to_pixels(drawings.images[~drawings.held_out])
-    pixels = torch.cat([pixels, pixels.flip(-1)])
-    latents = encode(vae, pixels)
+    images = torch.from_numpy(drawings.images[~drawings.held_out]).to(device())
+    images = torch.cat([images, images.flip(2)])
+    latents = encode(vae, images)
     vae.requires_grad_(False)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
     def loss(generator: torch.Generator, count: int) -> Tensor:
-        rows = torch.randint(len(pixels), (count,), generator=generator)
-        z = latents[rows] + LATENT_NOISE * torch.randn(latents[rows].shape, generator=generator)
-        x = pixels[rows].to(device())
-        y = decode_latents(vae, z.to(x.device)).float()
+        random = on_device(generator)
+        rows = torch.randint(len(images), (count,), generator=random, device=images.device)
+        z = latents[rows]
+        z = z + LATENT_NOISE * torch.randn(z.shape, generator=random, device=z.device)
+        x = to_pixels(images[rows])
+        y = decode_latents(vae, z).float()
         return (y - x).abs().mean() + gradient_loss(y, x)
 
     minimize(

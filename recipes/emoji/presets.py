@@ -42,6 +42,7 @@ class Preset:
 
     guidance: float = 3.0  # of the teacher when it samples the pairs of the warm start
     pair_steps: int = 12  # DDIM steps per pair
+    pair_batch: int = 64
     pairs: int = 9600
     regression_steps: int = 2000
     regression_batch: int = 32
@@ -75,23 +76,33 @@ PRESETS = {
         distill=replace(DISTILL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
         encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
-    # All 1,031 concepts, for one data-center GPU.
+    # All 1,031 concepts, on one data-center GPU.
     "gpu": replace(
         CPU,
         name="gpu",
         all_concepts=True,
-        autoencoder_steps=20_000,
-        polish_steps=10_000,
+        autoencoder_steps=3000,
         autoencoder_batch=128,
-        teacher_widths=(256, 384),
-        teacher_layers=2,
-        teacher_steps=40_000,
-        teacher_batch=256,
-        teacher_ema_decay=0.9995,
+        polish_steps=1000,
+        teacher_steps=4000,
+        teacher_batch=512,
+        guidance=2.0,
+        pair_steps=16,
+        pair_batch=1024,
         pairs=60_000,
-        pair_steps=25,
-        regression_steps=6_000,
-        regression_batch=128,
-        distill=replace(DISTILL, iterations=4_000, batch_size=64, checkpoint_every=500, sample_every=500),
+        regression_steps=2500,
+        regression_batch=512,
+        regression_lr=3e-4,
+        distill=replace(
+            DISTILL,
+            iterations=400,
+            batch_size=256,
+            learning_rate=2e-5,
+            guidance=2.0,
+            fake_steps=2,
+            text_cache=False,
+            checkpoint_every=500,
+            sample_every=500,
+        ),
     ),
 }

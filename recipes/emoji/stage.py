@@ -28,6 +28,12 @@ def device() -> torch.device:
     return PartialState().device
 
 
+def on_device(generator: torch.Generator) -> torch.Generator:
+    """Return a generator on the device of the recipe. The given one, on the CPU, decides its seed."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device()).manual_seed(seed)
+
+
 def precision() -> str:
     """Return `mixed_precision` of the stages: "bf16", or "no" on CPUs without bf16 instructions (30 times slower)."""
     return "bf16" if device().type != "cpu" or has_bf16() else "no"

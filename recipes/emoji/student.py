@@ -25,7 +25,6 @@ from tiue.distill.vsd import prepare
 from tiue.files import written_whole
 from tiue.text_encoder import encode_text
 
-PAIR_BATCH = 64
 EXAMPLES = ("a red heart", "a rocket", "cat face", "pizza, noto style", "a rainbow", "sunflower, fluent style")
 LICENSE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
 
@@ -79,8 +78,8 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
         noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
         latents = []
         null = _encode(pipeline, [""])
-        for start in tqdm(range(0, preset.pairs, PAIR_BATCH), desc="pairs", mininterval=5):
-            part = slice(start, start + PAIR_BATCH)
+        for start in tqdm(range(0, preset.pairs, preset.pair_batch), desc="pairs", mininterval=5):
+            part = slice(start, start + preset.pair_batch)
             text = _encode(pipeline, captions[part])
             latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
         with written_whole(path) as temporary:
@@ -100,14 +99,15 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         model = student.tiue().to(device())
         schedules = [process.closed_form(timesteps[steps]) for steps in counts]
         components.text_encoder.to(device()).requires_grad_(False)
+        noise, latents = (pairs[name].to(device()) for name in ("noise", "latents"))
 
         def loss(generator: torch.Generator, count: int) -> Tensor:
             rows = torch.randint(preset.pairs, (count,), generator=generator)
             with torch.no_grad():
                 text = encode_text(components, [pairs["captions"][row] for row in rows])
             schedule = schedules[int(torch.randint(len(schedules), (), generator=generator))]
-            z_0 = model(pairs["noise"][rows].to(text.device), text, schedule)
-            return F.mse_loss(z_0, pairs["latents"][rows].to(text.device))
+            rows = rows.to(device())
+            return F.mse_loss(model(noise[rows], text, schedule), latents[rows])
 
         minimize(
             model,

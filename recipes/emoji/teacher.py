@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel
 
+from evaluation.encoder.augment import may_be_mirrored
 from evaluation.encoder.sentences import minilm_directory
-from recipes.emoji.autoencoder import encode, to_pixels
+from recipes.emoji.autoencoder import encode
 from recipes.emoji.data import STYLES, Drawings
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import Loss, autocast, device, minimize
+from recipes.emoji.stage import Loss, autocast, device, minimize, on_device
 
 TEXT_LENGTH = 32  # tokens
 STYLE_PROBABILITY = 0.6  # probability that a caption names its style
@@ -47,7 +48,7 @@ def text_parts() -> tuple[BertModel, AutoTokenizer]:
 
 @torch.no_grad()
 def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256) -> Tensor:
-    """Encode texts => float16 (n, 32, 384) on the CPU."""
+    """Encode texts => float16 (n, 32, 384), on the text encoder's device."""
     parts = []
     for start in range(0, len(texts), batch):
         tokens = tokenizer(texts[start : start + batch], padding="max_length", truncation=True, return_tensors="pt").to(
@@ -55,7 +56,7 @@ def embed(text_encoder: BertModel, tokenizer, texts: list[str], batch: int = 256
         )
         with autocast():
             hidden = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        parts.append(hidden.half().cpu())
+        parts.append(hidden.half())
     return torch.cat(parts)
 
 
@@ -71,11 +72,11 @@ class Captions:
                 texts += [text] + [f"{text}, {style} style" for style in STYLES]
         text_encoder, tokenizer = text_parts()
         self.embeddings = embed(text_encoder.to(device()), tokenizer, texts)
-        self.base, self.variants = torch.tensor(self.base), torch.tensor(self.variants)
+        self.base, self.variants = (torch.tensor(x, device=device()) for x in (self.base, self.variants))
 
     def draw(self, concept: Tensor, style: Tensor, generator: torch.Generator, null: float) -> Tensor:
         """Draw a caption for each (concept, style) => embeddings (n, 32, 384). null: probability of the empty text."""
-        uniform = torch.rand(3, len(concept), generator=generator)
+        uniform = torch.rand(3, len(concept), generator=generator, device=concept.device)
         variant = (uniform[0] * self.variants[concept]).long()
         styled = torch.where(uniform[1] < STYLE_PROBABILITY, 1 + style, 0)
         row = self.base[concept] + variant * (1 + len(STYLES)) + styled
@@ -123,21 +124,36 @@ def denoising(
     scheduler = DDIMScheduler.from_config(dict(scheduler_config))
     velocity = scheduler.config.prediction_type == "v_prediction"
     captions = Captions(drawings)
-    seen = torch.from_numpy(~drawings.held_out)
-    latents = encode(vae, to_pixels(drawings.images[~drawings.held_out]))
-    concept, style = (torch.from_numpy(a)[seen] for a in (drawings.concept, drawings.style))
+    latents, concept, style = with_mirrored(vae, drawings)
 
     def loss(generator: torch.Generator, count: int) -> Tensor:
-        rows = torch.randint(len(latents), (count,), generator=generator)
-        t = torch.randint(1000, (len(rows),), generator=generator)
-        text = captions.draw(concept[rows], style[rows], generator, preset.null_text_probability)
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        noisy = scheduler.add_noise(latents[rows], noise, t)
-        target = scheduler.get_velocity(latents[rows], noise, t) if velocity else noise
-        predicted = unet(noisy.to(device()), t.to(device()), text.to(device()).float()).sample
-        return F.mse_loss(predicted.float(), target.to(device()))
+        random = on_device(generator)
+        rows = torch.randint(len(latents), (count,), generator=random, device=latents.device)
+        t = torch.randint(1000, (count,), generator=random, device=latents.device)
+        text = captions.draw(concept[rows], style[rows], random, preset.null_text_probability)
+        z_0 = latents[rows]
+        noise = torch.randn(z_0.shape, generator=random, device=z_0.device)
+        target = scheduler.get_velocity(z_0, noise, t) if velocity else noise
+        predicted = unet(scheduler.add_noise(z_0, noise, t), t, text.float()).sample
+        return F.mse_loss(predicted.float(), target)
 
     return loss
+
+
+def with_mirrored(vae, drawings: Drawings) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode the training drawings, and their mirror images where these show the same thing.
+
+    Returns:
+        Scaled latents (n, C, h, w), and the concept and the style of each, int64 (n,), on the device of the recipe.
+    """
+    seen = torch.from_numpy(~drawings.held_out)
+    images, concept, style = (
+        torch.from_numpy(values)[seen] for values in (drawings.images, drawings.concept, drawings.style)
+    )
+    mirrored = torch.tensor([may_be_mirrored(captions[0]) for captions in drawings.captions])[concept]
+    latents = torch.cat([encode(vae, images), encode(vae, images[mirrored].flip(2))])
+    concept, style = (torch.cat([values, values[mirrored]]).to(latents.device) for values in (concept, style))
+    return latents, concept, style
 
 
 def save_teacher(unet: UNet2DConditionModel, vae, directory: Path, scheduler_config: Mapping[str, Any]) -> None:

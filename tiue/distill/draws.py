@@ -28,8 +28,12 @@ class Draws:
     """
 
     def __init__(self, seed: int, step: int, first: int, count: int, device: torch.device):
-        self._generators = [_generator(seed, step, first + i) for i in range(count)]
+        self._keys = [(seed, step, first + i) for i in range(count)]
         self._device = device
+
+    @cached_property
+    def _generators(self) -> list[torch.Generator]:
+        return [_generator(*key) for key in self._keys]  # on first use: not every method draws by sample
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Draw standard normal numbers, float32 (count, *shape)."""
