@@ -108,13 +108,13 @@ def test_pictures_are_those_of_the_library_and_previews_come_first(window, pipe)
     assert window.draw.text() == "Cancel" and not window.repeat.isEnabled()
     idle(window)
     pictures = shown(window)
-    expected = pipe("a red heart", seed=5, num_images=2).images
+    expected = pipe("a red heart", seed=5, num_images=2, memory="sequential").images  # as the window draws
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in expected]
     assert [fraction for fraction, _ in previews] == sorted(fraction for fraction, _ in previews)
     assert {count for _, count in previews} == {0, 2}
     assert window._gallery.count() == 2 and window._caption.text() == "2 pictures"
     window._gallery.item(1).setSelected(False)
-    assert window._caption.text().startswith("a red heart  ·  seed 5  ·  64x64")
+    assert window._caption.text().startswith("a red heart  ·  seed 5  ·  128x128")
 
 
 def test_a_picture_that_is_dropped_is_made_again(window, tmp_path):

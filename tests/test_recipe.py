@@ -11,10 +11,10 @@ from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 from evaluation.metrics import frechet
 from recipes.emoji import data, report
 from recipes.emoji.__main__ import main
-from recipes.emoji.autoencoder import encode, whiten
+from recipes.emoji.autoencoder import encode, to_pixels, whiten
 from recipes.emoji.presets import PRESETS
 from recipes.emoji.studies import drift
-from recipes.emoji.teacher import SCHEDULER
+from recipes.emoji.teacher import SCHEDULER, with_mirrored
 from tiue.checkpoint import load_student
 from tiue.schedule import NoiseSchedule
 
@@ -77,9 +77,10 @@ def test_the_teacher_starts_at_pure_noise():
 def test_whitening_changes_the_latents_and_not_the_pictures():
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4, scaling_factor=1.0).eval()
-    pixels = torch.randn(16, 3, 8, 8)
+    images = torch.randint(256, (16, 8, 8, 3), dtype=torch.uint8)
+    pixels = to_pixels(images)
     before, pictures = vae.encode(pixels).latent_dist, vae(pixels).sample
-    whiten(vae, encode(vae, pixels))
+    whiten(vae, encode(vae, images))
     after = vae.encode(pixels).latent_dist
     deviation, mean = torch.std_mean(after.mean, dim=(0, 2, 3))
     assert torch.allclose(deviation, torch.ones(3), atol=REORDERED) and torch.allclose(
@@ -88,6 +89,17 @@ def test_whitening_changes_the_latents_and_not_the_pictures():
     scale = torch.std(before.mean, dim=(0, 2, 3)).view(1, -1, 1, 1)
     assert torch.allclose(after.std * scale, before.std, atol=REORDERED)
     assert torch.allclose(vae(pixels).sample, pictures, atol=REORDERED)
+
+
+def test_what_may_not_be_mirrored_is_encoded_once():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4, scaling_factor=1.0).eval()
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    concept, style, held_out = np.array([0, 1, 1]), np.array([4, 5, 3]), np.array([False, False, True])
+    drawings = data.Drawings(images, concept, style, held_out, [["right arrow"], ["cat face"]])
+    latents, concepts, styles = with_mirrored(vae, drawings)
+    assert concepts.tolist() == [0, 1, 1] and styles.tolist() == [4, 5, 5]  # The third one is held out.
+    assert torch.allclose(latents[2], encode(vae, torch.from_numpy(images[1:2]).flip(2))[0], atol=REORDERED)
 
 
 def test_frechet_distance_of_gaussians():

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "student": lambda: warm_start(preset, drawings, out / "teacher", out / "warm.safetensors"),
         "polish": lambda: polish(preset, drawings, out / "teacher", out / "polished"),
         "distill": lambda: distill(preset, drawings, out / "polished", out / "warm.safetensors", out / "distill"),
-        "bundle": lambda: bundle(out / "distill/student.safetensors", out),
+        "bundle": lambda: bundle(drawings, out / "distill/student.safetensors", out),
         "report": lambda: report(preset, drawings, out),
     }
     for name, run in rest.items():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
-from recipes.emoji.data import Drawings, concept_list
+from recipes.emoji.data import Drawings, spoken_names
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import autocast, device, minimize, precision
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
@@ -140,7 +140,13 @@ def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, ou
         train(run, method)
 
 
-def bundle(student: Path, out: Path) -> None:
+def vocabulary(drawings: Drawings) -> tuple[str, ...]:
+    """List what the model was taught to draw: the label of every concept, then what people call it."""
+    spoken, labels = spoken_names(), [captions[0] for captions in drawings.captions]
+    return tuple(dict.fromkeys([*labels, *(name for label in labels for name in spoken.get(label, []))]))
+
+
+def bundle(drawings: Drawings, student: Path, out: Path) -> None:
     """Make the shipped files (once): `<out>/student.safetensors` in float16, and its bundle `<out>/bundle`."""
     if not (out / "bundle").exists():
         save_student(out / "student.safetensors", load_student(student), torch.float16)
@@ -148,7 +154,7 @@ def bundle(student: Path, out: Path) -> None:
         if status := export(["--ckpt", str(out / "student.safetensors"), *flags]):
             raise RuntimeError(f"the export ended with status {status}")
         made = Bundle.load(out / "bundle")
-        write_bundle(made.directory, replace(made.manifest, prompts=Prompts(EXAMPLES, tuple(concept_list()))))
+        write_bundle(made.directory, replace(made.manifest, prompts=Prompts(EXAMPLES, vocabulary(drawings))))
 
 
 @torch.no_grad()

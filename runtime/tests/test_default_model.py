@@ -16,7 +16,7 @@ def emoji():
 
 def test_files_are_as_exported_and_few(emoji):
     emoji.bundle.verify()
-    assert sum(file.size for file in emoji.bundle.manifest.files.values()) < 60e6
+    assert sum(file.size for file in emoji.bundle.manifest.files.values()) < 100e6  # one file on PyPI
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ def test_files_are_as_exported_and_few(emoji):
 def test_hearts_have_the_color_of_the_prompt(emoji, prompt, channel):
     """In most of four hearts, the middle has the color and the lower corners are white."""
     pictures = emoji(prompt, num_images=4, seed=1, output_type="np").images
-    middle = pictures[:, 24:40, 24:40].mean(axis=(1, 2))
-    corners = pictures[:, -4:, [0, 1, 2, 3, -4, -3, -2, -1]].mean(axis=(1, 2, 3))
+    middle = pictures[:, 48:80, 48:80].mean(axis=(1, 2))
+    corners = pictures[:, -8:, [*range(8), *range(-8, 0)]].mean(axis=(1, 2, 3))
     assert np.sum(middle.argmax(axis=1) == channel) >= 3, middle
     assert np.sum(corners > 0.9) >= 3, corners
 

@@ -245,7 +245,7 @@ test("a closed pipeline refuses calls", async () => {
 test("the default model draws", async () => {
   const emoji = await Pipeline.load(join(ROOT, EMOJI.slice(ROOT.length)), QUIET);
   const { images } = await emoji("a red heart", { seed: 1 });
-  const [red, green, blue] = images[0]?.data.subarray(4 * (32 * 64 + 32)) ?? [];
+  const [red, green, blue] = images[0]?.data.subarray(4 * (64 * 128 + 64)) ?? [];
   assert.ok((red ?? 0) > 150 && (green ?? 255) < 90 && (blue ?? 255) < 90, "the middle of the picture is red");
   await emoji.dispose();
 });

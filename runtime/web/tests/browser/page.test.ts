@@ -89,7 +89,7 @@ function draw(page: Page, asked: Asked): Promise<Drawn> {
 async function succeeds(page: Page, asked: Asked): Promise<Drawn> {
   const drawn = await draw(page, asked);
   assert.deepEqual(drawn.error, null);
-  assert.equal(drawn.rgba[0]?.length, asked.bundle === "/emoji" ? 64 * 64 * 4 : 8 * 12 * 4);
+  assert.equal(drawn.rgba[0]?.length, asked.bundle === "/emoji" ? 128 * 128 * 4 : 8 * 12 * 4);
   return drawn;
 }
 
@@ -453,5 +453,5 @@ test("cancelling a request in the worker leaves the pipeline working", async () 
     await pipe.dispose();
     return { stopped, previews, size: images[0]?.width, image: images[0]?.toImageData().data.length };
   });
-  assert.deepEqual(outcome, { stopped: "Cancelled", previews: [64, 64], size: 64, image: 64 * 64 * 4 });
+  assert.deepEqual(outcome, { stopped: "Cancelled", previews: [128, 128], size: 128, image: 128 * 128 * 4 });
 });
