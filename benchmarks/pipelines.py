@@ -7,7 +7,7 @@ The tokenizer has CLIP's size (49408), length (77), special tokens, padding and 
 48894 merges). The merges are invented from letters, because CLIP's own vocabulary would be a download. Words take about
 twice as many tokens as in CLIP. Every prompt is padded to 77, so no timing changes.
 
-`emoji` is the default model with its trained weights, as a diffusers pipeline.
+`emoji` is the 64-pixel student with its trained weights, as a diffusers pipeline.
 """
 
 import argparse
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         choices=MODELS,
-        help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: two levels; emoji: the default model",
+        help="tiny and tiny21: sd15 and sd21-base with narrow layers; mini21: two levels; emoji: the 64-pixel student",
     )
     parser.add_argument("directory", help="where to write; it must not exist")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="type of the stored weights")

@@ -79,7 +79,7 @@ def test_the_tool_draws_what_the_library_draws_and_reports_progress(tmp_path):
     }
     *pictures, text = drawn.content
     with Pipeline.load("emoji", device="cpu") as pipe:
-        expected = pipe("a red heart", seed=5, num_images=2).images
+        expected = pipe("a red heart", seed=5, num_images=2, memory="sequential").images  # as with progress
     assert [decoded(picture) for picture in pictures] == [(picture.tobytes(), "PNG") for picture in expected]
     assert {picture.mime_type for picture in pictures} == {"image/png"} and not drawn.is_error
     assert "seeds 5, 6 by emoji" in text.text

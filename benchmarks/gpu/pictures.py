@@ -5,6 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from tiue_runtime.bundle import Bundle
 from tiue_runtime.host.machine import thread_count
 
 from benchmarks.agreement import BenchmarkError
@@ -44,7 +45,7 @@ def _measure(setting: Setting, contenders: str, provider: str, keep: Keep) -> di
     if not (setting.work / model).exists():
         write_pipeline(model, setting.work / model)
     place = Workplace(model, setting.work, {"shipped": EMOJI.with_name("tiue_emoji")}, {}, setting.device, progress)
-    shape, pixels = place.geometry(None if setting.dry_run else 512)
+    shape, pixels = _shipped_geometry() if setting.dry_run else place.geometry(512)
     batches, runs = ((1,), 1) if setting.dry_run else ((1, 4), 3)
     conditions = Conditions(thread_count(), shape, pixels, 4, batches, runs)
     specs = [Spec.parse(text) for text in (_DRY if setting.dry_run else contenders).split()]
@@ -68,6 +69,13 @@ def _measure(setting: Setting, contenders: str, provider: str, keep: Keep) -> di
     if done.wrong or not done.measured:
         raise BenchmarkError(_reasons([*done.wrong.values(), *(left_out | done.skipped).values()]))
     return values(done)
+
+
+def _shipped_geometry() -> tuple[tuple[int, int, int], int]:
+    """Return the shape (C, h, w) of the default model's latents, and its pixels per latent."""
+    manifest = Bundle.load(EMOJI.with_name("tiue_emoji")).manifest
+    sides = (side // manifest.pixels_per_latent for side in (manifest.default_height, manifest.default_width))
+    return (manifest.latent_channels, *sides), manifest.pixels_per_latent
 
 
 def _reasons(reasons: Sequence[str]) -> str:
