@@ -60,7 +60,8 @@ def golden_components() -> Components:
 def place_of_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
     """All workers of a run share it. See tracing.py."""
     own = tmp_path_factory.getbasetemp()
-    tracing.place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces"
+    is_of_worker = own.name.startswith("popen-")  # A test may start pytest itself, with a worker's environment.
+    tracing.place = (own.parent if is_of_worker else own) / "traces"
     tracing.place.mkdir(exist_ok=True)
 
 

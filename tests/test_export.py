@@ -82,6 +82,7 @@ def test_golden_latents_and_images(golden, golden_bundles, memory):
 
 
 @pytest.mark.filterwarnings(LITTLE_NOISE)
+@pytest.mark.parametrize("golden", GOLDEN, indirect=True)
 def test_golden_prompts(golden, golden_bundles):
     tokenizer = Tokenizer.from_file(str(golden_bundles(golden.steps) / bundle.TOKENIZER))
     assert [e.ids for e in tokenizer.encode_batch(golden.prompts)] == golden.input_ids.tolist()
