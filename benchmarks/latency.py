@@ -21,8 +21,8 @@ pictures must agree within an algorithm. A contender that cannot run is left out
 output is wrong is not timed, and the command fails.
 
 All files are made once in --work, and used again: MODEL (the pipeline), MODEL-optimum, MODEL-bundle-fp32 (with -tiny if
-it has a tiny VAE). Random weights make noise, but cost the same as trained ones. emoji is the 64-pixel student, with its
-trained weights.
+it has a tiny VAE). Random weights make noise, but cost the same as trained ones. emoji is the 64-pixel student, with
+its trained weights.
 
 Nothing has run on a GPU so far. There, no other program may use the GPU, or "GPU, GiB" is wrong.
 """
