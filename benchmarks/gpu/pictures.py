@@ -74,8 +74,8 @@ def _measure(setting: Setting, contenders: str, provider: str, keep: Keep) -> di
 def _shipped_geometry() -> tuple[tuple[int, int, int], int]:
     """Return the shape (C, h, w) of the default model's latents, and its pixels per latent."""
     manifest = Bundle.load(EMOJI.with_name("tiue_emoji")).manifest
-    sides = (side // manifest.pixels_per_latent for side in (manifest.default_height, manifest.default_width))
-    return (manifest.latent_channels, *sides), manifest.pixels_per_latent
+    pixels = manifest.pixels_per_latent
+    return (manifest.latent_channels, manifest.default_height // pixels, manifest.default_width // pixels), pixels
 
 
 def _reasons(reasons: Sequence[str]) -> str:
