@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tiue_runtime.bundle import UNET_DECODER
 from tiue_runtime.errors import OutOfMemoryError
 from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
 
@@ -44,6 +44,17 @@ def hear_warnings() -> None:
 
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = hear
+
+
+@dataclass(frozen=True)
+class _Callback:
+    """A callback of the pipeline, which chooses its memory mode by `previews`."""
+
+    hear: Callable[[Progress], None]
+    previews: bool
+
+    def __call__(self, progress: Progress) -> None:
+        self.hear(progress)
 
 
 class Worker:
@@ -100,15 +111,11 @@ class Worker:
         """Ask the pipeline for pictures: consecutive seeds of a job as one request, else with noise of their seeds."""
         drawing, first = parts[0][0].drawing, parts[0][1]
 
-        def report(progress: Progress) -> None:
-            self._report(parts, progress)
-
         options: dict[str, Any] = {
             "steps": drawing.steps,
             "height": drawing.height,
             "width": drawing.width,
-            "memory": self._memory(parts),
-            "callback": report,
+            "callback": _Callback(partial(self._report, parts), previews=jobs[0].on_progress is not None),
             "cancel": lambda: self._queue.stopped(jobs),
         }
         draw: Any = self._pipeline
@@ -121,21 +128,6 @@ class Worker:
             # matter, so each is recorded as the first.
             picture.info[_RECORD] = replace(picture.info[_RECORD], seed=seed, index=0)
         return result
-
-    def _memory(self, parts: Sequence[Part]) -> str:
-        """Return the memory mode that the pipeline itself would choose.
-
-        It chooses sequential mode if it has a callback. The worker always has one, but needs previews only for jobs
-        that ask for them.
-        """
-        job = parts[0][0]
-        if self._pipeline.memory != "auto" or job.on_progress is not None:
-            return self._pipeline.memory
-        manifest, drawing = self._pipeline.bundle.manifest, job.drawing
-        height, width = drawing.height or manifest.default_height, drawing.width or manifest.default_width
-        latents = height * width // manifest.pixels_per_latent**2
-        steps = manifest.default_steps if drawing.steps is None else drawing.steps
-        return self._pipeline.graphs.budget.fastest_mode(UNET_DECODER, steps, len(parts), latents)
 
     def _noise(self, drawing: Any, seeds: Sequence[int]) -> Any:
         """Return z_T of several seeds, float32 (B, C, h, w)."""
