@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from tiue_runtime.host.machine import has_bf16
+from torch import Tensor, nn
 
 
 def check_optimizer(name: str, accelerator: Accelerator) -> None:
@@ -49,7 +53,9 @@ def make_muon(
     """Make the optimizer of a new network: Muon for convolutions and matrices, AdamW for vectors and numbers.
 
     Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that all directions
-    of a weight are learned at the same pace. A convolution counts as a matrix with one row per output channel.
+    of a weight are learned at the same pace. A convolution counts as a matrix with one row per output channel. The
+    orthogonal matrix is computed in bfloat16, or in float32 on CPUs without bfloat16 instructions, which would take
+    most of the time of an update to emulate them.
 
     Args:
         network: the network. All its parameters that require gradients are trained.
@@ -63,10 +69,6 @@ def make_muon(
     Raises:
         ValueError: pytorch_optimizer is not installed.
     """
-    try:
-        from pytorch_optimizer import Muon
-    except ImportError as error:
-        raise ValueError("Muon needs pytorch_optimizer: pip install pytorch_optimizer") from error
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     rest = [parameter for parameter in trained if parameter.ndim < 2]
@@ -74,7 +76,25 @@ def make_muon(
         {"params": matrices, "use_muon": True, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": rest, "use_muon": False, "lr": adam_learning_rate, "weight_decay": weight_decay},
     ]
-    return Muon([group for group in groups if group["params"]])
+    emulated = all(parameter.device.type == "cpu" for parameter in trained) and not has_bf16()
+    return _muon(torch.float32 if emulated else torch.bfloat16)([group for group in groups if group["params"]])
+
+
+def _muon(dtype: torch.dtype) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """Return pytorch_optimizer's Muon, with Newton-Schulz iterations in `dtype`."""
+    try:
+        from pytorch_optimizer import Muon
+        from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
+    except ImportError as error:
+        raise ValueError("Muon needs pytorch_optimizer: pip install pytorch_optimizer") from error
+
+    class MuonIn(Muon):
+        @staticmethod
+        def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
+            options = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"], "dtype": dtype}
+            return [zero_power_via_newton_schulz_5(update.flatten(1), **options) for update in updates]
+
+    return MuonIn
 
 
 def _adam8bit() -> type[torch.optim.Optimizer]:
