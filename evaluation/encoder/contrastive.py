@@ -123,7 +123,8 @@ class EncoderTraining(Method):
         )
         self.model, self._config = encoder.train(), config
         objective = Contrast(encoder, reference, texts, config)
-        optimizer = make_muon(encoder, config.learning_rate, config.adam_learning_rate)
+        rates = config.learning_rate, config.adam_learning_rate
+        optimizer = make_muon(encoder, *rates, mixed_precision=config.mixed_precision)
         self._objective = Trained(run.accelerator, objective, optimizer, config.grad_clip)
         self.networks = {"encoder": self._objective}
 

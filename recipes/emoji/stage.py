@@ -109,7 +109,7 @@ def minimize(
         run = Run(out, RunConfig(**settings))
         rate = run.config.learning_rate
         if muon:
-            optimizer = make_muon(network, muon, rate, weight_decay)
+            optimizer = make_muon(network, muon, rate, weight_decay, mixed_precision=run.config.mixed_precision)
         else:
             optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=weight_decay)
         run.identify(muon=str(muon))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from tiue_runtime.host.machine import has_bf16
 from torch import Tensor, nn
 
 
@@ -48,20 +47,25 @@ def make_optimizer(
 
 
 def make_muon(
-    network: nn.Module, learning_rate: float, adam_learning_rate: float, weight_decay: float = 0.0
+    network: nn.Module,
+    learning_rate: float,
+    adam_learning_rate: float,
+    weight_decay: float = 0.0,
+    *,
+    mixed_precision: str = "no",
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a new network: Muon for convolutions and matrices, AdamW for vectors and numbers.
 
     Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that all directions
-    of a weight are learned at the same pace. A convolution counts as a matrix with one row per output channel. The
-    orthogonal matrix is computed in bfloat16, or in float32 on CPUs without bfloat16 instructions, which would take
-    most of the time of an update to emulate them.
+    of a weight are learned at the same pace. A convolution counts as a matrix with one row per output channel.
 
     Args:
         network: the network. All its parameters that require gradients are trained.
         learning_rate: of Muon.
         adam_learning_rate: of AdamW.
         weight_decay: of both, times the learning rate, per update.
+        mixed_precision: of the run. With "bf16", the orthogonal matrix is computed in bfloat16, else in float32. CPUs
+            without bfloat16 instructions would take most of an update to emulate them.
 
     Returns:
         The optimizer.
@@ -76,8 +80,8 @@ def make_muon(
         {"params": matrices, "use_muon": True, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": rest, "use_muon": False, "lr": adam_learning_rate, "weight_decay": weight_decay},
     ]
-    emulated = all(parameter.device.type == "cpu" for parameter in trained) and not has_bf16()
-    return _muon(torch.float32 if emulated else torch.bfloat16)([group for group in groups if group["params"]])
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    return _muon(dtype)([group for group in groups if group["params"]])
 
 
 def _muon(dtype: torch.dtype) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
