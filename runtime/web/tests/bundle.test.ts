@@ -5,7 +5,7 @@ import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { after, beforeEach, test } from "node:test";
+import { afterAll, beforeEach, test } from "vitest";
 import { externalData } from "../src/bundle/external_data.js";
 import { readManifest } from "../src/bundle/manifest.js";
 import { BundleError, DeviceError, Pipeline, RequestError, type LoadOptions } from "../src/index.js";
@@ -17,7 +17,7 @@ beforeEach(async () => {
   copy = await mkdtemp(join(tmpdir(), "tiue-"));
   await cp(TINY, copy, { recursive: true });
 });
-after(() => rm(copy, { recursive: true }));
+afterAll(() => rm(copy, { recursive: true }));
 
 type Json = { [key: string]: any };
 

@@ -1,19 +1,18 @@
-/** The command line: exit codes and messages. */
+/** The command line, as it is built: exit codes and messages. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { mkdtemp, readdir, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { after, before, test } from "node:test";
-import { fileURLToPath } from "node:url";
-import { TINY } from "./shared.js";
+import { afterAll, beforeAll, test } from "vitest";
+import { PACKAGE, TINY } from "./shared.js";
 
-const MAIN = fileURLToPath(new URL("../src/cli/main.js", import.meta.url));
+const MAIN = join(PACKAGE, "dist/src/cli/main.js");
 let folder: string;
-before(async () => {
+beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), "tiue-"));
 });
-after(() => rm(folder, { recursive: true }));
+afterAll(() => rm(folder, { recursive: true }));
 
 interface Ended {
   code: number | null;
@@ -92,7 +91,7 @@ const MISTAKES: [string[], RegExp][] = [
 ];
 
 for (const [words, message] of MISTAKES) {
-  test(`a mistake ends with 2 and one line: ${String(message)}`, async () => {
+  test.concurrent(`a mistake ends with 2 and one line: ${String(message)}`, async () => {
     const { code, out, err } = await run(words);
     assert.deepEqual([code, out], [2, ""]);
     assert.match(err, /^tiue-runtime: error: [^\n]*\n$/);

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { join } from "node:path";
-import { after, before, test } from "node:test";
+import { afterAll, beforeAll, test } from "vitest";
 import { inflateSync } from "node:zlib";
 import {
   Cancelled,
@@ -20,10 +20,10 @@ const QUIET: LoadOptions = { onWarning: () => undefined };
 const LEAST_DECIBELS = 100; // between z_0 of ONNX Runtime's builds for other platforms
 let pipe: Pipeline;
 
-before(async () => {
+beforeAll(async () => {
   pipe = await Pipeline.load(TINY, QUIET);
 });
-after(() => pipe.dispose());
+afterAll(() => pipe.dispose());
 
 interface Case {
   bundle: string;

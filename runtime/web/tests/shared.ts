@@ -1,10 +1,12 @@
 /** What several tests need: the golden vectors, and pipelines of the checkout's bundles. */
 import { readFileSync } from "node:fs";
-import { join } from "node:path";
-import { fileURLToPath } from "node:url";
+import { createRequire } from "node:module";
+import { dirname, join } from "node:path";
 
-/** The root of the checkout. Tests run in dist/tests. */
-export const ROOT = fileURLToPath(new URL("../../../../", import.meta.url));
+/** The folder of the package. Tests run in tests and in dist/tests. */
+export const PACKAGE = dirname(createRequire(import.meta.url).resolve("tiue-runtime/package.json"));
+/** The root of the checkout. */
+export const ROOT = join(PACKAGE, "../../");
 export const TINY = join(ROOT, "runtime/tests/data/tiny");
 export const HEAVY = join(ROOT, "runtime/tests/data/heavy");
 export const EMOJI = join(ROOT, "models/emoji/tiue_emoji");

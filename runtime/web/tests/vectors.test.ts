@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { test } from "node:test";
+import { test } from "vitest";
 import { readManifest, scheduleOf, type Manifest } from "../src/bundle/manifest.js";
 import { LESSONS } from "../src/generated/lessons.js";
 import { gaussian } from "../src/noise.js";

@@ -2,15 +2,14 @@
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 import { chromium, type Browser } from "playwright-core";
-import { EMOJI, ROOT, TINY } from "../shared.js";
+import { EMOJI, PACKAGE, TINY } from "../shared.js";
 import { TestServer } from "./server.js";
 
-const WEB = `${ROOT}runtime/web`;
-const STATIC = `${WEB}/dist/static`;
+const STATIC = `${PACKAGE}/dist/static`;
 
 /** Start a server with the package, ONNX Runtime's files and two bundles. */
 export async function startServer(): Promise<TestServer> {
-  const inside = `${WEB}/dist/tests/inside`;
+  const inside = `${PACKAGE}/dist/tests/inside`;
   await build({
     entryPoints: [fileURLToPath(new URL("./inside.js", import.meta.url))],
     outdir: inside,
@@ -24,7 +23,7 @@ export async function startServer(): Promise<TestServer> {
   return TestServer.start({
     inside,
     static: STATIC,
-    ort: `${WEB}/node_modules/onnxruntime-web/dist`,
+    ort: `${PACKAGE}/node_modules/onnxruntime-web/dist`,
     tiny: TINY,
     emoji: EMOJI,
   });
