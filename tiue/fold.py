@@ -22,11 +22,16 @@ def fold_guidance(unet: UNet2DConditionModel, guidance: float) -> None:
     size, embedding = unet.config.time_cond_proj_dim, unet.time_embedding
     if size is None:
         raise ValueError("`guidance`: the UNet takes no guidance scale as an input, so leave it out")
-    w = torch.tensor([guidance - 1], dtype=torch.float32)
-    # The method does not use the pipeline.
-    embedded = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=size)
     with torch.no_grad():
-        constant = embedding.cond_proj(embedded)[0]
+        constant = embedding.cond_proj(embed_guidance(torch.tensor([guidance]), size))[0]
         embedding.linear_1.bias.add_(embedding.linear_1.weight @ constant)
     embedding.cond_proj = None
     unet.register_to_config(time_cond_proj_dim=None)
+
+
+def embed_guidance(guidance: torch.Tensor, size: int) -> torch.Tensor:
+    """Embed guidance scales (B,) as latent consistency models do, by w = guidance - 1: float32 (B, size)."""
+    w = guidance.float().cpu() - 1
+    # The method does not use the pipeline.
+    embedded = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=size)
+    return embedded.to(guidance.device)

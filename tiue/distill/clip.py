@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderTiny
@@ -20,7 +21,19 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ClipScore:
+class Alignment(Protocol):
+    """A frozen network that says how well pictures match their captions."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move it, and return it."""
+        ...
+
+    def loss(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return a loss of latents (B, C, h, w) and their captions, a scalar. Gradients pass into the latents."""
+        ...
+
+
+class ClipScore(Alignment):
     """CLIP and the image decoder that makes pictures for it, both frozen.
 
     Args:

@@ -149,16 +149,20 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
 
-def preset_names() -> list[str]:
+def preset_names(directory: Path = _PRESETS) -> list[str]:
     """List the presets that come with the package, `presets/NAME.json`."""
-    return sorted(path.stem for path in _PRESETS.glob("*.json"))
+    return sorted(path.stem for path in directory.glob("*.json"))
 
 
-def read_preset(preset: str | Path) -> dict[str, Any]:
+def read_preset(
+    preset: str | Path, config: type[RunConfig] = DistillConfig, directory: Path = _PRESETS
+) -> dict[str, Any]:
     """Read a preset.
 
     Args:
-        preset: a name of `preset_names`, or the path of a JSON file with fields of DistillConfig.
+        preset: a name of `preset_names`, or the path of a JSON file with fields of `config`.
+        config: the class of the settings.
+        directory: the folder of the presets.
 
     Returns:
         Settings by name.
@@ -166,15 +170,16 @@ def read_preset(preset: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, is not JSON, or holds something other than settings.
     """
-    path = _PRESETS / f"{preset}.json" if str(preset) in preset_names() else Path(preset)
+    named = preset_names(directory)
+    path = directory / f"{preset}.json" if str(preset) in named else Path(preset)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        known = f"; presets are {', '.join(preset_names())}" if not path.suffix else ""
+        known = f"; presets are {', '.join(named)}" if not path.suffix else ""
         raise ValueError(f"{path}: {error.strerror}{known}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    known = {field.name for field in fields(DistillConfig)}
+    known = {field.name for field in fields(config)}
     if not isinstance(settings, dict) or (unknown := settings.keys() - known):
         found = ", ".join(sorted(unknown)) if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"{path}: expected an object of settings, found {found}")

@@ -43,6 +43,10 @@ class Draws:
         """Draw uniform integers in low..high-1, int64 (count,)."""
         return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self._generators]).to(self._device)
 
+    def uniform(self) -> Tensor:
+        """Draw numbers in [0, 1), float32 (count,)."""
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators]).to(self._device)
+
 
 class SharedDraws:
     """The random numbers that all samples of an update share. They depend on the order of the calls."""

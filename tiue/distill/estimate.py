@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tiue.diffusion import Diffusion
 from tiue.distill.config import DistillConfig, autocast_dtype
 from tiue.distill.scores import Scores
 from tiue.schedule import NoiseSchedule, Schedule
@@ -57,7 +58,7 @@ def estimate(
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
         teacher = UNet2DConditionModel.from_config(unet_config)
-        scores = Scores(teacher, process, config)
+        scores = Scores(teacher, Diffusion(process, torch.device("cpu")), config)
     with FakeTensorMode():
         activations = _activations(UNet2DConditionModel.from_config(unet_config), schedule, config, device)
     trained = [*unet.parameters(), *scores.parameters()]

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from tiue.diffusion import Diffusion
 from tiue.distill.config import DistillConfig
-from tiue.schedule import NoiseSchedule
 
 
 class Scores:
@@ -21,11 +21,11 @@ class Scores:
 
     Args:
         unet: the teacher. It is frozen, and may get adapters, in place.
-        process: the teacher's noise process, with its prediction type (epsilon or v).
+        diffusion: the teacher's noise process.
         config: the settings.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, process: NoiseSchedule, config: DistillConfig):
+    def __init__(self, unet: UNet2DConditionModel, diffusion: Diffusion, config: DistillConfig):
         self._teacher = unet.requires_grad_(False)
         self._lora = config.fake_score == "lora"
         if self._lora:
@@ -34,8 +34,7 @@ class Scores:
             self.network: nn.Module = unet
         else:
             self.network = copy.deepcopy(unet).requires_grad_(True)
-        self._abar = process.alphas_cumprod.float()
-        self._v = process.prediction_type == "v_prediction"
+        self._diffusion = diffusion
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the fake score."""
@@ -57,18 +56,28 @@ class Scores:
 
     def fake_eps(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """Return the fake score's eps (B, C, h, w) without guidance. Its own loss trains this output."""
-        return self._eps(self.network, z, t, text)
+        return self._diffusion.noise(self.network(z, t, text).sample.float(), z, t)
 
     def _guided(self, network, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float) -> Tensor:
-        if guidance == 1.0:
-            return self._eps(network, z, t, text)
-        both = torch.cat([null.expand_as(text), text])
-        unconditional, conditional = self._eps(network, z.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        return self._diffusion.noise(guided(network, z, t, text, null, guidance), z, t)
 
-    def _eps(self, network, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        prediction = network(z, t, text).sample.float()
-        if not self._v:
-            return prediction
-        abar = self._abar.to(z.device)[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * prediction + (1 - abar).sqrt() * z
+
+def guided(network: nn.Module, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): F(null) + guidance (F(text) - F(null)), for F that predicts eps or v.
+
+    Args:
+        network: a UNet.
+        z: noised latents, (B, C, h, w).
+        t: their timesteps, int64 (B,).
+        text: text embeddings, (B, L, D).
+        null: the embedding of the empty prompt, (1, L, D).
+        guidance: the scale, or a scale for each sample, (B, 1, 1, 1). The number 1 saves half of the work.
+
+    Returns:
+        The guided prediction, float32 (B, C, h, w).
+    """
+    if isinstance(guidance, float) and guidance == 1.0:
+        return network(z, t, text).sample.float()
+    both = torch.cat([null.expand_as(text), text])
+    without, conditional = network(z.repeat(2, 1, 1, 1), t.repeat(2), both).sample.float().chunk(2)
+    return without + guidance * (conditional - without)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tiue import losses
 from tiue.checkpoint import Student, check_savable, save_student
 from tiue.components import Components
+from tiue.diffusion import Diffusion
 from tiue.distill.batches import Captions
-from tiue.distill.clip import ClipScore
+from tiue.distill.clip import Alignment
 from tiue.distill.config import DistillConfig
 from tiue.distill.draws import Batch, Draws
 from tiue.distill.method import Means, Method, Run, Trained
@@ -55,24 +56,24 @@ class Vsd(Method):
         student: Student,
         captions: Captions,
         sample_prompts: Sequence[str],
-        clip: ClipScore | None = None,
+        clip: Alignment | None = None,
     ):
         self.config, self.captions, self._accelerator = config, captions, run.accelerator
         self._declared, self._vae = student, teacher.vae
         device = run.accelerator.device
         self.process, self.latent_shape = teacher.noise_schedule, teacher.geometry.latent_shape
-        self.abar = self.process.alphas_cumprod.float().to(device)
+        self.diffusion = Diffusion(self.process, device)
         self.schedules = {n: self.process.closed_form(student.schedules[n]) for n in config.steps}
         self._clip = None if clip is None else clip.to(device)
         self._null = captions.encode([""])
 
         # `TiUE` and `Predictor` are views of the student's `unet`. accelerate wraps the predictor, so that processes
         # exchange its gradients; the weighted sum stays outside, in float32.
-        unet = student.components.unet.requires_grad_(True)
+        unet = self._trainable(student.components.unet)
         self.tiue = TiUE(unet, self._most_steps, student.encoder_timestep, config.shared_up_blocks).to(device)
         predictor = Predictor(self.tiue, config.share_encoder)
         torch.manual_seed(config.seed)  # The initial weights of the fake score's adapters are random.
-        self.scores = Scores(teacher.unet.to(device), self.process, config)
+        self.scores = Scores(teacher.unet.to(device), self.diffusion, config)
         self._tune(unet, self.scores.network, predictor)
         self.student = self._trained(predictor, config.learning_rate)
         self.fake = self._trained(self.scores.network, config.fake_learning_rate)
@@ -135,38 +136,30 @@ class Vsd(Method):
         config, null = self.config, self._null
         t = draws.integers(config.t_min, config.t_max + 1)
         with torch.no_grad(), self._accelerator.autocast():
-            z_t = self.noised(z_0, draws.normal(z_0.shape[1:]), t)
+            z_t = self.diffusion.noised(z_0, draws.normal(z_0.shape[1:]), t)
             eps_teacher = self.scores.teacher(z_t, t, text, null, config.guidance)
             eps_fake = self.scores.fake(z_t, t, text, null, config.fake_guidance)
-        return losses.vsd_loss(z_0, eps_teacher, eps_fake, 1 - self.abar[t])
+        return losses.vsd_loss(z_0, eps_teacher, eps_fake, 1 - self.diffusion.abar[t])
 
     def denoising(self, z_0: Tensor, text: Tensor, draws: Draws) -> Tensor:
         """Denoising loss of the fake score: mse(sqrt(abar_t) eps_fake, sqrt(abar_t) noise) at new t ~ U{0..T-1}."""
-        t = draws.integers(0, len(self.abar))
+        t = draws.integers(0, len(self.diffusion.abar))
         noise = draws.normal(z_0.shape[1:])
         with self._accelerator.autocast():
-            eps_fake = self.scores.fake_eps(self.noised(z_0, noise, t), t, text)
-        return losses.fake_score_loss(eps_fake, noise, self.abar[t].sqrt())
+            eps_fake = self.scores.fake_eps(self.diffusion.noised(z_0, noise, t), t, text)
+        return losses.fake_score_loss(eps_fake, noise, self.diffusion.abar[t].sqrt())
 
     def noise_maps(self, z_T: Tensor, predicted: Tensor, schedule: Schedule) -> Tensor:
         """Return the noise eps_i, (N, B, C, h, w), which the KL term is about.
 
-        A model that predicts v implies it: eps = sqrt(abar_t) v + sqrt(1 - abar_t) z_t along the DDIM path from z_T.
+        A model that predicts v implies it along the DDIM path from z_T.
         """
-        if self.process.prediction_type == "epsilon":
-            return predicted
         maps, z = [], z_T
-        for t, (a, b), v in zip(
-            schedule.timesteps, self.process.ddim_steps(schedule.timesteps), predicted, strict=True
-        ):
-            maps.append(self.abar[t].sqrt() * v + (1 - self.abar[t]).sqrt() * z)
-            z = a * z + b * v
+        steps = self.process.ddim_steps(schedule.timesteps)
+        for t, (a, b), prediction in zip(schedule.timesteps, steps, predicted, strict=True):
+            maps.append(self.diffusion.noise(prediction, z, torch.tensor(t)))
+            z = a * z + b * prediction
         return torch.stack(maps)
-
-    def noised(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, for timesteps t int64 (B,)."""
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
 
     def clip_weight(self, step: int) -> float:
         """Return the weight of the CLIP loss. It falls to 0 over the run."""
@@ -206,6 +199,10 @@ class Vsd(Method):
         clip = ["clip"] if self._clip is not None else []
         return ["vsd", "kl", *clip, "fake", *(f"{name}_{t}" for t in timesteps for name in ("mu", "v"))]
 
+    def _trainable(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        """Choose the weights of the student that are trained: all."""
+        return unet.requires_grad_(True)
+
     def _tune(self, student: UNet2DConditionModel, fake: nn.Module, predictor: nn.Module) -> None:
         """Make both trained networks faster or smaller, without changing results."""
         for network in (student, fake):
@@ -233,7 +230,8 @@ def prepare(
     *,
     initial: Student | None = None,
     sample_prompts: Sequence[str] | None = None,
-    clip: ClipScore | None = None,
+    clip: Alignment | None = None,
+    method: type[Vsd] = Vsd,
 ) -> tuple[Run, Vsd]:
     """Prepare a distillation for `loop.train`.
 
@@ -245,6 +243,7 @@ def prepare(
         initial: a student to start from, instead of the teacher's weights. It must have the run's schedules.
         sample_prompts: prompts of the sample grid, by default the first eight of `prompts`.
         clip: the CLIP loss, required by `clip_weight`.
+        method: the class, for a method that derives from this one.
 
     Returns:
         The run and the method.
@@ -270,10 +269,10 @@ def prepare(
     # Up to here, nothing was written.
     captions = Captions(run, teacher, prompts)
     run.identify(prompts=captions.digest)
-    method = Vsd(run, config, teacher, student, captions, sample_prompts or captions[:8], clip)
+    made = method(run, config, teacher, student, captions, sample_prompts or captions[:8], clip)
     if config.text_cache:
         captions.cache()
-    return run, method
+    return run, made
 
 
 def _student(teacher: Components, initial: Student | None, config: DistillConfig) -> Student:
