@@ -42,7 +42,11 @@ class EvaluationConfig:
     seeds: int = setting(4, "pictures of each prompt", group="the pictures", at_least=1)
     first_seed: int = setting(1, "seed of the first picture of each prompt", at_least=0)
     steps: int | None = setting(None, "steps", at_least=1, shown="the model's; 25 for a pipeline")
-    guidance: float = setting(7.5, "classifier-free guidance of a pipeline; 1: none", at_least=0)
+    guidance: float = setting(
+        7.5,
+        "classifier-free guidance of a pipeline, or the guidance that its UNet takes as an input; 1: none",
+        at_least=0,
+    )
     spacing: str | None = setting(
         None, "where a pipeline's timesteps lie", choices=["leading", "trailing", "linspace"], shown="the pipeline's"
     )

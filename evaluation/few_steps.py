@@ -1,4 +1,4 @@
-"""Sampling by a few steps with new noise, for consistency models and adversarial students, by diffusers' LCMScheduler."""
+"""Sampling in a few steps with new noise, as consistency models do, by diffusers' LCMScheduler."""
 
 from __future__ import annotations
 

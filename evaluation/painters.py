@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 
+from evaluation.few_steps import sample_few_steps
 from tiue.checkpoint import load_student
 from tiue.components import Components, decode_latents, load_components
 from tiue.schedule import NoiseSchedule
@@ -52,7 +53,7 @@ def student_painter(path: Path, device: torch.device, steps: int | None = None) 
     student = load_student(path)
     model = student.tiue(steps).to(device).eval()
 
-    def sample(noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         return model(noise, text)
 
     return _torch_painter(student.components, device, sample)
@@ -61,22 +62,24 @@ def student_painter(path: Path, device: torch.device, steps: int | None = None) 
 def pipeline_painter(
     path: Path, device: torch.device, steps: int, guidance: float, spacing: str | None = None
 ) -> Painter:
-    """Load a diffusers pipeline directory, sampled by DDIM with classifier-free guidance.
+    """Load a diffusers pipeline directory, sampled by DDIM with classifier-free guidance, or by its LCMScheduler.
 
     Args:
         path: the directory.
         device: where it computes.
-        steps: number of DDIM steps.
-        guidance: 1 for none.
-        spacing: of the timesteps, "leading", "trailing" or "linspace"; None for the pipeline's own.
+        steps: number of steps.
+        guidance: 1 for none. With an LCMScheduler, it is the guidance that the UNet takes as an input, if it takes one.
+        spacing: of DDIM's timesteps, "leading", "trailing" or "linspace"; None for the pipeline's own.
     """
-    components = load_components(path)
+    components = load_components(path, guided=True)
+    if components.scheduler_config["_class_name"] == "LCMScheduler":
+        return _few_steps_painter(components, device, steps, guidance)
     changes = {} if spacing is None else {"timestep_spacing": spacing}
     schedule = NoiseSchedule.from_config(components.scheduler_config | changes)
     timesteps = schedule.timesteps(steps)
     unet = components.unet.to(device)
 
-    def sample(z: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def sample(z: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         null = encode_text(components, [""]).expand_as(text)
         for t, (a, b) in zip(timesteps, schedule.ddim_steps(timesteps), strict=True):
             predicted = unet(z, t, text).sample
@@ -89,10 +92,21 @@ def pipeline_painter(
     return _torch_painter(components, device, sample)
 
 
+def _few_steps_painter(components: Components, device: torch.device, steps: int, guidance: float) -> Painter:
+    unet = components.unet.to(device)
+
+    def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        return sample_few_steps(unet, components.scheduler_config, noise, text, steps, seeds, guidance)
+
+    return _torch_painter(components, device, sample)
+
+
 def _torch_painter(
-    components: Components, device: torch.device, sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    components: Components,
+    device: torch.device,
+    sample: Callable[[torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor],
 ) -> Painter:
-    """Make a painter of a model in PyTorch; `sample` turns noise and text into latents."""
+    """Make a painter of a model in PyTorch; `sample` turns noise, text and the seed of each picture into latents."""
     components.text_encoder.to(device)
     components.vae.to(device)
     config = components.unet.config
@@ -102,7 +116,7 @@ def _torch_painter(
     def paint(prompts: Sequence[str], seeds: range) -> NDArray[np.uint8]:
         text = encode_text(components, prompts).repeat_interleave(len(seeds), dim=0)
         noise = torch.from_numpy(np.stack([gaussian(seed, shape) for seed in seeds])).repeat(len(prompts), 1, 1, 1)
-        image = decode_latents(components.vae, sample(noise.to(device), text))
+        image = decode_latents(components.vae, sample(noise.to(device), text, [*seeds] * len(prompts)))
         unit = (image / 2 + 0.5).clamp(0, 1) * 255
         return unit.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 

@@ -61,7 +61,7 @@ class CaptionedPictures:
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Turn pixels (B, 3, H, W) in [-1, 1] into the UNet's latents z_0 (B, C, h, w), float32: the mean, without noise."""
+    """Turn pixels (B, 3, H, W) in [-1, 1] into the UNet's latents z_0 (B, C, h, w), float32: the mean of each."""
     scale, shift = latent_scaling(vae)
     return (vae.encode(pixels).latent_dist.mean.float() - shift) * scale
 

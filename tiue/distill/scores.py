@@ -63,7 +63,7 @@ class Scores:
 
 
 def guided(network: nn.Module, z: Tensor, t: Tensor, text: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): F(null) + guidance (F(text) - F(null)), for F that predicts eps or v.
+    """Classifier-free guidance (arXiv 2207.12598): F(null) + guidance (F(text) - F(null)), for eps or v.
 
     Args:
         network: a UNet.
