@@ -1,11 +1,14 @@
 """A frozen application draws on a machine without Python, without a network and without a home directory."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,8 +39,8 @@ def without_path():
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def freeze(programs, place, *flags):
-    shutil.copyfile(ROOT / "examples/picture.py", place / "hello.py")
+def freeze(programs, place, *flags, program=ROOT / "examples/picture.py"):
+    shutil.copyfile(program, place / "hello.py")
     command = [programs / "pyinstaller", "--noconfirm", "--log-level", "WARN", *flags, "hello.py"]
     subprocess.run(command, cwd=place, check=True, env=without_path())
     return place / "dist"
@@ -90,10 +93,76 @@ def test_a_frozen_application_draws_on_a_machine_without_python(programs, tmp_pa
     command = [programs / "python", ROOT / "examples/picture.py", "a red heart"]
     subprocess.run(command, cwd=tmp_path, check=True, env=without_path())
     assert picture.read_bytes() == (tmp_path / "picture.png").read_bytes()
-    size = sum(path.lstat().st_size for path in dist.rglob("*") if path.is_file())
+    assert not list(dist.rglob("hf_xet"))  # Nothing here pulls models.
     with capsys.disabled():
         seconds = ", ".join(f"{second:.2f}" for second in times)
-        print(f"\n{' '.join(flags) or 'folder'}: {size / 1e6:.0f} MB; seconds from start to picture: {seconds}")
+        print(f"\n{' '.join(flags) or 'folder'}: {megabytes(dist)} MB; seconds from start to picture: {seconds}")
+
+
+def megabytes(folder):
+    return round(sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6)
+
+
+PULLING = """
+import sys
+
+from tiue_runtime import generate
+from tiue_runtime.hub.pull import pull
+
+for source in sys.argv[1:]:
+    pulled = pull(source, name=f"pulled-{len(source)}")
+    generate("a red heart", seed=1, bundle=pulled.name)[0].save("picture.png")
+    print(pulled.source)
+"""
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """The default model as a repository of the Hub, OWNER/NAME, and as a directory of a web server."""
+
+    protocol_version = "HTTP/1.1"
+    files = ROOT / "models/emoji/tiue_emoji"
+    commit = "c" * 40
+
+    def log_message(self, *_):
+        pass
+
+    def end_headers(self):
+        self.send_header("ETag", f'"{self.path}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        super().end_headers()
+
+    def translate_path(self, path):
+        return str(self.files / Path(path).name)
+
+    def do_GET(self):
+        if not self.path.startswith("/api/models/"):
+            return super().do_GET()
+        names = [{"rfilename": path.name, "size": path.stat().st_size} for path in self.files.iterdir()]
+        about = {"id": "owner/name", "sha": self.commit, "siblings": names, "tags": [], "downloads": 0, "likes": 0}
+        content = json.dumps({**about, "private": False}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        return None
+
+
+@pytest.mark.parametrize("flags", [(), ("--exclude-module", "hf_xet")], ids=["whole", "without-xet"])
+def test_a_frozen_application_pulls_models(programs, tmp_path, flags, capsys):
+    (tmp_path / "pulling.py").write_text(PULLING)
+    dist = freeze(programs, tmp_path, *flags, program=tmp_path / "pulling.py")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        variables = {"HF_ENDPOINT": host, "TIUE_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+        command = [dist / "hello/hello", "owner/name", f"{host}/files/"]
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+        server.shutdown()
+    assert done.stdout.split() == ["owner/name", f"{host}/files/"], done.stderr
+    assert (tmp_path / "picture.png").read_bytes().startswith(PICTURE)
+    with capsys.disabled():
+        print(f"\npulling {' '.join(flags)}: {megabytes(dist)} MB")
 
 
 @pytest.mark.skipif(bool(why_no_screen()), reason=why_no_screen() or "-")
@@ -109,7 +178,6 @@ def test_the_frozen_desktop_application_draws(programs, tmp_path, capsys):
         # Without a UTF-8 locale, Qt prints advice on stderr, which a desktop application keeps empty.
         home = {"HOME": str(tmp_path), "LANG": "C.UTF-8", "DISPLAY": shown.environment["DISPLAY"]}
         runs = [draw_a_heart(shown, [folder / "tiue-desktop", "--device", "cpu"], env=home) for _ in range(3)]
-    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     with capsys.disabled():
         seconds = ", ".join(f"{first:.2f} and {second:.2f}" for first, second in runs)
-        print(f"\ndesktop: {size / 1e6:.0f} MB; seconds from start to window and to model: {seconds}")
+        print(f"\ndesktop: {megabytes(folder)} MB; seconds from start to window and to model: {seconds}")

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, entry_points
 
 from PyInstaller.utils.hooks import collect_data_files, collect_submodules, copy_metadata
 
-_OPTIONAL = ("tiue_runtime.tools", "tiue_runtime.hub", "tiue_runtime.serve", "tiue_runtime._pyinstaller")
+# `__main__` imports `tools`, which imports the other two and all that they need.
+_OPTIONAL = tuple(f"tiue_runtime.{name}" for name in ("__main__", "tools", "hub", "serve", "_pyinstaller"))
 
 datas = collect_data_files("tiue_runtime")
 for _entry in entry_points(group="tiue_runtime.bundles"):

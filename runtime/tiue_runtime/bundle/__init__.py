@@ -7,7 +7,6 @@
     external_data   the files that an ONNX graph names
     tokenizer_json  reading and checking tokenizer.json
     fields          typed reading of JSON; every error names the exact field
-    schema          the JSON schema of bundle.json
     replacing       writing a file under another name, then renaming it
 
 This package imports the standard library and `tiue_runtime.errors` only, so that any tool can read a bundle.

@@ -1,6 +1,6 @@
 """Typed reading of JSON. The annotations of a dataclass define its fields, and every error names the field.
 
-`reader_of(hint)` makes a reader from a type. `bundle/schema.py` makes a JSON schema from the same annotations.
+`reader_of(hint)` makes a reader from a type. The JSON schema of bundle.json is made from the same annotations.
 Types are str, bool, int, float, tuples, mappings and dataclasses, each also as Annotated[type, Field(...)].
 """
 

@@ -2,11 +2,10 @@
 
 cli               the parser, and what ends a command
 console           lines on stdout and stderr
-option_flags      flags for options of the library
+flags             those that commands share: options of the library, and what a file holds
 generate_command  pictures of prompts, or of a saved picture
 file_names        their names: templates, defaults, no two alike
 text_lines        prompts from files
-saving_flags      what a file holds
 progress_bar      a bar on a terminal
 batch_command     pictures of many prompts, continued after a kill
 batch_lines       the lines of its input
@@ -15,7 +14,8 @@ shards            tar files in webdataset's layout
 completion        scripts for shells
 info_command      what a bundle is
 model_commands    pull, list, remove, sign, verify
-serve_command     a server
+serve_command     a server over HTTP
+mcp_command       a server for assistants; mcp_server is its tool
 doctor            the installed parts, and whether they work
 bench             seconds per picture, graph by graph
 """

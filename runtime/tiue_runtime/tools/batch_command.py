@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tiue_runtime.result import Result
     from tiue_runtime.tools.batch_directory import BatchDirectory, Row
     from tiue_runtime.tools.batch_lines import Task
+    from tiue_runtime.tools.flags import Save
     from tiue_runtime.tools.progress_bar import Bar
-    from tiue_runtime.tools.saving_flags import Save
 
 EXIT_CODES = (
     "Exit codes: 0 all pictures are there; 1 some lines failed, the others are there; 2 a mistake, in one line on "
@@ -63,7 +63,7 @@ def batch(arguments: argparse.Namespace, loading: LoadOptions, request: RequestO
     from tiue_runtime.noise import check_seed
     from tiue_runtime.tools.batch_directory import BatchDirectory, continue_or_begin, locked
     from tiue_runtime.tools.batch_lines import Reader, read_tasks, with_seeds
-    from tiue_runtime.tools.saving_flags import saver
+    from tiue_runtime.tools.flags import saver
     from tiue_runtime.tools.shards import Shards
     from tiue_runtime.tools.text_lines import read_lines, shown
 

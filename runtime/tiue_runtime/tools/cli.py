@@ -17,9 +17,8 @@ from tiue_runtime.errors import RequestError, TiueError, remedy
 from tiue_runtime.options import LoadOptions, RequestOptions, described
 from tiue_runtime.tools import batch_command, completion, generate_command, mcp_command, model_commands, serve_command
 from tiue_runtime.tools.console import print_rows, say, write
+from tiue_runtime.tools.flags import bundle_flag, given, lesson_flags, option_flags, saving_flags
 from tiue_runtime.tools.info_command import describe
-from tiue_runtime.tools.option_flags import bundle_flag, given, lesson_flags, option_flags
-from tiue_runtime.tools.saving_flags import add_saving_flags
 
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
@@ -174,7 +173,7 @@ def _drawing_flags(parser: _Parser) -> None:
     bundle_flag(parser)
     option_flags(parser, RequestOptions)
     option_flags(parser, LoadOptions)
-    add_saving_flags(parser)
+    saving_flags(parser)
     lesson_flags(parser)
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tiue_runtime.record import Record
     from tiue_runtime.result import Result
     from tiue_runtime.tools.file_names import Target, Values
+    from tiue_runtime.tools.flags import Save
     from tiue_runtime.tools.progress_bar import Bar
-    from tiue_runtime.tools.saving_flags import Save
 
 EXIT_CODES = "Exit codes: 0 all pictures are saved; 2 a mistake, in one line on stderr; 130 Ctrl-C; 143 SIGTERM."
 FIELDS_HELP = "{prompt}, {seed}, {index}, {width}, {height}, {steps} and {bundle}"
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(arguments: argparse.Namespace, loading: LoadOptions, request: RequestOptions) -> int:
     """Run the command. Raises RequestError, and errors of the pipeline."""
     from tiue_runtime.tools.file_names import Target
+    from tiue_runtime.tools.flags import saver
     from tiue_runtime.tools.progress_bar import bar_for
-    from tiue_runtime.tools.saving_flags import saver
 
     _check_sources(arguments, request)
     target = Target(arguments.out, arguments.overwrite)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tiue_runtime.errors import RequestError
 from tiue_runtime.options import LoadOptions, described
 from tiue_runtime.tools.console import write
-from tiue_runtime.tools.option_flags import bundle_flag, given
+from tiue_runtime.tools.flags import bundle_flag, given
 
 Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 """Adds a command: its name, its function and one line of help."""

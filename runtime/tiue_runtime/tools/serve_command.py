@@ -10,7 +10,7 @@ from tiue_runtime.errors import RequestError
 from tiue_runtime.modes import Memory
 from tiue_runtime.options import LoadOptions, RequestOptions, described
 from tiue_runtime.serve.server_settings import KEY_VARIABLE, ServerSettings
-from tiue_runtime.tools.option_flags import given, option_flags
+from tiue_runtime.tools.flags import given, option_flags
 
 if TYPE_CHECKING:
     from tiue_runtime.pipeline import Pipeline

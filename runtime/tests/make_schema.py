@@ -1,18 +1,22 @@
-"""The JSON schema of bundle.json, generated from the dataclasses in manifest.py.
+"""Make bundle.schema.json, the JSON schema of bundle.json, from the dataclasses in manifest.py.
 
-python -m tiue_runtime.bundle.schema > bundle.schema.json
+python make_schema.py
 
-Readers in other languages use bundle.schema.json beside this file. A test keeps it up to date. The schema limits each
-value by itself. Relations between values are described in docs/bundle.md and checked by `Manifest`.
+The schema limits each value by itself. Relations between values are described in docs/bundle.md and checked by
+`Manifest`.
 """
 
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from tiue_runtime import bundle
 from tiue_runtime.bundle.fields import STEPS_PATTERN, TEXT_PATTERN, Field, fields_of, unwrap
 from tiue_runtime.bundle.manifest import FORMAT, Manifest
+
+SCHEMA = Path(bundle.__file__).with_name("bundle.schema.json")
 
 
 def bundle_schema() -> dict[str, Any]:
@@ -76,4 +80,4 @@ def _object(cls: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(bundle_schema(), indent=2))
+    SCHEMA.write_text(json.dumps(bundle_schema(), indent=2) + "\n", encoding="utf-8")
