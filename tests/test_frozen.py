@@ -127,7 +127,7 @@ class Hub(SimpleHTTPRequestHandler):
         pass
 
     def end_headers(self):
-        self.send_header("ETag", f'"{self.path}"')
+        self.send_header("ETag", f'"{Path(self.path).name}"')
         self.send_header("X-Repo-Commit", self.commit)
         super().end_headers()
 

@@ -100,6 +100,8 @@ MISTAKES = {
     "spelling of diffusers": (["generate", "a", "--guidance_scale", "7"], "--guidance-scale: guidance was distilled"),
     "prompt as a flag": (["generate", "--prompt", "a"], "write the description without a flag"),
     "flag that is close": (["generate", "a", "--sede", "2"], "--sede 2; did you mean --seed? (see"),
+    "size in one flag": (["generate", "a", "--size", "512x512"], "--size 512x512; did you mean --width?"),
+    "command that is close": (["genrate", "a"], "invalid choice: 'genrate'; did you mean generate? (see"),
     "flag of others": (["generate", "a", "--model", "x"], "did you mean --bundle? (see tiue-runtime generate --help)"),
     "no command": (["a red heart"], "to draw something: tiue-runtime generate a red heart"),
     "steps of diffusers": (["generate", "a", "--num-inference-steps", "4"], "use --steps"),
@@ -353,7 +355,7 @@ def test_info_says_what_a_model_can_draw(run, copy):
     write_bundle(copy, replace(Bundle.load(copy).manifest, prompts=prompts))
     code, out, _ = run("info", "--bundle", copy)
     assert code == 0 and "a red heart; a rocket" in out
-    assert "100 things, for example thing 0, thing 8" in out and len(max(out.splitlines(), key=len)) < 300
+    assert "100 names, for example thing 0, thing 8" in out and len(max(out.splitlines(), key=len)) < 300
     code, out, _ = run("info", "--all", "--bundle", copy)
     assert code == 0 and out.endswith("".join(f"\n  thing {i}" for i in range(100)) + "\n")
     write_bundle(copy, replace(Bundle.load(copy).manifest, prompts=None))

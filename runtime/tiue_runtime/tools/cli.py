@@ -22,7 +22,11 @@ from tiue_runtime.tools.info_command import describe
 
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
-_FOREIGN = {"--model": "--bundle", "-n": "--num-images", "--count": "--num-images", "-s": "--seed", "-p": "--prompts"}
+_FOREIGN = {
+    **{"--model": "--bundle", "-p": "--prompts", "-s": "--seed"},
+    **{"--size": "--width", "-W": "--width", "-H": "--height"},
+    **dict.fromkeys(("-n", "--count", "--batch-size"), "--num-images"),
+}
 _SHOWN = 300  # characters of a message about flags
 
 
@@ -31,7 +35,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice: "):
-            message += "; to draw something: tiue-runtime generate a red heart"
+            said, _, listed = message.partition(" (choose from ")
+            close = difflib.get_close_matches(said.rpartition(": ")[2].strip("'"), re.findall(r"[\w-]+", listed), 1)
+            draw = f"{message}; to draw something: tiue-runtime generate a red heart"
+            message = f"{said}; did you mean {close[0]}?" if close else draw
         short = message if len(message) <= _SHOWN else f"{message[: _SHOWN - 100]} ... {message[-100:]}"
         raise RequestError(f"{short} (see {self.prog} --help)")
 

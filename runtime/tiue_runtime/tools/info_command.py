@@ -7,7 +7,7 @@ from tiue_runtime.bundle import MANIFEST, Bundle, Manifest, Prompts
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.tools.console import print_rows, write
 
-_SOME = 12  # things that are named without --all
+_SOME = 12  # names that are shown without --all
 
 
 def describe(arguments: argparse.Namespace) -> int:
@@ -52,8 +52,8 @@ def _drawable(prompts: Prompts | None, every: bool) -> dict[str, object]:
     rows: dict[str, object] = {"examples": "; ".join(prompts.examples)} if prompts.examples else {}
     count = len(prompts.vocabulary)
     if every:
-        rows["knows"] = "\n  ".join([f"{count} things:" if count else "no closed list of things", *prompts.vocabulary])
+        rows["knows"] = "\n  ".join([f"{count} names:" if count else "no closed list of names", *prompts.vocabulary])
     elif count:
         some = ", ".join(prompts.vocabulary[:: max(count // _SOME, 1)][:_SOME])
-        rows["knows"] = f"{count} things, for example {some}; all of them: tiue-runtime info --all"
+        rows["knows"] = f"{count} names, for example {some}; all of them: tiue-runtime info --all"
     return rows

@@ -95,7 +95,7 @@ def describe(manifest: Manifest) -> Tool:
     prompts = manifest.prompts
     if prompts and prompts.vocabulary:
         some = prompts.vocabulary[:: max(len(prompts.vocabulary) // _SOME, 1)][:_SOME]
-        text += f" It knows {len(prompts.vocabulary)} things and no others, for example {', '.join(some)}."
+        text += f" It knows things by {len(prompts.vocabulary)} names and no others, for example {', '.join(some)}."
     if prompts and prompts.examples:
         text += f" Prompts that it draws well: {'; '.join(prompts.examples[:_SOME])}."
     seed = "0 to 2**64 - 1. The same prompt and seed give the same picture. Picture j has seed + j. Default: a new one."
