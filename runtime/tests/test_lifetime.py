@@ -152,6 +152,16 @@ def test_a_stream_yields_progress_and_the_result(pipe):
     assert pixels(result) == pixels(pipe(HEART, seed=1, memory="sequential"))
 
 
+def test_a_stream_without_previews_draws_as_a_call_without_a_callback(pipe):
+    async def collect():
+        return [item async for item in stream(pipe, HEART, seed=1, previews=False)]
+
+    *progress, result = asyncio.run(collect())
+    assert [one.stage for one in progress] == ["text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"]
+    plain = pipe(HEART, seed=1)
+    assert result.memory == plain.memory == "parallel" and pixels(result) == pixels(plain)
+
+
 def test_leaving_a_stream_early_cancels_its_request(pipe):
     seen = []
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from tiue_runtime.errors import Cancelled
 from tiue_runtime.options import RequestOptions
+from tiue_runtime.progress import Hearing
 from tiue_runtime.run import Run
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ async def stream(
     prompt: str | Sequence[str] | None = None,
     *,
     output_type: Any = "pil",
+    previews: bool = True,
     **options: Unpack[RequestOptions],
 ) -> "AsyncGenerator[Progress | Result[Any]]":
     """Make pictures, and yield each Progress as it comes, then the Result.
@@ -71,6 +73,8 @@ async def stream(
         pipeline: a loaded pipeline.
         prompt: as in `Pipeline.__call__`.
         output_type: as in `Pipeline.__call__`.
+        previews: whether previews are made of the Progress. False: memory="auto" chooses as in a call without a
+            callback, and Progress comes less often.
         **options: as in `Pipeline.__call__`. A callback is called as well.
 
     Raises:
@@ -83,7 +87,7 @@ async def stream(
         loop.call_soon_threadsafe(arrived.put_nowait, progress)
         return callback(progress) if callback else None
 
-    options["callback"] = pass_on
+    options["callback"] = Hearing(pass_on, previews)
     work = asyncio.create_task(agenerate(pipeline, prompt, output_type=output_type, **options))
     work.add_done_callback(lambda _: arrived.put_nowait(None))
     try:

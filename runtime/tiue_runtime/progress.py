@@ -73,3 +73,15 @@ class Progress:
         if not 0 <= index < len(latents):
             raise RequestError(f"index: expected 0 to {len(latents) - 1}, got {shorten(index)}")
         return self._preview(latents[index : index + 1], exact=exact)
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """A callback that says whether it makes previews. A request with "auto" chooses its memory mode by that."""
+
+    hear: Callable[[Progress], object]
+    previews: bool
+
+    def __call__(self, progress: Progress) -> object:
+        """Pass a Progress on."""
+        return self.hear(progress)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.errors import OutOfMemoryError
+from tiue_runtime.progress import Hearing
 from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
 
 if TYPE_CHECKING:
@@ -44,17 +45,6 @@ def hear_warnings() -> None:
 
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = hear
-
-
-@dataclass(frozen=True)
-class _Callback:
-    """A callback of the pipeline, which chooses its memory mode by `previews`."""
-
-    hear: Callable[[Progress], None]
-    previews: bool
-
-    def __call__(self, progress: Progress) -> None:
-        self.hear(progress)
 
 
 class Worker:
@@ -115,7 +105,7 @@ class Worker:
             "steps": drawing.steps,
             "height": drawing.height,
             "width": drawing.width,
-            "callback": _Callback(partial(self._report, parts), previews=jobs[0].on_progress is not None),
+            "callback": Hearing(partial(self._report, parts), previews=jobs[0].on_progress is not None),
             "cancel": lambda: self._queue.stopped(jobs),
         }
         draw: Any = self._pipeline

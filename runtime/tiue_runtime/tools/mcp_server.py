@@ -176,7 +176,7 @@ class ImageTool:
 
     async def _run(self, pipeline: Pipeline, arguments: Arguments, report: Report) -> Result[list[Image]]:
         told = 0.0
-        drawn = stream(pipeline, arguments.prompt, seed=arguments.seed, num_images=arguments.n)
+        drawn = stream(pipeline, arguments.prompt, seed=arguments.seed, num_images=arguments.n, previews=False)
         async with aclosing(drawn) as parts:  # Leaving early, because the call was cancelled, ends the request.
             async for part in parts:
                 if isinstance(part, Result):
