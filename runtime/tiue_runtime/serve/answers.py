@@ -44,9 +44,9 @@ def encoded(picture: Image, wanted: ImageRequest, *, metadata: bool) -> bytes:
     return file.getvalue()
 
 
-def base64_of(data: bytes) -> str:
-    """Return bytes as base64."""
-    return base64.b64encode(data).decode("ascii")
+def as_base64(picture: Image, wanted: ImageRequest, *, metadata: bool) -> str:
+    """Return a picture's file, as `encoded` does, in base64."""
+    return base64.b64encode(encoded(picture, wanted, metadata=metadata)).decode("ascii")
 
 
 def usage(text_tokens: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tiue_runtime.bundle import UNET_DECODER
-from tiue_runtime.serve.answers import base64_of, completed_event, encoded, error_event, partial_event
+from tiue_runtime.serve.answers import as_base64, completed_event, error_event, partial_event
 from tiue_runtime.serve.api_errors import as_api_error
 from tiue_runtime.serve.image_request import ImageRequest
 from tiue_runtime.serve.jobs import Job, JobProgress, JobQueue
@@ -75,7 +75,7 @@ class ImageStream(StreamingResponse):
         self._put(lambda: completed_event(self._wanted, self._file(picture), index, timings, self._tokens, warnings))
 
     def _file(self, picture: Any) -> str:
-        return base64_of(encoded(picture, self._wanted, metadata=self._metadata))
+        return as_base64(picture, self._wanted, metadata=self._metadata)
 
     async def _events(self) -> AsyncGenerator[bytes]:
         while True:
