@@ -241,6 +241,10 @@ def test_forms(client, pipe):
     refused(client.post(DRAW, content="prompt=a&prompt=b", headers={"content-type": FORM}), 400, "prompt")
     assert "application/json" in refused(client.post(DRAW, content='{"a": 1}', headers={"content-type": FORM}), 415)
     refused(client.post(DRAW, content="--x", headers={"content-type": "multipart/form-data"}), 400)
+    for bad in (b"prompt=%ff", b"prompt=\xff", b"prompt=a&%c3=b"):  # not UTF-8
+        assert "UTF-8" in refused(client.post(DRAW, content=bad, headers={"content-type": FORM}), 400)
+    assert "UTF-8" in refused(client.post(DRAW, files={"prompt": (None, b"\xe9")}), 400)
+    assert client.post(DRAW, data={"prompt": "a red heart", "user": "caf\u00e9 %ff \ufffd"}).status_code == 200
     refused(client.post(DRAW, content="a", headers={"content-type": "text/plain"}), 415)
 
 
@@ -324,8 +328,9 @@ def test_edits_are_refused_with_a_reason(client, address):
 
 def test_addresses_and_methods_that_do_not_exist(client):
     refused(client.get("/v1/nothing"), 404)
-    refused(client.get(DRAW), 405)
-    refused(client.post("/health"), 405)
+    for answer in (client.get(DRAW), client.post("/health")):
+        refused(answer, 405)
+        assert answer.json()["error"]["code"] == "method_not_allowed" and answer.headers["allow"]
 
 
 def test_health_ready_and_figures(client):

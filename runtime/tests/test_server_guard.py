@@ -77,7 +77,8 @@ def test_pages_of_other_origins_change_nothing(served, method, origin):
 
 def test_a_foreign_page_whose_origin_is_hidden_changes_nothing(served):
     for site in ("cross-site", "same-site"):
-        assert served().post(DRAW, json={"prompt": "a"}, headers={"sec-fetch-site": site}).status_code == 403
+        answer = served().post(DRAW, json={"prompt": "a"}, headers={"sec-fetch-site": site})
+        assert answer.status_code == 403 and "pages of 'others' may not draw" in answer.text
     for site in ("none", "same-origin"):
         assert served().post(DRAW, json={"prompt": "a"}, headers={"sec-fetch-site": site}).status_code == 200
 

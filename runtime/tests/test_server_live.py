@@ -249,7 +249,7 @@ def test_a_large_body_in_chunks_is_refused(served, pipe):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_ends_in_order(heavy, started, number):
     process, url = started("--bundle", heavy, "--grace", "20")
-    fields = {"prompt": "a red heart", "n": 10, "size": "256x256"}
+    fields = {"prompt": "a red heart", "n": 4, "size": "256x256"}
     connections = [connected(url, fields) for _ in range(8)]
     eventually(lambda: figure(url, 'tiue_queue_running{model="heavy"}') == 1)
     process.send_signal(number)

@@ -141,6 +141,9 @@ async def _refuse(_: Request, error: ApiError) -> Response:
 
 
 async def _refuse_route(_: Request, error: HTTPException) -> Response:
-    messages = {404: "there is no such address", 405: "this address does not take this method"}
-    message = messages.get(error.status_code, "the request was refused")
-    return error_answer(ApiError(error.status_code, message, code="not_found", headers=error.headers))
+    messages = {
+        404: ("there is no such address", "not_found"),
+        405: ("this address does not take this method", "method_not_allowed"),
+    }
+    message, code = messages.get(error.status_code, ("the request was refused", "refused"))
+    return error_answer(ApiError(error.status_code, message, code=code, headers=error.headers))

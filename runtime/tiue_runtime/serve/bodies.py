@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, cast
+from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import FormData
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
@@ -102,14 +103,17 @@ async def _form(request: Request, body: bytes, kind: str) -> dict[str, Any]:
         yield body
         yield b""
 
+    multipart = kind == _FORMS[0]
     try:
-        if kind == _FORMS[0]:
+        (body if multipart else unquote_to_bytes(body)).decode()  # The parsers would replace what is not UTF-8.
+        if multipart:
             parser: Any = MultiPartParser(request.headers, stream(), max_files=0, max_fields=_MOST_FIELDS)
         else:
             parser = FormParser(request.headers, stream())
         form: FormData = await parser.parse()
     except (MultiPartException, KeyError, ValueError, ClientDisconnect) as error:  # KeyError: no boundary
-        raise invalid(None, "the form cannot be read: it is damaged, or holds a file", "invalid_form") from error
+        message = "the form cannot be read: it is damaged, not UTF-8, or holds a file"
+        raise invalid(None, message, "invalid_form") from error
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields:

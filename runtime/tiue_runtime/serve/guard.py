@@ -139,7 +139,8 @@ class Inner:
         else:
             foreign = origin.lower() not in self._origins and _netloc(origin) != headers["host"].lower()
         if foreign:
-            message = f"origin: pages of {shorten(origin)} may not draw; the operator can allow them: --allow-origin"
+            shown = shorten(origin or "others")
+            message = f"origin: pages of {shown} may not draw; the operator can allow them: --allow-origin"
             raise ApiError(403, message, code="origin_not_allowed")
 
     def _check_key(self, headers: Headers) -> None:
