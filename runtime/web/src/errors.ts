@@ -88,6 +88,12 @@ export function isOutOfMemory(error: unknown): boolean {
   return error instanceof OutOfMemoryError || EXHAUSTED.some((phrase) => said.includes(phrase));
 }
 
+/** Return an OutOfMemoryError in place of an allocation of JavaScript that failed, and any other error as it is. */
+export function asOutOfMemory(error: unknown, message: string): unknown {
+  const failed = !(error instanceof TiueError) && isOutOfMemory(error);
+  return failed ? new OutOfMemoryError(message, { cause: error }) : error;
+}
+
 /** Return the first line of an error's message, for a message of ours. */
 export function firstLine(error: unknown): string {
   const said = error instanceof Error ? error.message : String(error);
@@ -120,7 +126,7 @@ function shown(value: unknown): string {
   try {
     return JSON.stringify(value) ?? String(value);
   } catch {
-    return `a ${typeof value} that cannot be shown`;
+    return "a value that cannot be shown";
   }
 }
 

@@ -11,6 +11,8 @@ export type Mode = (typeof MODES)[number];
 export const MEMORY = ["auto", "low", ...MODES] as const;
 export type Memory = (typeof MEMORY)[number];
 
+export const MOST_THREADS = 4096; // of a graph, as in Python
+
 export const DEVICES = ["auto", "webgpu", "wasm", "cpu", "cuda"] as const;
 export type DeviceName = (typeof DEVICES)[number];
 export type Device = Exclude<DeviceName, "auto">;
@@ -130,7 +132,7 @@ function wrong(kind: Kind, value: unknown): string | null {
     return typeof value === "string" && kind.includes(value) ? null : `one of ${kind.join(", ")}`;
   }
   const fits: Record<typeof kind, [boolean, string]> = {
-    integer: [Number.isSafeInteger(value), "an integer"],
+    integer: [Number.isInteger(value), "an integer"],
     boolean: [typeof value === "boolean", "true or false"],
     function: [typeof value === "function", "a function"],
     string: [typeof value === "string", "a string"],

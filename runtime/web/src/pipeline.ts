@@ -6,6 +6,7 @@ import { VERSION } from "./generated/version.js";
 import {
   checkLoadOptions,
   checkRequestOptions,
+  MOST_THREADS,
   type Device,
   type LoadOptions,
   type Mode,
@@ -74,13 +75,19 @@ export const Pipeline = {
     if ((typeof bundle !== "string" && !(bundle instanceof URL)) || bundle === "") {
       throw new RequestError("bundle: expected the path or the URL of a bundle's directory");
     }
-    if (checked.threads !== undefined && checked.threads < 1) {
-      throw new RequestError(`threads: expected at least 1, got ${checked.threads}`);
+    const { threads = 1, onWarning = warnOnConsole, signal } = checked;
+    if (threads < 1 || threads > MOST_THREADS) {
+      throw new RequestError(`threads: expected an integer from 1 to ${MOST_THREADS}, got ${threads}`);
     }
-    const engine = await openEngine(String(bundle), checked);
-    return callable(new Loaded(engine, checked));
+    if (signal?.aborted) throw new Cancelled("cancelled before it began", { cause: signal.reason });
+    const heard = { ...checked, onWarning };
+    return callable(new Loaded(await openEngine(String(bundle), heard), heard));
   },
 };
+
+function warnOnConsole(message: string): void {
+  console.warn(`tiue-runtime: ${message}`);
+}
 
 function callable(loaded: Loaded): Pipeline {
   const { manifest, device, variant, vae, threads } = loaded.engine.info;
@@ -101,13 +108,13 @@ class Loaded {
 
   constructor(
     readonly engine: Engine,
-    readonly options: LoadOptions,
+    readonly options: LoadOptions & { onWarning: (message: string) => void },
   ) {
     const { manifest } = engine.info;
     this.#vocabulary = new Vocabulary(manifest.prompts);
     this.#sizes = new Set(madeFor(manifest));
     if (Object.values(manifest.variants).some((graphs) => "safety_checker" in graphs)) {
-      this.#warn(
+      options.onWarning(
         `bundle ${manifest.name} has a safety checker, which this version of tiue-runtime does not run: ` +
           "pictures are not checked",
       );
@@ -125,7 +132,7 @@ class Loaded {
     const warnings: string[] = [];
     const warn = (message: string): void => {
       warnings.push(message);
-      this.#warn(message);
+      this.options.onWarning(message);
     };
     for (const one of request.prompts) {
       const complaint = this.#vocabulary.complaint(one);
@@ -220,11 +227,6 @@ class Loaded {
       return new Picture(width, height, data, record);
     });
     return Promise.all(pictures);
-  }
-
-  #warn(message: string): void {
-    if (this.options.onWarning) this.options.onWarning(message);
-    else console.warn(`tiue-runtime: ${message}`);
   }
 }
 

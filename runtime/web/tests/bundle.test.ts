@@ -182,7 +182,9 @@ test("refuses devices, variants and image decoders that are not there", async ()
     { provider: 1 } as unknown as LoadOptions,
     RequestError,
   );
-  await refused(/^threads: expected at least 1, got 0/, { threads: 0 }, RequestError);
+  for (const threads of [0, 4097]) {
+    await refused(/^threads: expected an integer from 1 to 4096, got \d+$/, { threads }, RequestError);
+  }
 });
 
 test("external data is found in graphs, and must be listed", async () => {

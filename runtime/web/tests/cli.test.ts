@@ -1,7 +1,7 @@
 /** The command line, as it is built: exit codes and messages. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdtemp, readdir, readFile, rm } from "node:fs/promises";
+import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, test } from "vitest";
@@ -11,6 +11,7 @@ const MAIN = join(PACKAGE, "dist/src/cli/main.js");
 let folder: string;
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), "tiue-"));
+  await writeFile(join(folder, "file"), "");
 });
 afterAll(() => rm(folder, { recursive: true }));
 
@@ -82,6 +83,13 @@ const MISTAKES: [string[], RegExp][] = [
   [
     ["generate", "a", "-o", "no/such/a.png", "--bundle", TINY],
     /^--out: cannot write no\/such\/a\.png: No such file or directory$/,
+  ],
+  [["generate", "a", "-o", "file/a.png", "--bundle", TINY], /^--out: cannot write file\/a\.png: Not a directory$/],
+  [["generate", "a", "-o", `${"a".repeat(300)}.png`, "--bundle", TINY], /^--out: cannot write a+\.*: Name too long$/],
+  [["generate", "a", "--bundle", "http://127.0.0.1:9/"], /bundle\.json: cannot be fetched: bad port$/],
+  [
+    ["generate", "a", "--num-images", "9".repeat(20), "--bundle", TINY],
+    /^--num-images: expected an integer from 1 to 1048576, got 1/,
   ],
   [
     ["generate", "a", "--timeout", "-1", "--bundle", TINY],

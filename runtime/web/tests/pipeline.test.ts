@@ -2,10 +2,11 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { join } from "node:path";
-import { afterAll, beforeAll, test } from "vitest";
+import { afterAll, beforeAll, test, vi } from "vitest";
 import { inflateSync } from "node:zlib";
 import {
   Cancelled,
+  OutOfMemoryError,
   Pipeline,
   RequestError,
   type DeviceName,
@@ -125,6 +126,22 @@ test("progress never falls and ends at 1", async () => {
   assert.equal(seen.at(-1)?.[1], 1);
 });
 
+test("Node has no ImageData, and the error says what to take", async () => {
+  const { images } = await pipe("a red heart", { seed: 1 });
+  assert.throws(() => images[0]?.toImageData(), /^DeviceError: only browsers have ImageData: take .* or png\(\)$/);
+});
+
+test("warnings go to the console unless somebody hears them", async () => {
+  const warn = vi.spyOn(console, "warn").mockImplementation(() => undefined);
+  const loaded = await Pipeline.load(TINY);
+  await loaded("zebras");
+  await loaded.dispose();
+  const said = warn.mock.calls.map(([message]) => String(message));
+  warn.mockRestore();
+  assert.equal(said.length, 1);
+  assert.match(said[0] ?? "", /^tiue-runtime: .*zebras/);
+});
+
 test("a PNG file holds the pixels", async () => {
   const { images } = await pipe("a red heart", { seed: 1 });
   const [image] = images;
@@ -195,6 +212,29 @@ test("a signal cancels at once, and later calls work", async () => {
   await assert.rejects(call, (error) => error instanceof Cancelled && (error.cause as Error).message === "enough");
   await assert.rejects(pipe("a red heart", { signal: controller.signal }), Cancelled);
   assert.equal((await pipe("a red heart", { seed: 1 })).images.length, 1);
+});
+
+test("loading is cancelled before and between graphs", async () => {
+  await assert.rejects(Pipeline.load(TINY, { ...QUIET, signal: AbortSignal.abort("enough") }), Cancelled);
+  const controller = new AbortController();
+  const loading = Pipeline.load(TINY, { ...QUIET, signal: controller.signal });
+  controller.abort();
+  await assert.rejects(loading, /^Cancelled: cancelled while the bundle was loaded$/);
+});
+
+test("many pictures can be cancelled while their noise is drawn", async () => {
+  const signal = AbortSignal.timeout(50);
+  const begun = performance.now();
+  await assert.rejects(pipe("a red heart", { numImages: 2 ** 20, signal }), Cancelled);
+  await pipe("a red heart"); // It waits for the request before it.
+  assert.ok(performance.now() - begun < 10_000);
+});
+
+test("pictures that no memory holds are an error of that kind", async () => {
+  await assert.rejects(pipe("a red heart", { height: 2 ** 20, width: 2 ** 20 }), (error) => {
+    assert.ok(error instanceof OutOfMemoryError, String(error));
+    return error.message === "the request does not fit into memory: ask for fewer or smaller pictures";
+  });
 });
 
 test("a signal in onProgress stops the request between graphs", async () => {

@@ -38,7 +38,7 @@ export class WebSource implements Source {
     try {
       response = await this.#fetch(url, { cache: "no-cache" });
     } catch (error) {
-      const kept = error instanceof Offline ? await this.#store?.manifest(this.where) : null;
+      const kept = error instanceof Offline ? await this.#store?.manifest(this.where).catch(() => null) : null;
       if (!kept) throw error;
       return kept as Bytes;
     }
@@ -63,21 +63,20 @@ export class WebSource implements Source {
 
   async read(name: string, info: FileInfo): Promise<Bytes> {
     const data = new Uint8Array(info.size);
-    let at = (await this.#store?.read(info, data)) ?? 0;
+    let at = await this.#readKept(name, info, data);
     if (at === info.size) {
       if ((await sha256(data)) === info.sha256) return this.#done(name, info, data);
-      this.#warn(`${name}: the copy that this browser kept is damaged; it is downloaded again`);
-      await this.#store?.remove(info.sha256);
+      await this.#removeDamaged(name, info);
       at = 0;
     }
     const pieces = await this.#download(name, info, data, at);
     if ((await sha256(data)) === info.sha256) return this.#done(name, info, data);
-    await this.#store?.remove(info.sha256);
+    await this.#remove(info);
     // One of several pieces may be of another version of the file. So fetch it whole.
     if (pieces > 1) {
       await this.#download(name, info, data, 0);
       if ((await sha256(data)) === info.sha256) return this.#done(name, info, data);
-      await this.#store?.remove(info.sha256);
+      await this.#remove(info);
     }
     throw new BundleError(`${this.where}: content differs from ${MANIFEST}: ${clip(name)}. ${REMEDY}`);
   }
@@ -92,9 +91,33 @@ export class WebSource implements Source {
     try {
       const older = await this.#store.manifest(this.where);
       await this.#store.keepManifest(this.where, this.#manifest);
-      const files = older ? (JSON.parse(new TextDecoder().decode(older)) as Manifest).files : {};
-      const needed = new Set(Object.values(manifest.files).map((info) => info.sha256));
-      for (const info of Object.values(files)) if (!needed.has(info.sha256)) await this.#store.remove(info.sha256);
+      const needed = hashesOf(manifest);
+      for (const sha256 of older ? hashesOf(parsed(older)) : []) {
+        if (!needed.has(sha256)) await this.#store.remove(sha256);
+      }
+    } catch (error) {
+      this.#storeFailed(error);
+    }
+  }
+
+  /** Copy what the browser has of a file. Returns the number of bytes from its beginning. */
+  async #readKept(name: string, info: FileInfo, data: Bytes): Promise<number> {
+    try {
+      return (await this.#store?.read(info, data)) ?? 0;
+    } catch {
+      await this.#removeDamaged(name, info);
+      return 0;
+    }
+  }
+
+  async #removeDamaged(name: string, info: FileInfo): Promise<void> {
+    this.#warn(`${name}: the copy that this browser kept is damaged; it is downloaded again`);
+    await this.#remove(info);
+  }
+
+  async #remove({ sha256 }: FileInfo): Promise<void> {
+    try {
+      await this.#store?.remove(sha256);
     } catch (error) {
       this.#storeFailed(error);
     }
@@ -148,7 +171,7 @@ export class WebSource implements Source {
       throw error;
     }
     if (response.status >= 500) throw new Broken(from, `the server answered ${response.status}`, undefined);
-    if (response.status === 416) return this.#receive(name, url, info, data, 0);
+    if (response.status === 416 && from > 0) return this.#receive(name, url, info, data, 0);
     if (!response.ok || !response.body) throw new BundleError(`${url}: the server answered ${response.status}`);
     const range = response.headers.get("Content-Range");
     const goesOn = response.status === 206 && (range === null || range.startsWith(`bytes ${from}-`));
@@ -161,7 +184,7 @@ export class WebSource implements Source {
         part = await reader.read();
       } catch (error) {
         this.#stopIfAborted(error);
-        throw new Broken(at, firstLine(error), error);
+        throw new Broken(at, reasonOf(error), error);
       }
       if (part.done) break;
       if (at + part.value.length > info.size) {
@@ -210,7 +233,7 @@ export class WebSource implements Source {
       return await fetching();
     } catch (error) {
       this.#stopIfAborted(error);
-      throw new Offline(url, firstLine(error), error);
+      throw new Offline(url, reasonOf(error), error);
     }
   }
 
@@ -234,6 +257,25 @@ export class WebSource implements Source {
 
   #warn(message: string): void {
     this.options.onWarning?.(message);
+  }
+}
+
+/** Say why fetch failed. In Node, the error itself says only that it did. */
+function reasonOf(error: unknown): string {
+  const { message, code } = ((error as Error).cause ?? {}) as { message?: string; code?: string };
+  return firstLine(message || code || error);
+}
+
+/** Return the sha256 of each file of a manifest. A kept one may be damaged. */
+function hashesOf(manifest: Manifest | null): Set<string> {
+  return new Set(Object.values(manifest?.files ?? {}).map(({ sha256 }) => sha256));
+}
+
+function parsed(manifest: Uint8Array): Manifest | null {
+  try {
+    return JSON.parse(new TextDecoder().decode(manifest)) as Manifest;
+  } catch {
+    return null;
   }
 }
 

@@ -152,7 +152,7 @@ function convert(name: string, kind: Kind, value: string | boolean): unknown {
     new RequestError(`${name}: expected ${expected}, got ${shorten(value)}`);
   if (kind === "seconds") {
     const seconds = Number(value);
-    if (!(seconds > 0 && seconds < 1e6)) throw wrong("a number of seconds above 0");
+    if (!(seconds > 0 && seconds < Infinity)) throw wrong("a number of seconds above 0");
     return seconds;
   }
   if (!/^[+-]?\d{1,40}$/.test(value)) throw wrong("an integer");

@@ -1,12 +1,14 @@
 /** The command `generate`: pictures of a prompt in files. */
-import { constants, existsSync, statSync } from "node:fs";
-import { access, rename, rm, writeFile } from "node:fs/promises";
-import { dirname, extname } from "node:path";
-import { Cancelled, clip, RequestError } from "../errors.js";
+import { existsSync, statSync } from "node:fs";
+import { rename, rm, writeFile } from "node:fs/promises";
+import { extname } from "node:path";
+import { getSystemErrorMap } from "node:util";
+import { Cancelled, clip, firstLine, RequestError } from "../errors.js";
 import { Pipeline } from "../pipeline.js";
 import type { Arguments } from "./flags.js";
 
 const LONGEST_NAME = 60; // characters of a prompt in a file name
+const LONGEST_WAIT = 2 ** 31 - 1; // milliseconds that Node can wait
 const SHOWN = 300; // characters of a path in a message
 
 /** Run the command. Throws errors of the pipeline, and of the file system. */
@@ -16,9 +18,10 @@ export async function generate(
   say: (text: string) => void,
   onWarning: (message: string) => void,
 ): Promise<void> {
-  if (given.out !== undefined) await checkPicturePath(given.out);
+  await checkPicturePath(given.out ?? "picture.png"); // before time is spent on a picture
   const pipe = await Pipeline.load(given.bundle, { ...given.loading, onWarning, signal });
-  const late = given.timeout === undefined ? null : AbortSignal.timeout(Math.ceil(given.timeout * 1000));
+  const late =
+    given.timeout === undefined ? null : AbortSignal.timeout(Math.min(Math.ceil(given.timeout * 1000), LONGEST_WAIT));
   let result;
   try {
     result = await pipe(given.prompt, { ...given.request, signal: late ? AbortSignal.any([signal, late]) : signal });
@@ -52,16 +55,17 @@ async function checkPicturePath(path: string): Promise<void> {
     throw new RequestError(`out: expected a file name, but ${shown} is a directory`);
   }
   try {
-    await access(dirname(path), constants.W_OK);
+    await writeFile(partOf(path), "");
+    await rm(partOf(path));
   } catch (error) {
-    const missing = (error as NodeJS.ErrnoException).code === "ENOENT";
-    throw new RequestError(
-      `out: cannot write ${shown}: ${missing ? "No such file or directory" : "Permission denied"}`,
-      {
-        cause: error,
-      },
-    );
+    throw cannotWrite(path, error);
   }
+}
+
+function cannotWrite(path: string, error: unknown): RequestError {
+  const [, known] = getSystemErrorMap().get((error as NodeJS.ErrnoException).errno ?? 0) ?? [];
+  const problem = known ? known.charAt(0).toUpperCase() + known.slice(1) : firstLine(error);
+  return new RequestError(`out: cannot write ${clip(path, SHOWN)}: ${problem}`, { cause: error });
 }
 
 /** Name the files of several pictures: heart.png for one, heart-1.png, heart-2.png and so on for more. */
@@ -85,14 +89,18 @@ function newName(prompt: string, seed: bigint, count: number): string {
   }
 }
 
-/** Write a file whole or not at all. */
+/** Write a file whole or not at all. Throws RequestError if that fails. */
 async function replaceFile(path: string, data: Uint8Array): Promise<void> {
-  const temporary = `${path}.${process.pid}.part`;
   try {
-    await writeFile(temporary, data);
-    await rename(temporary, path);
+    await writeFile(partOf(path), data);
+    await rename(partOf(path), path);
   } catch (error) {
-    await rm(temporary, { force: true });
-    throw error;
+    await rm(partOf(path), { force: true }).catch(() => undefined);
+    throw cannotWrite(path, error);
   }
+}
+
+/** Name the temporary file beside a file. */
+function partOf(path: string): string {
+  return `${path}.${process.pid}.part`;
 }

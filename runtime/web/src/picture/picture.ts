@@ -1,4 +1,5 @@
 /** A picture with its record. It looks like ImageData, so that it works in every environment. */
+import { DeviceError } from "../errors.js";
 import { encodePng } from "./png.js";
 import type { Record } from "./record.js";
 
@@ -19,8 +20,11 @@ export class Picture {
     readonly record: Record | null = null,
   ) {}
 
-  /** Return the pixels as ImageData, for a canvas. Browsers and their workers have it. */
+  /** Return the pixels as ImageData, for a canvas. Browsers and their workers have it. Throws DeviceError elsewhere. */
   toImageData(): ImageData {
+    if (!("ImageData" in globalThis)) {
+      throw new DeviceError("only browsers have ImageData: take width, height and data of the picture, or png()");
+    }
     return new ImageData(this.data, this.width, this.height);
   }
 

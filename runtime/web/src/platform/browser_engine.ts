@@ -12,7 +12,11 @@ const MOST_THREADS = 4; // unless the caller asks for more
 /** Load a bundle. Throws as LocalEngine.load. */
 export async function openHere(url: string, options: LoadOptions): Promise<Engine> {
   subtleCrypto(); // an early error, before anything is fetched
-  const source = new WebSource(url, options, options.cache === false ? null : await Store.open());
+  const store = options.cache === false ? null : await Store.open();
+  if (!store && options.cache !== false) {
+    options.onWarning?.("this browser keeps no files for this page; the model is downloaded again next time");
+  }
+  const source = new WebSource(url, options, store);
   return LocalEngine.load(source, await openRuntime(options), options);
 }
 

@@ -5,15 +5,17 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { FileInfo, Source } from "../bundle/files.js";
 import { MANIFEST, REMEDY, type Manifest } from "../bundle/manifest.js";
+import { directoryUrl } from "../bundle/url.js";
 import { WebSource } from "../bundle/web_source.js";
-import { BundleError, DeviceError, clip, firstLine } from "../errors.js";
+import { BundleError, DeviceError, RequestError, clip, firstLine } from "../errors.js";
 import type { Device, LoadOptions } from "../options.js";
 import { LocalEngine, type Engine } from "../sampling/engine.js";
 import { probe, type Runtime } from "../sampling/runtime.js";
 
 /** Load a bundle into this process. */
 export async function openEngine(bundle: string, options: LoadOptions): Promise<Engine> {
-  const source = /^https?:/i.test(bundle) ? new WebSource(bundle, options, null) : new Directory(bundle);
+  const remote = /^https?:/i.test(bundle);
+  const source = remote ? new WebSource(directoryUrl(bundle), options, null) : new Directory(bundle);
   return LocalEngine.load(source, await openRuntime(options), options);
 }
 
@@ -22,7 +24,13 @@ class Directory implements Source {
   readonly where: string;
 
   constructor(path: string) {
-    this.where = path.startsWith("file:") ? fileURLToPath(path) : path;
+    try {
+      this.where = path.startsWith("file:") ? fileURLToPath(path) : path;
+    } catch (error) {
+      throw new RequestError(`bundle: expected the path of a directory, got '${clip(path)}': ${firstLine(error)}`, {
+        cause: error,
+      });
+    }
   }
 
   async manifest(): Promise<Uint8Array> {

@@ -7,7 +7,7 @@
  */
 import { Bundle, type Source } from "../bundle/files.js";
 import { TEXT_ENCODER, TOKENIZER, UNET_DECODER, UNET_ENCODER, vaeGraphs, type Manifest } from "../bundle/manifest.js";
-import { Cancelled, clip, RequestError } from "../errors.js";
+import { asOutOfMemory, Cancelled, clip, RequestError } from "../errors.js";
 import { gaussian } from "../noise.js";
 import type { Device, LoadOptions, Mode } from "../options.js";
 import { toLevel } from "../picture/picture.js";
@@ -80,15 +80,16 @@ export class LocalEngine implements Engine {
     const graphFiles = manifest.variants[variant] ?? {};
     const needed = [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, vaeGraph].flatMap((graph) => graphFiles[graph] ?? []);
     bundle.expect([TOKENIZER, ...needed]);
-    const tokenizer = new PromptTokenizer(await bundle.read(TOKENIZER), manifest.text_length);
     const graphs = new Graphs(bundle, runtime, variant, vaeGraph);
+    let tokenizer: PromptTokenizer;
     try {
-      if (options.memory !== "low") await graphs.load();
+      tokenizer = new PromptTokenizer(await bundle.read(TOKENIZER), manifest.text_length);
+      if (options.memory !== "low") await graphs.load(options.signal);
       else if (source.complete) for (const file of needed) await bundle.graph(file, false); // fetch them now
       await source.complete?.(manifest);
     } catch (error) {
       await graphs.free();
-      throw error;
+      throw asOutOfMemory(error, `the files of bundle ${manifest.name} do not fit into memory`);
     }
     const info: EngineInfo = {
       where: source.where,
@@ -116,11 +117,14 @@ export class LocalEngine implements Engine {
   }
 }
 
+const BUSY = 20; // milliseconds after which messages get a chance
+
 /** One request while it runs. */
 class Sampling {
   readonly #begun = performance.now();
   readonly #timings: { [stage: string]: number } = {};
   readonly #low: boolean;
+  #gaveWay = performance.now();
 
   constructor(
     readonly engine: LocalEngine,
@@ -135,11 +139,12 @@ class Sampling {
     const { request, engine } = this;
     const [count, channels, height, width] = request.shape;
     try {
-      const noise = new Float32Array(count * channels * height * width);
-      request.seeds.forEach((seed, i) => {
-        this.#check("before the noise was drawn");
-        noise.set(gaussian(seed, channels * height * width), i * channels * height * width);
-      });
+      const size = channels * height * width;
+      const noise = new Float32Array(count * size);
+      for (const [i, seed] of request.seeds.entries()) {
+        noise.set(gaussian(seed, size), i * size);
+        await this.#giveWay("while the noise was drawn");
+      }
       const { ort } = engine.graphs.runtime;
       const text = await this.#encode();
       const z_T = new ort.Tensor("float32", noise, request.shape);
@@ -165,6 +170,8 @@ class Sampling {
       );
       const pixels = await this.#decode(latents);
       return { pixels, latents, mode, timings: this.#timings };
+    } catch (error) {
+      throw asOutOfMemory(error, "the request does not fit into memory: ask for fewer or smaller pictures");
     } finally {
       if (this.#low) await engine.graphs.free();
     }
@@ -222,10 +229,17 @@ class Sampling {
     const begun = performance.now();
     const outputs = await this.engine.graphs.run(stage, values, this.#low);
     this.#timings[stage] = (this.#timings[stage] ?? 0) + (performance.now() - begun) / 1000;
-    // ONNX Runtime for WebAssembly does not give way to other tasks. Messages and signals arrive between graphs.
-    await new Promise((resolve) => setTimeout(resolve));
-    this.#check(`after ${stage} ran`);
+    await this.#giveWay(`after ${stage} ran`);
     return outputs;
+  }
+
+  /** Let messages and signals arrive, unless they just could. ONNX Runtime for WebAssembly does not give way to them. */
+  async #giveWay(when: string): Promise<void> {
+    if (performance.now() - this.#gaveWay > BUSY) {
+      await new Promise((resolve) => setTimeout(resolve));
+      this.#gaveWay = performance.now();
+    }
+    this.#check(when);
   }
 
   #check(when: string): void {

@@ -2,7 +2,7 @@
 import type * as Ort from "onnxruntime-common";
 import type { Bundle } from "../bundle/files.js";
 import { TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER } from "../bundle/manifest.js";
-import { BundleError, firstLine, InferenceError, isOutOfMemory, OutOfMemoryError } from "../errors.js";
+import { BundleError, Cancelled, firstLine, InferenceError, isOutOfMemory, OutOfMemoryError } from "../errors.js";
 import type { Stage } from "../progress.js";
 import { createSession, type Runtime } from "./runtime.js";
 
@@ -19,9 +19,12 @@ export class Graphs {
     readonly vaeGraph: string,
   ) {}
 
-  /** Load all graphs, one after another, so that no two of them are in the making at once. */
-  async load(): Promise<void> {
-    for (const name of [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, this.vaeGraph]) await this.#session(name);
+  /** Load all graphs, one after another, so that no two of them are in the making at once. Throws Cancelled. */
+  async load(signal: AbortSignal | undefined): Promise<void> {
+    for (const name of [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, this.vaeGraph]) {
+      await this.#session(name);
+      if (signal?.aborted) throw new Cancelled("cancelled while the bundle was loaded", { cause: signal.reason });
+    }
   }
 
   /** Free graphs: all of them, or all but one. */

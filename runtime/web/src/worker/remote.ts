@@ -53,13 +53,20 @@ export class RemoteEngine implements Engine {
         const problem = event.message || "its file cannot be fetched or read; pass workerUrl";
         fail(new DeviceError(`the worker cannot be started: ${problem}`));
       };
-      worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
+      const receive = (data: FromWorker): void => {
         if (data.type === "loading") options.onProgress?.(data.progress);
         else if (data.type === "warning") options.onWarning?.(data.message);
         else if (data.type === "failed") fail(fromSent(data.error));
         else if (data.type === "loaded") {
           signal?.removeEventListener("abort", abort);
           resolve(new RemoteEngine(worker, data.info, options.onWarning));
+        }
+      };
+      worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
+        try {
+          receive(data);
+        } catch (error) {
+          fail(error as Error); // of onProgress or onWarning: the caller gets it
         }
       };
       if (signal?.aborted) return abort();

@@ -1,4 +1,7 @@
-/** What a picture of the default model costs in Chromium and in Node. Run by hand: npm run measure */
+/**
+ * What a picture of the default model costs in Chromium and in Node. Run by hand: npm run measure, or
+ * npm run measure -- wasm-1 node-2 for some cases. All cases but webgpu, which takes minutes, run without a name.
+ */
 import { readFileSync } from "node:fs";
 import { cpus } from "node:os";
 import type { Browser } from "playwright-core";
@@ -99,15 +102,23 @@ async function inNode(threads: number, device: "cpu" | "wasm"): Promise<void> {
   );
 }
 
-console.log(`${cpus().length} x ${cpus()[0]?.model ?? ""}`);
-if (process.argv.includes("--webgpu")) {
-  await inChromium({ device: "webgpu" }, SWIFTSHADER);
-} else {
-  await inChromium({ device: "wasm", threads: 1 });
-  await inChromium({ device: "wasm", threads: 2 });
-  await inChromium({ device: "wasm", threads: 1, memory: "low" });
-  await inNode(1, "cpu");
-  await inNode(2, "cpu");
-  await inNode(1, "wasm");
+const CASES: { [name: string]: () => Promise<void> } = {
+  "wasm-1": () => inChromium({ device: "wasm", threads: 1 }),
+  "wasm-2": () => inChromium({ device: "wasm", threads: 2 }),
+  "wasm-low": () => inChromium({ device: "wasm", threads: 1, memory: "low" }),
+  "node-1": () => inNode(1, "cpu"),
+  "node-2": () => inNode(2, "cpu"),
+  "node-wasm": () => inNode(1, "wasm"),
+  webgpu: () => inChromium({ device: "webgpu" }, SWIFTSHADER),
+};
+
+const asked = process.argv.slice(2);
+const unknown = asked.filter((name) => !(name in CASES));
+if (unknown.length > 0) {
+  console.error(`expected some of ${Object.keys(CASES).join(", ")}, got ${unknown.join(", ")}`);
+  process.exit(2);
 }
+console.log(`${cpus().length} x ${cpus()[0]?.model ?? ""}`);
+for (const name of asked.length > 0 ? asked : Object.keys(CASES).filter((one) => one !== "webgpu"))
+  await CASES[name]?.();
 process.exit();
