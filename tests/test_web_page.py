@@ -1,6 +1,7 @@
 """The page in examples/web, in a browser: it draws, also without a network, on screens of all kinds."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "examples" / "web" / "build.mjs"
+FILES = json.loads((ROOT / "models" / "emoji" / "tiue_emoji" / "bundle.json").read_text())["files"]
+SIZE = f"{round(sum(file['size'] for file in FILES.values()) / 1e6)} MB"
 PATIENCE = 120_000  # milliseconds
 
 pytestmark = [
@@ -90,12 +93,14 @@ def colors(page):
 
 def test_it_draws_isolated_and_then_without_a_network(site, visit, tmp_path):
     with served(site) as url:
-        page = visit(url)
-        page.get_by_text("51 MB").wait_for()
+        page = visit(url, viewport={"width": 640, "height": 990})
+        page.get_by_text(SIZE).wait_for()
         get_the_model(page)
         assert page.evaluate("crossOriginIsolated")
         draw(page, "a red heart")
         assert len(colors(page)) == 4 and min(colors(page)) > 20
+        if picture := os.environ.get("SCREENSHOT"):
+            page.screenshot(path=picture, full_page=True)
         with page.expect_download() as download:
             page.get_by_role("button", name="Save picture 1").click()
         download.value.save_as(tmp_path / "heart.png")
@@ -143,7 +148,7 @@ def test_everyone_can_use_it(site, visit, scheme, width):
     """axe-core finds nothing, and nothing is wider than the screen, before and after drawing."""
     with served(site) as url:
         page = visit(url, color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce")
-        page.get_by_text("51 MB").wait_for()
+        page.get_by_text(SIZE).wait_for()
         check_accessibility(page)
         get_the_model(page)
         draw(page, "a red heart")
