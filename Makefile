@@ -4,7 +4,7 @@ FULL := .venv
 LIGHT := .venv-runtime
 WEB := runtime/web
 
-.PHONY: setup demo dist test test-full test-runtime test-web test-browser lint docs fuzz emoji check clean
+.PHONY: setup demo dist test test-full test-runtime test-web test-browser lint docs fuzz emoji quality check clean
 
 setup: $(FULL)/ready $(LIGHT)/ready
 
@@ -73,6 +73,10 @@ fuzz: $(FULL)/ready
 	$(FULL)/bin/python tests/fuzzer.py --cases 20000 --seed 1
 
 check: lint docs test
+
+# The paper's comparison, on what `make emoji` made. It takes days on 2 cores. Stopped and begun again, it goes on.
+quality: $(FULL)/ready
+	$(FULL)/bin/python -m recipes.quality --preset cpu --source runs/emoji --out runs/quality
 
 # Makes a model from scratch. The teacher alone takes about five hours on 2 cores with AVX-512 and bfloat16.
 # Stopped and begun again, it goes on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,12 @@ class EvaluationConfig:
 
 
 def evaluate(
-    painter: Painter, prompts: Sequence[str], reference: Reference, config: EvaluationConfig, save: Path | None = None
+    painter: Painter,
+    prompts: Sequence[str],
+    reference: Reference,
+    config: EvaluationConfig,
+    save: Path | None = None,
+    real: Mapping[str, Embeddings] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a painter.
 
@@ -71,6 +76,7 @@ def evaluate(
         reference: pictures to compare with.
         config: the settings.
         save: a folder for the pictures, as PROMPT-SEED.png with the prompt's number.
+        real: features of the reference by kind of network, if they are known: see `reference_features`.
 
     Returns:
         The report, made of what JSON can hold: "features" has the figures by kind of network.
@@ -88,11 +94,16 @@ def evaluate(
         "features": {},
     }
     for extractor in extractors:
-        real = _features(reference, extractor)
+        known = real[extractor.name] if real else _features(reference, extractor)
         report["features"][extractor.name] = _figures(
-            extractor, real, made[extractor.name], prompt, asked, config.samples
+            extractor, known, made[extractor.name], prompt, asked, config.samples
         )
     return report
+
+
+def reference_features(reference: Reference, config: EvaluationConfig) -> dict[str, Embeddings]:
+    """Compute the features of a reference by every network of the settings, for several calls of `evaluate`."""
+    return {one.name: _features(reference, one) for one in load_extractors(config.features, _device())}
 
 
 def _made(

@@ -83,14 +83,22 @@ def compare(real: Embeddings, made: Embeddings, prompt: NDArray[np.int64], sampl
 
 
 def retrieve(extractor: Extractor, made: Embeddings, prompt: NDArray[np.int64], asked: Asked, samples: int) -> Figures:
-    """Measure how often the text nearest to a picture is the one that was asked for (top 1), or one of five (top 5)."""
+    """Measure how well pictures show what was asked.
+
+    Returns:
+        "top 1" and "top 5", how often the text nearest to a picture is the one that was asked for, or one of five; and
+        "text score", the mean cosine of a picture and its own prompt.
+    """
     texts = extractor.texts([text for texts in asked.candidates for text in texts])
     owner = np.repeat(np.arange(len(asked.candidates)), [len(texts) for texts in asked.candidates])
     totals = np.zeros((len(asked.candidates), texts.shape[1]))
     np.add.at(totals, owner, metrics.unit(texts))  # a mean over captions; its length does not matter
     ranks = metrics.rank_of_asked(made, totals, asked.asked[prompt])
+    own = metrics.unit(extractor.texts(asked.prompts))[prompt]
+    values = {"top 1": ranks < 1, "top 5": ranks < 5, "text score": (metrics.unit(made) * own).sum(axis=1)}
     return {
-        f"top {k}": bootstrap(_mean, (ranks < k).astype(np.float64), groups=(prompt,), samples=samples) for k in (1, 5)
+        name: bootstrap(_mean, value.astype(np.float64), groups=(prompt,), samples=samples)
+        for name, value in values.items()
     }
 
 

@@ -22,7 +22,7 @@ Features = NDArray[np.floating]
 
 NEIGHBORS = 5  # k of precision, recall, density and coverage, as in their papers
 SAMPLES = 200  # of a bootstrap
-_ROWS = 1000  # of a kernel's matrix that are computed at once
+_ROWS = 1000  # of a matrix of pairs that are computed at once
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,13 @@ def rank_of_asked(image: Features, text: Features, asked: NDArray[np.integer]) -
     Returns:
         Ranks (n,): 0 where the asked concept is found first.
     """
-    cosines = unit(image) @ unit(text).T
-    return (cosines > cosines[np.arange(len(image)), asked][:, None]).sum(axis=1)
+    pictures, texts = unit(image), unit(text)
+    ranks = []
+    for start in range(0, len(pictures), _ROWS):  # 30,000 pictures and as many texts would take 7 GB at once.
+        part = slice(start, start + _ROWS)
+        cosines = pictures[part] @ texts.T
+        ranks.append((cosines > cosines[np.arange(len(cosines)), asked[part]][:, None]).sum(axis=1))
+    return np.concatenate(ranks)
 
 
 def diversity(made: Features, prompt: NDArray[np.integer]) -> NDArray[np.float64]:

@@ -56,7 +56,7 @@ def student_painter(path: Path, device: torch.device, steps: int | None = None) 
     def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         return model(noise, text)
 
-    return _torch_painter(student.components, device, sample)
+    return torch_painter(student.components, device, sample)
 
 
 def pipeline_painter(
@@ -89,7 +89,7 @@ def pipeline_painter(
             z = a * z + b * predicted
         return z
 
-    return _torch_painter(components, device, sample)
+    return torch_painter(components, device, sample)
 
 
 def _few_steps_painter(components: Components, device: torch.device, steps: int, guidance: float) -> Painter:
@@ -98,10 +98,10 @@ def _few_steps_painter(components: Components, device: torch.device, steps: int,
     def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         return sample_few_steps(unet, components.scheduler_config, noise, text, steps, seeds, guidance)
 
-    return _torch_painter(components, device, sample)
+    return torch_painter(components, device, sample)
 
 
-def _torch_painter(
+def torch_painter(
     components: Components,
     device: torch.device,
     sample: Callable[[torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor],

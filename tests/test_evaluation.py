@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import inception, metrics
+from evaluation import figures, inception, metrics
 
 RANDOM = np.random.default_rng(0)
 
@@ -197,3 +197,23 @@ def test_node_is_asked_for_when_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", missing)
     with pytest.raises(ValueError, match="needs Node"):
         inception.load_inception(tmp_path)
+
+
+def test_ranks_do_not_depend_on_how_many_pictures_are_compared_at_once(monkeypatch):
+    random = np.random.default_rng(0)
+    image, text, asked = random.normal(size=(50, 8)), random.normal(size=(20, 8)), random.integers(0, 20, 50)
+    whole = metrics.rank_of_asked(image, text, asked)
+    monkeypatch.setattr(metrics, "_ROWS", 7)
+    assert np.array_equal(metrics.rank_of_asked(image, text, asked), whole) and len(set(whole)) > 5
+
+
+def test_the_text_score_is_the_mean_cosine_with_the_own_prompt():
+    class Reader:
+        def texts(self, texts):
+            return np.array([[2.0, 0.0] if text == "right" else [0.0, 1.0] for text in texts], np.float32)
+
+    made, prompt = np.array([[3.0, 0.0], [1.0, 1.0], [0.0, 5.0]], np.float32), np.array([0, 0, 1])
+    asked = figures.ask(["right", "up"], [], [])
+    found = figures.retrieve(Reader(), made, prompt, asked, samples=5)
+    assert found["text score"].value == pytest.approx((1 + 0.5**0.5 + 1) / 3)
+    assert found["top 1"].value == 1  # The second picture is as near to both texts.

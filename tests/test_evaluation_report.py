@@ -107,7 +107,7 @@ def test_a_bundle_is_evaluated_from_prompts_to_report(tmp_path, archive, encoder
     assert report["candidates"] == CONCEPTS + 1
     found = report["features"]["emoji"]
     assert found.keys() >= {"frechet", "kernel distance", "precision", "recall", "density", "coverage", "novelty"}
-    assert found.keys() >= {"diversity", "top 1", "top 5", "styles", "evenness"}
+    assert found.keys() >= {"diversity", "top 1", "top 5", "text score", "styles", "evenness"}
     assert all(f["low"] <= f["value"] <= f["high"] for n, f in found.items() if n == "frechet")
     assert sum(found["pictures by style"].values()) == 6  # of the two prompts that name no style
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 9

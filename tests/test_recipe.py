@@ -1,10 +1,10 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from invented import prepared, random_drawings
 from tiue_runtime import Pipeline
 from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 
@@ -21,14 +21,7 @@ from tiue.schedule import NoiseSchedule
 
 @pytest.fixture(scope="module")
 def drawings() -> data.Drawings:
-    """Random pictures of 30 concepts: enough for statistics of 16 features, without a network."""
-    random = np.random.default_rng(0)
-    concepts = np.repeat(np.arange(30), len(data.STYLES))
-    styles = np.tile(np.arange(len(data.STYLES)), 30)
-    names = list(data.STYLES)
-    held_out = np.array([data.is_held_out(f"{c:X}", names[s]) for c, s in zip(concepts, styles, strict=True)])
-    images = random.integers(0, 256, (len(concepts), 64, 64, 3), np.uint8)
-    return data.Drawings(images, concepts, styles, held_out, [[f"thing {i}", f"a thing {i}"] for i in range(30)])
+    return random_drawings()
 
 
 def test_a_tenth_is_held_out_and_stays_so(drawings):
@@ -107,19 +100,6 @@ def test_frechet_distance_of_gaussians():
     assert frechet(a, a) == pytest.approx(0, abs=FRECHET)
     assert frechet(a, a + np.array([1.0, 2.0, 0.0])) == pytest.approx(5.0, rel=FRECHET)
     assert frechet(a, 2 * a) == pytest.approx(3.0, rel=OF_4000_SAMPLES)  # (2 - 1)^2 in each of 3 dimensions
-
-
-def prepared(drawings: data.Drawings, directory: Path):
-    """As the stage of the data leaves them."""
-    directory.mkdir()
-    np.savez(
-        directory / "drawings.npz",
-        images=drawings.images,
-        concept=drawings.concept,
-        style=drawings.style,
-        held_out=drawings.held_out,
-    )
-    (directory / "captions.json").write_text(json.dumps(drawings.captions))
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented

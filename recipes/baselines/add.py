@@ -90,7 +90,8 @@ class Add(FewSteps):
         for seen, fake, condition in self.critic.accumulating(generated):
             with torch.no_grad(), self._accelerator.autocast():
                 made = self.observer.look(fake)[0]
-            seen = [values.float().requires_grad_(True) for values in seen]
+            # Copies, because FlopCounterMode cannot follow gradients of leaves.
+            seen = [values.float().requires_grad_(True).clone() for values in seen]
             real_logits = self.critic(seen, condition)
             hinge = hinge_loss(real_logits, self.critic([values.float() for values in made], condition))
             penalty = gradient_penalty(real_logits, seen)

@@ -52,8 +52,13 @@ def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
     if not captions.exists():
         directory.mkdir(parents=True, exist_ok=True)
         _render_all(directory, archive, captions, resolution, all_concepts)
-    with np.load(archive, allow_pickle=False) as arrays:
-        return Drawings(**arrays, captions=json.loads(captions.read_text()))
+    return load(directory)
+
+
+def load(directory: Path) -> Drawings:
+    """Load a data set that `prepare` made."""
+    with np.load(directory / "drawings.npz", allow_pickle=False) as arrays:
+        return Drawings(**arrays, captions=json.loads((directory / "captions.json").read_text()))
 
 
 def is_held_out(hexcode: str, style: str) -> bool:

@@ -1,0 +1,42 @@
+"""What an update costs, so that all methods get the same budget: counted, not derived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiue.distill.method import Method, Run
+
+_UNETS = ("UNet2DConditionModel", "Predictor")  # the modules through which methods call UNets
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations of an update, and of its UNets in passes of one picture forward."""
+
+    passes: float
+    operations: int
+
+
+def update_cost(run: Run, method: Method, unet: UNet2DConditionModel, text: torch.Tensor) -> Cost:
+    """Count the cost of an update. This changes the method's weights, so the method is not used any more.
+
+    Args:
+        run: the run.
+        method: the method.
+        unet: the teacher's, to count one pass.
+        text: a text embedding, (1, L, D).
+    """
+    size = unet.config.sample_size
+    latents = torch.zeros(1, unet.config.in_channels, size, size, device=text.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(latents, torch.zeros(1, dtype=torch.int64, device=text.device), text)
+    one = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        method.update(0, run.batch(0))
+    counts = counter.get_flop_counts()
+    in_unets = sum(sum(operations.values()) for name, operations in counts.items() if name in _UNETS)
+    return Cost(in_unets / one, counter.get_total_flops())

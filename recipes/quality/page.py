@@ -1,0 +1,175 @@
+"""What the comparison shows: a table in Markdown, plots over the latency, losses, and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from recipes.quality.contest import Contest
+from recipes.quality.rows import Row
+from tiue.distill.runs import read_log
+from tiue.files import write_text
+
+# Columns of the table: title, network, figure.
+COLUMNS = (
+    ("Frechet, encoder", "emoji", "frechet"),
+    ("Frechet, Inception", "inception", "frechet"),
+    ("KID, Inception, 1e-4", "inception", "kernel distance"),
+    ("precision", "inception", "precision"),
+    ("recall", "inception", "recall"),
+    ("density", "inception", "density"),
+    ("coverage", "inception", "coverage"),
+    ("top 1", "emoji", "top 1"),
+    ("diversity", "emoji", "diversity"),
+    ("styles", "emoji", "styles"),
+    ("evenness", "emoji", "evenness"),
+)
+_SHEET = 8  # prompts of the contact sheet
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a method with a number of steps, over its training seeds."""
+
+    row: Row
+    steps: int
+    figures: list[dict[str, Any]]  # of each training seed
+    training: list[dict[str, Any]]
+    latency: dict[str, float] | None
+    pictures: Path
+
+    @property
+    def title(self) -> str:
+        """The method and its steps."""
+        return f"{self.row.name}, {self.steps} step{'s' if self.steps > 1 else ''}"
+
+    def value(self, network: str, figure: str) -> tuple[float, float, float]:
+        """Return a figure's mean over training seeds, and the widest interval of one seed around it."""
+        found = [of_seed.get(network, {}).get(figure) for of_seed in self.figures]
+        if not all(found):
+            return (float("nan"),) * 3
+        mean = float(np.mean([one["value"] for one in found]))
+        return mean, min(one["low"] for one in found), max(one["high"] for one in found)
+
+
+def collect(contest: Contest, names: Sequence[str] | None = None) -> list[Entry]:
+    """Train, draw, judge and time rows, or those with some names. What is there is not made again."""
+    entries = []
+    for row in contest.preset.rows:
+        if names and row.name not in names:
+            continue
+        results, folder = contest.results(row), contest.folder(row)
+        outs = [folder / f"seed-{seed}" for seed in range(len(results))]
+        training = [_json(out / "training.json") for out in outs]
+        for steps in row.steps:
+            figures = [contest.judged(row, result, steps, out) for result, out in zip(results, outs, strict=True)]
+            latency = contest.timed(row, results[0], steps, outs[0])
+            entries.append(Entry(row, steps, figures, training, latency, outs[0] / f"pictures-{steps}"))
+    return entries
+
+
+def write_page(contest: Contest, entries: Sequence[Entry]) -> None:
+    """Write table.md, latency.png, losses.png and sheet.png into the directory of the comparison."""
+    write_text(contest.out / "table.md", table(entries))
+    plot_latency(entries, contest.out / "latency.png")
+    plot_losses(contest, [entry.row for entry in entries], contest.out / "losses.png")
+    contact_sheet(contest, entries, contest.out / "sheet.png")
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Lay the figures out in Markdown: value (low to high). Intervals hold prompts, and training seeds if several."""
+    titles = ["", "seeds", "updates", "minutes", "ms a picture", *(title for title, _, _ in COLUMNS)]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for entry in entries:
+        cells = [entry.title, str(len(entry.figures)), *_training(entry.training), _milliseconds(entry.latency)]
+        cells += [_cell(entry.value(network, figure), figure) for _, network, figure in COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_latency(entries: Sequence[Entry], path: Path) -> None:
+    """Plot quality and diversity over the time of a picture, of the rows that have graphs."""
+    timed = [entry for entry in entries if entry.latency is not None]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), dpi=110)
+    for axis, (title, name) in zip(axes, (("Frechet, encoder", "frechet"), ("diversity", "diversity")), strict=True):
+        for entry in timed:
+            value, low, high = entry.value("emoji", name)
+            assert entry.latency is not None
+            at = entry.latency["median"] * 1000
+            axis.errorbar([at], [value], [[max(value - low, 0)], [max(high - value, 0)]], fmt="o", capsize=2)
+            axis.annotate(entry.title, (at, value), fontsize=6, xytext=(4, 2), textcoords="offset points")
+        axis.set(title=title, xlabel="milliseconds a picture, two cores")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_losses(contest: Contest, rows: Sequence[Row], path: Path) -> None:
+    """Plot the first loss of every trained row over its updates."""
+    logs = {row.name: contest.folder(row) / "seed-0/losses.csv" for row in rows}
+    logs = {name: log for name, log in logs.items() if log.exists()}
+    columns = 4
+    count = max(1, -(-len(logs) // columns))
+    figure, axes = plt.subplots(count, columns, figsize=(13, 2.6 * count), dpi=90, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, file) in zip(axes.flat, logs.items(), strict=False):
+        log = read_log(file)
+        column = next(key for key in log if key != "step")
+        axis.axis("on")
+        axis.plot(log["step"], log[column], linewidth=0.6)
+        axis.set_title(f"{name}: {column}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def contact_sheet(contest: Contest, entries: Sequence[Entry], path: Path) -> None:
+    """Plot the first picture of the same prompts by every entry, unselected, from the same noise."""
+    chosen = np.unique(np.linspace(0, len(contest.prompts) - 1, _SHEET).round().astype(int))
+    figure, axes = plt.subplots(
+        len(entries), len(chosen), figsize=(1.1 * len(chosen) + 1.5, 1.1 * len(entries)), dpi=100, squeeze=False
+    )
+    for line, entry in zip(axes, entries, strict=True):
+        for axis, number in zip(line, chosen, strict=True):
+            axis.imshow(Image.open(entry.pictures / f"{number:05}-1.png"))
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(entry.title.replace(", ", ",\n"), fontsize=6, rotation=0, ha="right", va="center")
+    for axis, number in zip(axes[0], chosen, strict=True):
+        axis.set_title(contest.prompts[number].replace(", ", ",\n"), fontsize=6)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _training(training: Sequence[dict[str, Any]]) -> list[str]:
+    updates = [str(one["iterations"]) for one in training if "iterations" in one]
+    minutes = [one["seconds"] / 60 for one in training if "seconds" in one]
+    return [updates[0] if updates else "", f"{np.mean(minutes):.1f}" if minutes else ""]
+
+
+def _milliseconds(latency: dict[str, float] | None) -> str:
+    return "" if latency is None else f"{latency['median'] * 1000:.0f}"
+
+
+def _cell(value: tuple[float, float, float], figure: str) -> str:
+    if np.isnan(value[0]):
+        return ""
+    scale, form = (1e4, "{:.1f}") if figure == "kernel distance" else (1.0, "{:.3g}")
+    mean, low, high = (form.format(scale * number) for number in value)
+    return f"{mean} ({low} to {high})"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

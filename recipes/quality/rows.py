@@ -1,0 +1,124 @@
+"""What is compared: a row is a method with its settings and its start. Presets hold the budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from evaluation.encoder.encoder_config import EncoderConfig
+from recipes.baselines.config import SWIFTBRUSH, SWIFTBRUSH_V2
+from tiue.distill.config import read_preset
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, for each number of steps.
+
+    Attributes:
+        name: of its folder and in the table.
+        method: "teacher" and "start" are not trained; "tiue", "lcm", "add", "swiftbrush", "swiftbrushv2" are; "merge"
+            merges the rows in `start`.
+        steps: numbers of steps with which it is drawn.
+        start: "teacher", "warm", or the names of rows whose results it starts from.
+        settings: of the method.
+        search: settings of which the best is chosen, each trained with a part of the budget.
+        main: whether it is trained with every seed.
+        timed: whether its graphs are exported and timed.
+    """
+
+    name: str
+    method: str
+    steps: tuple[int, ...]
+    start: tuple[str, ...] = ("teacher",)
+    settings: Settings = field(default_factory=dict)
+    search: tuple[Settings, ...] = ()
+    main: bool = False
+    timed: bool = True
+
+
+_OURS = {name: value for name, value in read_preset("emoji").items() if name not in ("iterations", "mixed_precision")}
+_PICTURES = {"learning_rate": 1e-5, "ema_decay": 0.99, "guidance": 3.0}
+_LCM = {"learning_rate": 1e-5, "ema_decay": 0.99, "guidance_min": 1.5, "guidance_max": 4.0}
+_ONE = SWIFTBRUSH | {name: value for name, value in _OURS.items() if name != "steps"}
+_LORA = {"fake_score": "lora", "fake_learning_rate": 1e-3, "fake_steps": 1}
+_TWO = _ONE | {"clip_weight": SWIFTBRUSH_V2["clip_weight"]}
+_RATES = ({"learning_rate": 3e-6}, {"learning_rate": 1e-5}, {"learning_rate": 3e-5})
+_RANGES = tuple(rate | {"guidance_max": most} for rate in _RATES for most in (2.5, 4.0))
+_PULLS = tuple(rate | {"distillation_weight": weight} for rate in _RATES for weight in (0.5, 2.5))
+_SCALES = tuple(rate | {"guidance": scale} for rate in _RATES for scale in (2.0, 3.0))
+
+ROWS = (
+    Row("teacher", "teacher", (25, 8, 4), timed=False),
+    Row("warm start", "start", (4, 2, 1), ("warm",)),
+    Row("TiUE", "tiue", (4, 2, 1), ("warm",), _OURS, _SCALES, main=True),
+    Row("TiUE without KL", "tiue", (4, 2, 1), ("warm",), _OURS | {"kl_weight": 0.0}, main=True),
+    Row("TiUE, four UNets", "tiue", (4,), ("warm",), _OURS | {"steps": (4,), "share_encoder": False}, timed=False),
+    Row("TiUE, one shared up block", "tiue", (4, 2, 1), ("warm",), _OURS | {"shared_up_blocks": 1}),
+    Row("TiUE from the teacher", "tiue", (4, 2, 1), ("teacher",), _OURS),
+    Row("SwiftBrush", "swiftbrush", (1,), ("warm",), _ONE | _LORA, _SCALES, main=True),
+    Row("SwiftBrush, full fake score", "swiftbrush", (1,), ("warm",), _ONE, main=True),
+    Row("SwiftBrush from the teacher", "swiftbrush", (1,), ("teacher",), _ONE),
+    Row("LCM", "lcm", (4, 2, 1), ("teacher",), _LCM, _RANGES, main=True),
+    Row("ADD", "add", (4, 1), ("teacher",), _PICTURES, _PULLS, main=True),
+    Row("ADD in one step", "add", (1,), ("warm",), _PICTURES | {"timesteps": (999,)}),
+    Row("SwiftBrush v2, full", "swiftbrushv2", (1,), ("ADD in one step",), _TWO),
+    Row("SwiftBrush v2, LoRA", "swiftbrushv2", (1,), ("ADD in one step",), _TWO | {"student_rank": 64}),
+    Row("SwiftBrush v2", "merge", (1,), ("SwiftBrush v2, full", "SwiftBrush v2, LoRA")),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a comparison."""
+
+    name: str
+    rows: tuple[Row, ...] = ROWS
+    passes: int = 77_000  # of one picture through the UNet forward; a backward pass counts as two
+    search_share: float = 0.25  # part of the budget that each setting of a search gets
+    seeds: int = 3  # training seeds of the main rows
+    batch: int = 16
+    teacher_guidance: float = 2.0
+    prompts: int = 120  # captions of pictures that were trained on, drawn with `pictures` seeds each
+    pictures: int = 2
+    plain: int = 6  # prompts without a style word, drawn with `styles` seeds each
+    styles: int = 24
+    samples: int = 200  # of the bootstrap
+    runs: int = 20  # of the latency
+    inception: bool = True  # the second judge
+    judge: EncoderConfig = field(default_factory=EncoderConfig)
+    observer: EncoderConfig = field(
+        default_factory=lambda: EncoderConfig(iterations=1500, width=16, resolution=48, seed=8)
+    )
+
+
+_NAMES = ("teacher", "TiUE", "LCM", "ADD in one step", "SwiftBrush v2, full", "SwiftBrush v2, LoRA", "SwiftBrush v2")
+_SMOKE = tuple(
+    replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "TiUE" else (), timed=row.name == "LCM")
+    for row in ROWS
+    if row.name in _NAMES
+)
+_TINY = EncoderConfig(iterations=1, batch_size=4, width=8, resolution=16, embedding=16)
+PRESETS = {
+    "cpu": Preset("cpu"),
+    "gpu": Preset("gpu", passes=2_000_000, batch=128),
+    # Every method once, in seconds. It tests that the comparison runs.
+    "smoke": Preset(
+        "smoke",
+        rows=_SMOKE,
+        passes=1,
+        seeds=1,
+        batch=2,
+        prompts=3,
+        pictures=2,
+        plain=1,
+        styles=2,
+        samples=2,
+        runs=1,
+        inception=False,
+        judge=_TINY,
+        observer=replace(_TINY, seed=8),
+    ),
+}

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+from invented import prepared, random_drawings
+from PIL import Image
+
+from recipes.emoji.__main__ import main as make
+from recipes.quality.__main__ import main
+from recipes.quality.rows import PRESETS, ROWS
+
+
+def test_every_row_has_a_start_that_comes_before_it():
+    known = {"teacher", "warm"}
+    for row in ROWS:
+        assert set(row.start) <= known, row.name
+        known.add(row.name)
+    assert len(known) == len(ROWS) + 2 - 1  # "teacher" is a row, too.
+
+
+def test_unknown_rows_and_a_missing_source_are_named(tmp_path, capsys):
+    assert main(["--rows", "TiUE;nothing", "--out", str(tmp_path)]) == 2
+    assert "got nothing" in capsys.readouterr().err
+    assert main(["--source", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "has no data/captions.json" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
+def test_the_comparison_runs_and_repeats_nothing(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    prepared(random_drawings(), source / "data")
+    assert make(["--preset", "smoke", "--out", str(source), "--until", "polish"]) == 0
+    command = ["--preset", "smoke", "--source", str(source), "--out", str(out)]
+    assert main(command) == 0
+    table = (out / "table.md").read_text()
+    rows = PRESETS["smoke"].rows
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        f"{row.name}, {_steps(row)}" for row in rows
+    ]
+    tried = json.loads((out / "rows/tiue/search.json").read_text())
+    assert [entry["settings"] for entry in tried] == [dict(settings) for settings in rows[1].search]
+    trained = json.loads((out / "rows/lcm/seed-0/training.json").read_text())
+    assert trained["iterations"] == 1 and len(trained["sha256"]) == 64
+    # An update of LCM on 2 pictures: the student forward and backward, the teacher twice (guidance), the target once.
+    assert trained["passes"] == pytest.approx(2 * (3 + 2 + 1), rel=0.1)
+    assert json.loads((out / "rows/lcm/seed-0/latency-1.json").read_text())["median"] > 0
+    for name in ("latency.png", "losses.png", "sheet.png"):
+        assert Image.open(out / name).width > 100
+    before = {path: path.stat().st_mtime_ns for path in (out / "rows").rglob("*") if path.is_file()}
+    assert main([*command, "--rows", "TiUE;LCM"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "rows").rglob("*") if path.is_file()} == before
+
+
+def _steps(row) -> str:
+    return "1 step" if row.steps == (1,) else f"{row.steps[0]} steps"
