@@ -37,17 +37,20 @@ def test_the_comparison_runs_and_repeats_nothing(tmp_path):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         f"{row.name}, {_steps(row)}" for row in rows
     ]
-    tried = json.loads((out / "rows/tiue/search.json").read_text())
-    assert [entry["settings"] for entry in tried] == [dict(settings) for settings in rows[1].search]
+    tried = json.loads((out / "rows/lcm/search.json").read_text())
+    (of_lcm,) = (row for row in rows if row.name == "LCM")
+    assert [entry["settings"] for entry in tried] == [dict(settings) for settings in of_lcm.search]
     trained = json.loads((out / "rows/lcm/seed-0/training.json").read_text())
     assert trained["iterations"] == 1 and len(trained["sha256"]) == 64
     # An update of LCM on 2 pictures: the student forward and backward, the teacher twice (guidance), the target once.
     assert trained["passes"] == pytest.approx(2 * (3 + 2 + 1), rel=0.1)
     assert json.loads((out / "rows/lcm/seed-0/latency-1.json").read_text())["median"] > 0
     for name in ("latency.png", "losses.png", "sheet.png"):
-        assert Image.open(out / name).width > 100
+        with Image.open(out / name) as picture:
+            assert picture.width > 100
     before = {path: path.stat().st_mtime_ns for path in (out / "rows").rglob("*") if path.is_file()}
     assert main([*command, "--rows", "TiUE;LCM"]) == 0
+    assert (out / "table.md").read_text() == table
     assert {path: path.stat().st_mtime_ns for path in (out / "rows").rglob("*") if path.is_file()} == before
 
 

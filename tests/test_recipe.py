@@ -12,7 +12,9 @@ from evaluation.metrics import frechet
 from recipes.emoji import data, report
 from recipes.emoji.__main__ import main
 from recipes.emoji.autoencoder import encode, to_pixels, whiten
+from recipes.emoji.best import load_best
 from recipes.emoji.presets import PRESETS
+from recipes.emoji.stage import minimize, spaced
 from recipes.emoji.studies import drift
 from recipes.emoji.teacher import SCHEDULER, with_mirrored
 from tiue.checkpoint import load_student
@@ -119,6 +121,8 @@ def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, m
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures.keys() == {"unseen drawings", "teacher", "warm start", "distilled"}
     assert all(0 <= f["top1"] <= f["top5"] <= 1 and f["frechet"] >= 0 for f in figures.values())
+    for run in ("runs/teacher", "distill"):
+        assert json.loads((tmp_path / run / "best.json").read_text())["scores"]
     assert (tmp_path / "grid.png").exists() and (tmp_path / "losses.png").exists()
     assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
 
@@ -134,3 +138,17 @@ def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings, monkeypatc
     assert (tmp_path / "drift.png").exists() and (tmp_path / "pictures.png").exists()
     assert {"mu_751", "v_751", "mu_1", "v_1", "kl"} < figures["with KL"].keys() == figures["without KL"].keys()
     assert figures["with KL"]["v_1"] != figures["without KL"]["v_1"] > 0
+
+
+def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):
+    network = torch.nn.Linear(1, 1, bias=False)
+
+    def loss(generator: torch.Generator, count: int) -> torch.Tensor:
+        return -network.weight.sum()  # The weight grows for ever.
+
+    minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))
+    grown = network.weight.item()
+    load_best(tmp_path, network, lambda: abs(network.weight.item() - grown + 3))
+    found = json.loads((tmp_path / "best.json").read_text())
+    assert len(found["scores"]) == 4 and found["best"] == min(found["scores"], key=found["scores"].get)
+    assert found["best"] != "step-00000010" and network.weight.item() < grown

@@ -27,18 +27,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from recipes.emoji.autoencoder import autoencoder
+    from recipes.emoji.best import Best
     from recipes.emoji.polish import polish
     from recipes.emoji.report import report
     from recipes.emoji.student import bundle, distill, warm_start
     from recipes.emoji.teacher import teacher
 
+    best = Best(preset, drawings, out)
     vae = autoencoder(preset, drawings, out / "vae")
     rest = {
         "autoencoder": lambda: None,
-        "teacher": lambda: teacher(preset, drawings, vae, out / "teacher"),
+        "teacher": lambda: teacher(preset, drawings, vae, out / "teacher", best.of_teacher),
         "student": lambda: warm_start(preset, drawings, out / "teacher", out / "warm.safetensors"),
         "polish": lambda: polish(preset, drawings, out / "teacher", out / "polished"),
-        "distill": lambda: distill(preset, drawings, out / "polished", out / "warm.safetensors", out / "distill"),
+        "distill": lambda: distill(
+            preset, drawings, out / "polished", out / "warm.safetensors", out / "distill", best.of_student
+        ),
         "bundle": lambda: bundle(drawings, out / "distill/student.safetensors", out),
         "report": lambda: report(preset, drawings, out),
     }

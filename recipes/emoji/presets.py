@@ -73,7 +73,7 @@ PRESETS = {
         pairs=8,
         regression_steps=2,
         regression_batch=4,
-        distill=replace(DISTILL, iterations=2, batch_size=2, checkpoint_every=1, sample_every=2),
+        distill=replace(DISTILL, iterations=2, batch_size=2, sample_every=2),
         encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
     # The shipped model: all 1,031 concepts, eight minutes of one NVIDIA H200. Its last stage ran on two cores.
@@ -93,6 +93,6 @@ PRESETS = {
         regression_steps=904,
         regression_batch=512,
         regression_lr=3e-4,
-        distill=replace(DISTILL, text_cache=False, checkpoint_every=20),
+        distill=replace(DISTILL, text_cache=False),
     ),
 }

@@ -44,6 +44,11 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=precision() == "bf16")
 
 
+def spaced(iterations: int) -> dict[str, int]:
+    """Return the settings of a run whose last four checkpoints are to be scored, a tenth of the run apart."""
+    return {"checkpoint_every": max(1, iterations // 10), "keep": 4}
+
+
 class _Objective(nn.Module):
     """A loss as a module. DDP wraps it, so that processes exchange gradients for any use of the network."""
 

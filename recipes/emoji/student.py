@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +17,17 @@ from tqdm import tqdm
 from export.onnx import main as export
 from recipes.emoji.data import Drawings, spoken_names
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import autocast, device, minimize, precision
+from recipes.emoji.stage import autocast, device, minimize, precision, spaced
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import load_components
 from tiue.distill.loop import train
-from tiue.distill.vsd import prepare
+from tiue.distill.vsd import Vsd, prepare
 from tiue.files import written_whole
 from tiue.text_encoder import encode_text
+
+# Writes the student of the best checkpoint of a distillation in the place of the last one.
+Choose = Callable[[Path, Vsd], None]
 
 EXAMPLES = ("a red heart", "a rocket", "cat face", "pizza, noto style", "a rainbow", "sunflower, fluent style")
 LICENSE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
@@ -126,18 +130,19 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         save_student(path, student)
 
 
-def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path) -> None:
-    """Distill with VSD and KL from the warm start (once)."""
+def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path, choose: Choose) -> None:
+    """Distill with VSD and KL from the warm start (once), and keep the best checkpoint."""
     if not (out / "student.safetensors").exists():
         run, method = prepare(
             load_components(teacher),
             all_captions(drawings),
             out,
-            replace(preset.distill, mixed_precision=precision()),
+            replace(preset.distill, mixed_precision=precision(), **spaced(preset.distill.iterations)),
             initial=load_student(initial),
             sample_prompts=random_captions(drawings, 32, preset.seed + 1),
         )
         train(run, method)
+        choose(out, method)
 
 
 def vocabulary(drawings: Drawings) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel
@@ -17,7 +17,10 @@ from evaluation.encoder.sentences import minilm_directory
 from recipes.emoji.autoencoder import encode
 from recipes.emoji.data import STYLES, Drawings
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import Loss, autocast, device, minimize, on_device
+from recipes.emoji.stage import Loss, autocast, device, minimize, on_device, spaced
+
+# Gives a UNet the weights of the best checkpoint of its run, in the given directory.
+Choose = Callable[[Path, UNet2DConditionModel, AutoencoderKL], None]
 
 TEXT_LENGTH = 32  # tokens
 STYLE_PROBABILITY = 0.6  # probability that a caption names its style
@@ -83,10 +86,10 @@ class Captions:
         return self.embeddings[torch.where(uniform[2] < null, 0, row)]
 
 
-def teacher(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
-    """Train the teacher pipeline (once)."""
+def teacher(preset: Preset, drawings: Drawings, vae, directory: Path, choose: Choose) -> None:
+    """Train the teacher pipeline (once), and keep its best checkpoint."""
     if not (directory / "model_index.json").exists():
-        _train(preset, drawings, vae, directory)
+        _train(preset, drawings, vae, directory, choose)
 
 
 def load_teacher(directory: Path) -> StableDiffusionPipeline:
@@ -156,28 +159,35 @@ def with_mirrored(vae, drawings: Drawings) -> tuple[Tensor, Tensor, Tensor]:
     return latents, concept, style
 
 
-def save_teacher(unet: UNet2DConditionModel, vae, directory: Path, scheduler_config: Mapping[str, Any]) -> None:
-    """Write the pipeline."""
+def make_pipeline(unet: UNet2DConditionModel, vae, scheduler_config: Mapping[str, Any]) -> StableDiffusionPipeline:
+    """Make a pipeline of a teacher's parts, on the device, without progress bars."""
     text_encoder, tokenizer = text_parts()
-    StableDiffusionPipeline(
-        vae=vae.cpu(),
-        text_encoder=text_encoder.cpu(),
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet.cpu(),
+        unet=unet,
         scheduler=DDIMScheduler.from_config(dict(scheduler_config)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(directory)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device())
 
 
-def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
+def save_teacher(unet: UNet2DConditionModel, vae, directory: Path, scheduler_config: Mapping[str, Any]) -> None:
+    """Write the pipeline."""
+    make_pipeline(unet, vae, scheduler_config).save_pretrained(directory)
+
+
+def _train(preset: Preset, drawings: Drawings, vae, directory: Path, choose: Choose) -> None:
     torch.manual_seed(preset.seed)
-    unet = build_unet(preset).to(device())
+    unet, run = build_unet(preset).to(device()), directory.parent / "runs/teacher"
     minimize(
         unet,
         denoising(unet, preset, drawings, vae, SCHEDULER),
-        directory.parent / "runs/teacher",
+        run,
         muon=preset.teacher_muon,
         weight_decay=0.01,
         iterations=preset.teacher_steps,
@@ -185,6 +195,7 @@ def _train(preset: Preset, drawings: Drawings, vae, directory: Path) -> None:
         learning_rate=preset.teacher_lr,
         ema_decay=preset.teacher_ema_decay,
         seed=preset.seed,
-        checkpoint_every=100,
+        **spaced(preset.teacher_steps),
     )
+    choose(run, unet, vae)
     save_teacher(unet, vae, directory, SCHEDULER)

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m recipes.quality: --source: {arguments.source} has no data/captions.json", file=sys.stderr)
         return 2
     contest = Contest(preset, arguments.source, data.load(arguments.source / "data"), arguments.out)
-    write_page(contest, collect(contest, names))
+    collect(contest, (row for row in preset.rows if names is None or row.name in names))
+    write_page(contest, collect(contest, filter(contest.is_finished, preset.rows)))
     print(f"table, plots and sheet written to {arguments.out}")
     return 0
 

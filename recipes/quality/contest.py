@@ -27,6 +27,7 @@ from evaluation.reference import Reference
 from export.onnx import main as export
 from recipes.baselines import add, lcm, swiftbrush, swiftbrushv2
 from recipes.baselines.config import AddConfig, LcmConfig, SwiftBrushV2Config
+from recipes.baselines.few_steps import FewSteps
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import METADATA, CaptionedPictures
 from recipes.emoji.data import STYLES, Drawings, fetch
@@ -40,6 +41,7 @@ from tiue.distill import vsd
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
 from tiue.distill.method import Method, Run
+from tiue.distill.vsd import Vsd
 from tiue.files import write_text, written_whole
 from tiue.text_encoder import encode_text
 from tiue.unet import Predictor
@@ -124,7 +126,11 @@ class Contest:
     # A row.
 
     def results(self, row: Row) -> list[Path]:
-        """Train a row, once for each of its seeds: the student.safetensors or the pipeline directory of each."""
+        """Train a row with each of its seeds, once.
+
+        Returns:
+            The student.safetensors or the pipeline directory of each seed.
+        """
         if row.method == "teacher":
             return [self.teacher]
         if row.method == "start":
@@ -148,6 +154,12 @@ class Contest:
             return {}
         return min(json.loads(path.read_text(encoding="utf-8")), key=lambda entry: entry["frechet"])["settings"]
 
+    def is_finished(self, row: Row) -> bool:
+        """Say whether a row has all of its figures."""
+        seeds = range(self.preset.seeds if row.main else 1)
+        outs = [self.folder(row) / f"seed-{seed}" for seed in seeds]
+        return all((out / f"figures-{steps}.json").exists() for out in outs for steps in row.steps)
+
     def folder(self, row: Row) -> Path:
         """The directory of a row."""
         return self.out / "rows" / re.sub(r"\W+", "-", row.name).lower()
@@ -155,16 +167,19 @@ class Contest:
     def _trained(self, row: Row, settings: Settings, out: Path, seed: int, share: float = 1.0) -> Path:
         if row.method == "merge":
             return self._merged(row, out)
-        cost = self._cost(row, settings, out)
-        iterations = max(1, round(share * self.preset.passes / cost.passes))
-        run, method = self._prepared(row, {**settings, "iterations": iterations, "seed": seed}, out)
-        result = out / method.result
-        if not result.exists():
+        result, finished = out / self._result(row), out / "training.json"
+        if not finished.exists():
+            cost = self._cost(row, settings, out)
+            iterations = max(1, round(share * self.preset.passes / cost.passes))
+            run, method = self._prepared(row, {**settings, "iterations": iterations, "seed": seed}, out)
             begun = time.perf_counter()
             train(run, method)
             found = asdict(cost) | {"iterations": iterations, "seconds": round(time.perf_counter() - begun)}
-            write_text(out / "training.json", json.dumps(found | {"sha256": _hash(result)}, indent=2) + "\n")
+            write_text(finished, json.dumps(found | {"sha256": _hash(result)}, indent=2) + "\n")
         return result
+
+    def _result(self, row: Row) -> str:
+        return FewSteps.result if row.method in ("lcm", "add") else Vsd.result
 
     def _merged(self, row: Row, out: Path) -> Path:
         path = out / "student.safetensors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,10 @@ class Entry:
         return mean, min(one["low"] for one in found), max(one["high"] for one in found)
 
 
-def collect(contest: Contest, names: Sequence[str] | None = None) -> list[Entry]:
-    """Train, draw, judge and time rows, or those with some names. What is there is not made again."""
+def collect(contest: Contest, rows: Iterable[Row]) -> list[Entry]:
+    """Train, draw, judge and time rows. What is there is not made again."""
     entries = []
-    for row in contest.preset.rows:
-        if names and row.name not in names:
-            continue
+    for row in rows:
         results, folder = contest.results(row), contest.folder(row)
         outs = [folder / f"seed-{seed}" for seed in range(len(results))]
         training = [_json(out / "training.json") for out in outs]
@@ -143,7 +141,8 @@ def contact_sheet(contest: Contest, entries: Sequence[Entry], path: Path) -> Non
     )
     for line, entry in zip(axes, entries, strict=True):
         for axis, number in zip(line, chosen, strict=True):
-            axis.imshow(Image.open(entry.pictures / f"{number:05}-1.png"))
+            with Image.open(entry.pictures / f"{number:05}-1.png") as picture:
+                axis.imshow(np.asarray(picture))
             axis.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(entry.title.replace(", ", ",\n"), fontsize=6, rotation=0, ha="right", va="center")
     for axis, number in zip(axes[0], chosen, strict=True):

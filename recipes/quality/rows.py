@@ -39,7 +39,8 @@ class Row:
     timed: bool = True
 
 
-_OURS = {name: value for name, value in read_preset("emoji").items() if name not in ("iterations", "mixed_precision")}
+_SIZES = ("iterations", "batch_size", "mixed_precision", "checkpoint_every", "sample_every")  # a preset has its own
+_OURS = {name: value for name, value in read_preset("emoji").items() if name not in _SIZES}
 _PICTURES = {"learning_rate": 1e-5, "ema_decay": 0.99, "guidance": 3.0}
 _LCM = {"learning_rate": 1e-5, "ema_decay": 0.99, "guidance_min": 1.5, "guidance_max": 4.0}
 _ONE = SWIFTBRUSH | {name: value for name, value in _OURS.items() if name != "steps"}
@@ -96,7 +97,7 @@ class Preset:
 
 _NAMES = ("teacher", "TiUE", "LCM", "ADD in one step", "SwiftBrush v2, full", "SwiftBrush v2, LoRA", "SwiftBrush v2")
 _SMOKE = tuple(
-    replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "TiUE" else (), timed=row.name == "LCM")
+    replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "LCM" else (), timed=row.name == "LCM")
     for row in ROWS
     if row.name in _NAMES
 )

@@ -125,6 +125,18 @@ def restore(out: Path, state: Mapping[str, Stateful]) -> int:
     return 0
 
 
+def averaged(path: Path) -> list[torch.Tensor]:
+    """Read the averaged parameters of a checkpoint, in the order of `named_parameters` of the method's model.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its run had no average.
+    """
+    found = _load(path)["state"]["average"].get("shadow_params")
+    if found is None:
+        raise ValueError(f"{path} has no average: its run had `ema_decay` 0")
+    return found
+
+
 def _load(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:  # torch does not verify its own checksums.
         if damaged := archive.testzip():
