@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from recipes.emoji import data
 
@@ -30,3 +31,14 @@ def prepared(drawings: data.Drawings, directory: Path):
         held_out=drawings.held_out,
     )
     (directory / "captions.json").write_text(json.dumps(drawings.captions))
+
+
+def save_pictures(directory: Path) -> Path:
+    """Write a folder of five pictures with captions."""
+    random = np.random.default_rng(0)
+    lines = []
+    for i in range(5):
+        Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)).save(directory / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": [f"thing {i}", f"a thing {i}"] if i else "a cat"}))
+    (directory / "metadata.jsonl").write_text("\n".join(lines))
+    return directory

@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
+from invented import save_pictures
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import v_teacher as teacher
 from tolerances import AMPLIFIED, REORDERED
 from torch import nn
 
@@ -22,39 +24,26 @@ from recipes.baselines import add, lcm, swiftbrush, swiftbrushv2
 from recipes.baselines.__main__ import METHODS, main
 from recipes.baselines.config import PRESETS, SWIFTBRUSH, SWIFTBRUSH_V2, AddConfig, LcmConfig, SwiftBrushV2Config
 from recipes.baselines.critic import Critic, gradient_penalty, hinge_loss, student_loss
+from recipes.baselines.few_steps import lcm_scheduler
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import CaptionedPictures, encode_latents
 from tiue.checkpoint import load_student, save_student
-from tiue.components import Components, decode_latents
+from tiue.components import decode_latents
 from tiue.diffusion import Diffusion
 from tiue.distill.config import DistillConfig, preset_names, read_preset
 from tiue.distill.draws import Draws
 from tiue.distill.loop import train
 from tiue.distill.scores import guided
+from tiue.one_step import one_step
 from tiue.schedule import NoiseSchedule
 
 SHORT = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "checkpoint_every": 1, "sample_every": 2}
 CPU = torch.device("cpu")
-ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-def teacher() -> Components:
-    """Like the default model's: it predicts v, from pure noise."""
-    made = tiny.emoji()
-    return replace(made, scheduler_config=made.scheduler_config | ZERO_SNR)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Five pictures with captions."""
-    directory = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    lines = []
-    for i in range(5):
-        Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)).save(directory / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": [f"thing {i}", f"a thing {i}"] if i else "a cat"}))
-    (directory / "metadata.jsonl").write_text("\n".join(lines))
-    return directory
+    return save_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -476,3 +465,10 @@ def test_a_student_of_swiftbrush_can_be_exported_as_one_step(tmp_path):
     assert student.schedules == {1: [999]}
     save_student(tmp_path / "again.safetensors", student)
     assert dataclasses.asdict(config)["kl_weight"] == 0
+
+
+def test_adds_step_is_the_picture_of_its_prediction():
+    scheduler = lcm_scheduler(teacher(), 4, 1e4) | {"_class_name": "LCMScheduler"}
+    found = one_step(scheduler)
+    assert found.schedule.timesteps == (999,)  # z_0 = sqrt(abar) z - sqrt(1 - abar) v, with abar = 0
+    assert (found.schedule.noise_weight, *found.schedule.step_weights) == pytest.approx((0, -1), abs=1e-10)

@@ -90,6 +90,13 @@ def emoji() -> Components:
     return _components("tiny-emoji", model, BertModel(config), _vae(16), _tokenizer(length=32))
 
 
+def v_teacher() -> Components:
+    """Like the default model's teacher: `emoji`, but it predicts v and starts from pure noise."""
+    made = emoji()
+    own = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return replace(made, scheduler_config=made.scheduler_config | own)
+
+
 def with_unet(unet: UNet2DConditionModel) -> Components:
     """`sd15` around another UNet."""
     return replace(sd15(), unet=unet)

@@ -97,7 +97,7 @@ class Preset:
 
 _NAMES = ("teacher", "TiUE", "LCM", "ADD in one step", "SwiftBrush v2, full", "SwiftBrush v2, LoRA", "SwiftBrush v2")
 _SMOKE = tuple(
-    replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "LCM" else (), timed=row.name == "LCM")
+    replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "LCM" else (), timed=False)
     for row in ROWS
     if row.name in _NAMES
 )
@@ -117,7 +117,6 @@ PRESETS = {
         plain=1,
         styles=2,
         samples=2,
-        runs=1,
         inception=False,
         judge=_TINY,
         observer=replace(_TINY, seed=8),
