@@ -106,18 +106,20 @@ def flags_of(command, verb=""):
 
 
 def help_of(command, verb):
+    arguments = [verb, "--help"] if verb else ["--help"]
     if command == "tiue-runtime":
-        main, arguments = runtime_cli.main, [verb, "--help"] if verb else ["--help"]
+        main = runtime_cli.main
     else:
         module = importlib.import_module(command)
         if not hasattr(module, "main"):
             module = importlib.import_module("tiue.distill.cli" if command == "tiue" else f"{command}.__main__")
-        main, arguments = module.main, ["--help"]
+        main = module.main
     with contextlib.redirect_stdout(io.StringIO()) as written, pytest.raises(SystemExit):
         main(arguments)
     return written.getvalue()
 
 
+WITH_VERBS = ("tiue-runtime", "recipes.baselines")
 # Commands that pass their flags on, and commands of others.
 OTHERS = ("venv", "pip", "pytest", "nuitka", "benchmarks.exporting", "http.server")
 
@@ -128,7 +130,7 @@ def test_commands_have_the_flags_that_are_shown(document):
         command = "tiue-runtime" if words[0].endswith("tiue-runtime") else words[0]
         if command in OTHERS:
             continue
-        verb = words[1] if command == "tiue-runtime" and len(words) > 1 else ""
+        verb = words[1] if command in WITH_VERBS and len(words) > 1 else ""
         known = flags_of(command, verb)
         assert known, command
         for word in words[1:]:
@@ -141,7 +143,8 @@ def test_flags_that_are_named_exist(document):
     known = flags_of("tiue") | flags_of("export.onnx") | flags_of("tiue-runtime", "generate")
     for verb in ("batch", "info", "mcp", "pull", "sign", "verify", "serve"):
         known |= flags_of("tiue-runtime", verb)
-    known |= flags_of("tiue-runtime", "info") | flags_of("recipes.emoji") | flags_of("benchmarks.latency")
+    known |= flags_of("tiue-runtime", "info") | flags_of("recipes.emoji") | flags_of("recipes.quality")
+    known |= flags_of("benchmarks.latency")
     known |= flags_of("benchmarks.memory") | flags_of("evaluation") | flags_of("evaluation.encoder")
     known |= flags_of("examples.scale.serve_replicas") | flags_of("examples.scale.draw_shards")
     for words in code_words(document):
