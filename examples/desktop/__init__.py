@@ -1,6 +1,6 @@
 """A desktop application around the runtime: a prompt, live previews, a gallery, and pictures that repeat themselves.
 
-pip install --find-links dist "tiue-runtime[cpu]" tiue-emoji PySide6-Essentials
+pip install --find-links dist "tiue-runtime[cpu]" tiue-emoji "PySide6-Essentials!=6.12.0"
 python -m examples.desktop
 
 artist      the thread that loads a bundle and draws
