@@ -204,6 +204,40 @@ def test_interrupting_a_process_that_loads_ends_it(slow_to_load):
     assert time.monotonic() - begun < AT_ONCE
 
 
+def test_interrupting_the_command_line_that_loads_ends_it(slow_to_load, tmp_path):
+    command = [sys.executable, "-m", "tiue_runtime", "generate", PROMPT, "--bundle", slow_to_load]
+    process = subprocess.Popen(
+        [*command, "--out", tmp_path / "a.png"], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
+    wait_until_busy(process, 3)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert process.communicate(timeout=10)[1] == "tiue-runtime: error: interrupted\n"
+    assert time.monotonic() - begun < AT_ONCE and process.returncode == 130
+
+
+LEFT_BEHIND = """
+import _thread, time
+from tiue_runtime.ort.interrupt import for_each, interruptible
+
+def call(*_):
+    _thread.interrupt_main()
+    time.sleep(0.3)
+    print("ended", flush=True)
+
+{}
+"""
+
+
+@pytest.mark.parametrize("calls", ["interruptible(call, 'call')", "for_each(call, [1], 1)"])
+def test_python_exits_after_calls_that_were_left_behind(calls):
+    """A call of ONNX Runtime that returned while Python shuts down would abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND.format(calls)], capture_output=True, text=True, preexec_fn=heed_interrupts
+    )
+    assert set(done.stdout.split()) == {"ended"} and done.stderr.strip().endswith("KeyboardInterrupt")
+
+
 WITHIN_A_DEADLINE = """
 import sys, time
 from tiue_runtime import Cancelled, Pipeline

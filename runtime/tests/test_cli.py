@@ -9,6 +9,7 @@ import pytest
 from busy import wait_until_busy
 from PIL import Image
 from tiue_runtime import OutOfMemoryError, Pipeline
+from tiue_runtime import __main__ as program
 from tiue_runtime.bundle import Bundle, Prompts, write_bundle
 from tiue_runtime.ort import sessions
 from tiue_runtime.ort.graph import Graph
@@ -160,6 +161,21 @@ def test_interrupt_is_no_traceback(run, tmp_path, monkeypatch):
     monkeypatch.setattr("tiue_runtime.pipeline.Pipeline.load", interrupt)
     code, _, err = run("generate", "a", "--out", tmp_path / "a.png")
     assert (code, err) == (130, "tiue-runtime: error: interrupted\n")
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    def leave(code):
+        raise SystemExit(code)
+
+    class Importing:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "tiue_runtime.tools.cli", Importing())
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="130"):
+        program.run()
+    assert capsys.readouterr().err == "tiue-runtime: error: interrupted\n"
 
 
 def test_info(run, tiny):

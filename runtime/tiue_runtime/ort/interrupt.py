@@ -4,10 +4,13 @@ Python handles signals between bytecodes of the main thread. A call into ONNX Ru
 makes it, and the calling thread waits in short steps.
 """
 
+import atexit
 import threading
+import time
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import TypeVar
+from weakref import WeakSet
 
 from tiue_runtime.errors import Cancelled
 from tiue_runtime.host.forks import after_fork
@@ -16,6 +19,22 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.05  # between two calls of `cancelled`
 GRACE_SECONDS = 10.0  # wait for a call that was asked to stop; ONNX Runtime stops between two nodes of a graph
+EXIT_SECONDS = 1.0  # wait for calls that were left behind, when Python exits
+
+_left: WeakSet[threading.Event | threading.Thread] = WeakSet()  # The end of each call that was left behind.
+after_fork(_left.clear)  # Threads do not survive a fork.
+
+
+@atexit.register
+def _await_calls() -> None:
+    """Give calls that were left behind a moment to end. One that returned while Python shuts down would abort it."""
+    until = time.monotonic() + EXIT_SECONDS
+    for end in list(_left):
+        seconds = max(until - time.monotonic(), 0.0)
+        if isinstance(end, threading.Event):
+            end.wait(seconds)
+        elif end.is_alive():
+            end.join(seconds)
 
 
 def interruptible(
@@ -67,6 +86,8 @@ def interruptible(
         if stop is not None:
             stop()
             done.wait(GRACE_SECONDS)
+        if not done.is_set():
+            _left.add(done)
         raise
     if errors:
         raise errors.pop()  # Empty the list: an error in it would be a cycle that keeps the arrays of its frames.
@@ -119,11 +140,15 @@ def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) 
                 errors.append(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(rest)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(POLL_SECONDS)
+    except BaseException:
+        _left.update(threads)
+        raise
     if errors:
         del errors[1:]
         raise errors.pop()
