@@ -9,6 +9,7 @@ import { afterAll, beforeEach, test } from "vitest";
 import { externalData } from "../src/bundle/external_data.js";
 import { readManifest } from "../src/bundle/manifest.js";
 import { BundleError, DeviceError, Pipeline, RequestError, type LoadOptions } from "../src/index.js";
+import { PromptTokenizer } from "../src/text/tokenizer.js";
 import { EMOJI, TINY } from "./shared.js";
 
 let copy: string;
@@ -167,6 +168,25 @@ test("refuses a tokenizer of another length", async () => {
     /tokenizer\.json: .*expected padding and truncation to text_length 9, got padding to 8 and truncation to 8/,
   );
 });
+
+for (const id of [null, 1.5, -1, "x", {}]) {
+  test(`refuses a tokenizer whose ids are ${JSON.stringify(id)}`, async () => {
+    const content = JSON.parse(await readFile(join(TINY, "tokenizer.json"), "utf8")) as Json;
+    const damaged = (change: (content: Json) => void): Uint8Array => {
+      const copied = structuredClone(content);
+      change(copied);
+      return Buffer.from(JSON.stringify(copied));
+    };
+    const expected = /^BundleError: tokenizer\.json: .*expected integers from 0 as token ids, got /;
+    const padding = damaged(({ padding }) => (padding.pad_id = id ?? "none"));
+    assert.throws(() => new PromptTokenizer(padding, 8), expected);
+    const words = new PromptTokenizer(
+      damaged(({ model }) => Object.keys(model.vocab).forEach((word) => (model.vocab[word] = id))),
+      8,
+    );
+    assert.throws(() => words.encode(["a red heart"]), expected);
+  });
+}
 
 test("refuses devices, variants and image decoders that are not there", async () => {
   await refused(

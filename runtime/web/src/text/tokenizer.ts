@@ -60,6 +60,7 @@ export class PromptTokenizer {
       makeExact(this.#tokenizer, content);
       [this.#before, this.#after] = specialTokens(content.post_processor);
       this.#padId = content.padding?.pad_id ?? 0;
+      checkIds([...this.#before, ...this.#after, this.#padId]);
       this.#padsLeft = content.padding?.direction === "Left";
       this.#keepsTheEnd = content.truncation?.direction === "Left";
     } catch (error) {
@@ -108,7 +109,7 @@ export class PromptTokenizer {
 
   #ids(text: string): number[] {
     try {
-      return this.#tokenizer.encode(text, { add_special_tokens: false }).ids;
+      return checkIds(this.#tokenizer.encode(text, { add_special_tokens: false }).ids);
     } catch (error) {
       throw new BundleError(`tokenizer.json: the tokenizer failed: ${firstLine(error)}`, { cause: error });
     }
@@ -129,6 +130,13 @@ export class PromptTokenizer {
     }
     return (this.#keepsTheEnd ? words.slice(0, words.length - low) : words.slice(low)).join("").trim();
   }
+}
+
+/** Return token ids if they are some. The library takes them from the file as they are. Throws BundleError. */
+function checkIds(ids: readonly unknown[]): number[] {
+  const at = ids.findIndex((id) => !Number.isSafeInteger(id) || (id as number) < 0);
+  if (at >= 0) throw new BundleError(`expected integers from 0 as token ids, got ${shorten(ids[at])}`);
+  return ids as number[];
 }
 
 /** Return the ids of the special tokens before and after the prompt's own. */
