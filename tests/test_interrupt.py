@@ -135,6 +135,21 @@ def test_an_error_of_the_cancel_function_ends_the_graph(pipe):
     assert threading.active_count() == before  # The worker of the call that failed is free again.
 
 
+def test_calls_one_after_another_share_a_thread():
+    def workers() -> int:
+        return sum(thread.name == "tiue-worker" for thread in threading.enumerate())
+
+    interrupt.interruptible(lambda: None, "call")
+    before, interval = workers(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # Threads take turns within every line.
+    try:
+        for _ in range(5000):
+            interrupt.interruptible(lambda: None, "call")
+    finally:
+        sys.setswitchinterval(interval)
+    assert workers() == before
+
+
 def test_a_pipeline_works_after_a_fork(pipe):
     pipe(PROMPT, seed=1, memory="sequential")  # Leaves an idle worker, which the child has not.
     child = os.fork()

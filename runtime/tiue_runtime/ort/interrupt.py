@@ -74,6 +74,7 @@ def interruptible(
         except BaseException as error:  # The calling thread raises it.
             errors.append(error)
         finally:
+            _idle.append(worker)  # before the caller goes on, or its next call would start another thread
             done.set()
 
     worker = _free_worker()
@@ -105,7 +106,6 @@ class _Worker:
     def _work(self) -> None:
         while True:
             self.calls.get()()
-            _idle.append(self)
 
 
 _idle: list[_Worker] = []
