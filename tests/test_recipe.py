@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from invented import prepared, random_drawings
+from PIL import Image
 from tiue_runtime import Pipeline
 from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 
@@ -17,6 +19,8 @@ from recipes.emoji.presets import PRESETS
 from recipes.emoji.stage import minimize, spaced
 from recipes.emoji.studies import drift
 from recipes.emoji.teacher import SCHEDULER, with_mirrored
+from recipes.quality.__main__ import main as compare
+from recipes.quality.rows import PRESETS as COMPARISONS
 from tiue.checkpoint import load_student
 from tiue.schedule import NoiseSchedule
 
@@ -24,6 +28,14 @@ from tiue.schedule import NoiseSchedule
 @pytest.fixture(scope="module")
 def drawings() -> data.Drawings:
     return random_drawings()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, drawings) -> Path:
+    """A directory of results, with the data alone at first."""
+    directory = tmp_path_factory.mktemp("made")
+    prepared(drawings, directory / "data")
+    return directory
 
 
 def test_a_tenth_is_held_out_and_stays_so(drawings):
@@ -105,26 +117,56 @@ def test_frechet_distance_of_gaussians():
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
-def test_all_stages_run_and_begin_again_where_they_stopped(tmp_path, drawings, monkeypatch):
+def test_all_stages_run_and_begin_again_where_they_stopped(made, monkeypatch):
     monkeypatch.setattr(report, "MEASURED", 40)
     monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
-    prepared(drawings, tmp_path / "data")
-    command = ["--preset", "smoke", "--out", str(tmp_path)]
+    command = ["--preset", "smoke", "--out", str(made)]
     assert main([*command, "--until", "student"]) == 0
-    warm = (tmp_path / "warm.safetensors").stat().st_mtime_ns
+    warm = (made / "warm.safetensors").stat().st_mtime_ns
     assert main(command) == 0
-    assert (tmp_path / "warm.safetensors").stat().st_mtime_ns == warm
-    student = load_student(tmp_path / "student.safetensors")
+    assert (made / "warm.safetensors").stat().st_mtime_ns == warm
+    student = load_student(made / "student.safetensors")
     history = student.provenance["history"]
     assert history[0]["steps"] == PRESETS["smoke"].regression_steps
     assert history[1]["distilled"]["iterations"] == PRESETS["smoke"].distill.iterations
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = json.loads((made / "figures.json").read_text())
     assert figures.keys() == {"unseen drawings", "teacher", "warm start", "distilled"}
     assert all(0 <= f["top1"] <= f["top5"] <= 1 and f["frechet"] >= 0 for f in figures.values())
     for run in ("runs/teacher", "distill"):
-        assert json.loads((tmp_path / run / "best.json").read_text())["scores"]
-    assert (tmp_path / "grid.png").exists() and (tmp_path / "losses.png").exists()
-    assert Pipeline.load(tmp_path / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
+        assert json.loads((made / run / "best.json").read_text())["scores"]
+    assert (made / "grid.png").exists() and (made / "losses.png").exists()
+    assert Pipeline.load(made / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
+
+
+@pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
+def test_the_comparison_of_methods_runs_and_repeats_nothing(made, tmp_path):
+    out = tmp_path / "out"
+    assert main(["--preset", "smoke", "--out", str(made), "--until", "polish"]) == 0  # made above, if that test ran
+    command = ["--preset", "smoke", "--source", str(made), "--out", str(out)]
+    assert compare(command) == 0
+    table = (out / "table.md").read_text()
+    rows = COMPARISONS["smoke"].rows
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        f"{row.name}, {_steps(row)}" for row in rows
+    ]
+    tried = json.loads((out / "rows/lcm/search.json").read_text())
+    (of_lcm,) = (row for row in rows if row.name == "LCM")
+    assert [entry["settings"] for entry in tried] == [dict(settings) for settings in of_lcm.search]
+    trained = json.loads((out / "rows/lcm/seed-0/training.json").read_text())
+    assert trained["iterations"] == 1 and len(trained["sha256"]) == 64
+    # An update of LCM on 2 pictures: the student forward and backward, the teacher twice (guidance), the target once.
+    assert trained["passes"] == pytest.approx(2 * (3 + 2 + 1), rel=0.1)
+    for name in ("latency.png", "losses.png", "sheet.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 100
+    before = {path: path.stat().st_mtime_ns for path in (out / "rows").rglob("*") if path.is_file()}
+    assert compare([*command, "--rows", "TiUE;LCM"]) == 0
+    assert (out / "table.md").read_text() == table
+    assert {path: path.stat().st_mtime_ns for path in (out / "rows").rglob("*") if path.is_file()} == before
+
+
+def _steps(row) -> str:
+    return "1 step" if row.steps == (1,) else f"{row.steps[0]} steps"
 
 
 @pytest.mark.slow  # The recipe itself is tested above.
@@ -144,7 +186,7 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):
     network = torch.nn.Linear(1, 1, bias=False)
 
     def loss(generator: torch.Generator, count: int) -> torch.Tensor:
-        return -network.weight.sum()  # The weight grows for ever.
+        return (100 - network.weight).sum()  # The weight grows in every update.
 
     minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))
     grown = network.weight.item()
