@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.errors import Cancelled, InferenceError, RequestError
 from tiue_runtime.options import LoadOptions, RequestOptions
+from tiue_runtime.tools import stop_signals
 from tiue_runtime.tools.console import say, write
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def _make_all(
             memory = missing[0].options.get("memory") or "auto"
             with Pipeline.load(arguments.bundle, memory=memory, **loading) as pipeline:
                 for task in missing:
+                    stop_signals.check()
                     problem = _make(pipeline, task, target, save, report, bar)
                     if problem:
                         report.failed(task.line, problem)

@@ -6,7 +6,6 @@ import io
 import re
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,15 @@ from typing import Any, NoReturn
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, TiueError, remedy
 from tiue_runtime.options import LoadOptions, RequestOptions, described
-from tiue_runtime.tools import batch_command, completion, generate_command, mcp_command, model_commands, serve_command
+from tiue_runtime.tools import (
+    batch_command,
+    completion,
+    generate_command,
+    mcp_command,
+    model_commands,
+    serve_command,
+    stop_signals,
+)
 from tiue_runtime.tools.console import print_rows, say, write
 from tiue_runtime.tools.flags import bundle_flag, given, lesson_flags, option_flags, saving_flags
 from tiue_runtime.tools.info_command import describe
@@ -52,17 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A redirected stdout on Windows is not UTF-8. No prompt and no file name may stop the command.
             stream.reconfigure(errors="backslashreplace")
-    in_main = threading.current_thread() is threading.main_thread()  # Only there can signals be handled.
-    before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
-        arguments, unknown = _parser().parse_known_args(argv)
-        if unknown:
-            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], arguments.parser)}")
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = _show_warning
-            return command(arguments)
+        with stop_signals.handled():
+            return _run(argv)
     except TiueError as error:
         say("error", error)
         return _USER_ERROR
@@ -70,15 +69,23 @@ def main(argv: list[str] | None = None) -> int:
         advice = remedy(error)
         say("error", f"{error}: {advice}" if advice else error)
         return _USER_ERROR
-    except _Terminated:
+    except stop_signals.Terminated:
         say("error", "terminated")
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         say("error", "interrupted")
         return _INTERRUPTED
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+
+
+def _run(argv: list[str] | None) -> int:
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], arguments.parser)}")
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _show_warning
+        return command(arguments)
 
 
 def _meant(flag: str, parser: argparse.ArgumentParser) -> str:
@@ -86,14 +93,6 @@ def _meant(flag: str, parser: argparse.ArgumentParser) -> str:
     flags: list[str] = re.findall(r"(?<![\w-])--[a-z][\w-]*", parser.format_help())
     close = difflib.get_close_matches(_FOREIGN.get(flag, flag), flags, 1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Everything that handles Ctrl-C handles it as well, so nothing stays half written."""
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
 
 
 def _show_warning(message: object, *_: object, **__: object) -> None:

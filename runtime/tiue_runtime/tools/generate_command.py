@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.errors import RequestError
 from tiue_runtime.options import LoadOptions, RequestOptions
+from tiue_runtime.tools import stop_signals
 from tiue_runtime.tools.console import write
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def _results(
 ) -> "Iterator[Result[list[Image]]]":
     """Run one request for each prompt. Its pictures are those that one request for all prompts would make."""
     for i, prompt in enumerate(plan.prompts):
+        stop_signals.check()
         if bar:
             bar.begin(plan.num_images)
         options: Any = {**request, "seed": plan.seed + i * plan.num_images, "callback": bar}
