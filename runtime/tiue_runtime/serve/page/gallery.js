@@ -116,6 +116,7 @@ class Plate {
     this.plate = document.createElement("div");
     this.plate.className = "plate";
     this.previews = 0;
+    [this.asked, this.shown] = [0, 0];  // numbers of previews
     const blank = document.createElement("div");
     blank.className = "blank";
     this.plate.append(blank);
@@ -123,18 +124,17 @@ class Plate {
     this.address = null;
   }
 
-  /** Show a preview. */
+  /** Show a preview, unless a newer one is shown or the picture is finished. */
   async show(blob) {
-    const before = this.address;
+    const number = ++this.asked;
     const picture = image(URL.createObjectURL(blob));
-    this.address = picture.src;
-    await picture.decode().catch(() => {});  // A preview that cannot be decoded is not worth an error.
-    if (this.address === picture.src) {
-      this.previews += 1;
-      this.plate.dataset.previews = Math.min(this.previews, 3);
-      this.plate.replaceChildren(picture);
-    }
-    if (before) URL.revokeObjectURL(before);
+    await new Promise((resolve) => (picture.onload = picture.onerror = resolve));  // decode() waits for a quiet moment.
+    if (number < this.shown) return URL.revokeObjectURL(picture.src);
+    if (this.address) URL.revokeObjectURL(this.address);
+    [this.shown, this.address] = [number, picture.src];
+    this.previews += 1;
+    this.plate.dataset.previews = Math.min(this.previews, 3);
+    this.plate.replaceChildren(picture);
   }
 
   /** Leave the page, or give the place to a card. */
@@ -142,7 +142,7 @@ class Plate {
     if (card) this.element.replaceWith(card);
     else this.element.remove();
     if (this.address) URL.revokeObjectURL(this.address);
-    this.address = null;
+    [this.shown, this.address] = [Infinity, null];
   }
 }
 
