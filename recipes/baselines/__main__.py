@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _distill(arguments: argparse.Namespace, config: Any) -> int:
+    from recipes.baselines.few_steps import load_unet
     from tiue.components import load_components
     from tiue.distill.loop import DivergedError, StoppedError, train
     from tiue.prompts import load_prompts
@@ -120,7 +121,8 @@ def _distill(arguments: argparse.Namespace, config: Any) -> int:
             raise ValueError(f"{arguments.method} needs --{flag}")
     teacher = load_components(arguments.teacher)
     samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
-    run, method = _PREPARE[arguments.method](arguments, teacher, config, _unet(arguments.init), samples)
+    initial = load_unet(arguments.init) if arguments.init else None
+    run, method = _PREPARE[arguments.method](arguments, teacher, config, initial, samples)
     try:
         print(f"result written to {train(run, method)}")
     except DivergedError as error:
@@ -186,16 +188,6 @@ def _pictures(arguments: argparse.Namespace, teacher: Any) -> Any:
     from recipes.baselines.pictures import CaptionedPictures
 
     return CaptionedPictures(arguments.pictures, teacher.geometry.height * teacher.geometry.pixels_per_latent)
-
-
-def _unet(initial: Path | None) -> Any:
-    """Load the UNet of a student.safetensors or of a pipeline directory."""
-    from tiue.checkpoint import load_student
-    from tiue.components import load_components
-
-    if initial is None:
-        return None
-    return load_components(initial).unet if initial.is_dir() else load_student(initial).components.unet
 
 
 def _merge(arguments: argparse.Namespace) -> int:

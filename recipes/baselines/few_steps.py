@@ -19,7 +19,8 @@ from torch import Tensor
 from evaluation.few_steps import sample_few_steps
 from recipes.baselines.config import FewStepsConfig
 from recipes.baselines.pictures import CaptionedPictures
-from tiue.components import Components
+from tiue.checkpoint import load_student
+from tiue.components import Components, load_components
 from tiue.diffusion import Diffusion
 from tiue.distill.draws import Batch
 from tiue.distill.method import Method, Run, Trained
@@ -132,6 +133,11 @@ def save_pipeline(components: Components, unet: UNet2DConditionModel, scheduler:
         pipeline.save_pretrained(Path(temporary) / path.name)
         shutil.rmtree(path, ignore_errors=True)
         (Path(temporary) / path.name).rename(path)
+
+
+def load_unet(path: Path) -> UNet2DConditionModel:
+    """Load the UNet of a student.safetensors or of a pipeline directory. Raises ValueError."""
+    return load_components(path).unet if path.is_dir() else load_student(path).components.unet
 
 
 def start_run(out: Path, config: FewStepsConfig, teacher: Components, data: CaptionedPictures, initial: Any) -> Run:

@@ -27,7 +27,7 @@ from evaluation.reference import Reference
 from export.onnx import main as export
 from recipes.baselines import add, lcm, swiftbrush, swiftbrushv2
 from recipes.baselines.config import AddConfig, LcmConfig, SwiftBrushV2Config
-from recipes.baselines.few_steps import FewSteps
+from recipes.baselines.few_steps import FewSteps, load_unet
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import METADATA, CaptionedPictures
 from recipes.emoji.data import STYLES, Drawings, fetch
@@ -231,8 +231,7 @@ class Contest:
         (start,) = row.start
         if start == "teacher":
             return None
-        path = self.warm if start == "warm" else self.results(self._row(start))[0]
-        return load_components(path).unet if path.is_dir() else load_student(path).components.unet
+        return load_unet(self.warm if start == "warm" else self.results(self._row(start))[0])
 
     def _row(self, name: str) -> Row:
         return next(row for row in self.preset.rows if row.name == name)
