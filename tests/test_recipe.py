@@ -11,18 +11,20 @@ from tiue_runtime import Pipeline
 from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 
 from evaluation.metrics import frechet
-from recipes.emoji import data, report
+from recipes.emoji import data, polish, report
 from recipes.emoji.__main__ import main
 from recipes.emoji.autoencoder import encode, to_pixels, whiten
 from recipes.emoji.best import load_best
 from recipes.emoji.presets import PRESETS
-from recipes.emoji.stage import minimize, spaced
+from recipes.emoji.stage import autocast, minimize, spaced
 from recipes.emoji.studies import drift
 from recipes.emoji.teacher import SCHEDULER, with_mirrored
 from recipes.quality.__main__ import main as compare
 from recipes.quality.rows import PRESETS as COMPARISONS
 from tiue.checkpoint import load_student
+from tiue.components import load_components
 from tiue.schedule import NoiseSchedule
+from tiue.text_encoder import encode_text
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +131,55 @@ def test_all_stages_run_and_begin_again_where_they_stopped(made, monkeypatch):
     history = student.provenance["history"]
     assert history[0]["steps"] == PRESETS["smoke"].regression_steps
     assert history[1]["distilled"]["iterations"] == PRESETS["smoke"].distill.iterations
+    assert history[2]["steps"] == PRESETS["smoke"].fit_steps
+    _check_only_the_decoder_was_fitted(made)
     figures = json.loads((made / "figures.json").read_text())
-    assert figures.keys() == {"unseen drawings", "teacher", "warm start", "distilled"}
+    assert figures.keys() == {"unseen drawings", "teacher", "warm start", "distilled", "with its decoder"}
     assert all(0 <= f["top1"] <= f["top5"] <= 1 and f["frechet"] >= 0 for f in figures.values())
     for run in ("runs/teacher", "distill"):
         assert json.loads((made / run / "best.json").read_text())["scores"]
     assert (made / "grid.png").exists() and (made / "losses.png").exists()
     assert Pipeline.load(made / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
+
+    (made / "distill/best.json").unlink()  # as if it had been stopped while checkpoints were scored
+    assert main([*command, "--until", "distill"]) == 0
+    assert (made / "distill/best.json").exists()
+
+
+def _check_only_the_decoder_was_fitted(made: Path) -> None:
+    before, after = load_student(made / "distill/student.safetensors"), load_student(made / "fitted.safetensors")
+    polished = load_components(made / "polished").vae.state_dict()
+    fitted = after.components.vae.state_dict()
+    changed = {name for name in polished if not torch.equal(polished[name], fitted[name])}
+    assert {"post_quant_conv.weight", "decoder.conv_out.weight"} < changed
+    assert all(name.startswith(("post_quant_conv.", "decoder.")) for name in changed)
+    unets = [student.components.unet.state_dict() for student in (before, after)]
+    assert all(torch.equal(unets[0][name], unets[1][name]) for name in unets[0])
+
+
+@pytest.mark.parametrize(
+    ("pixel", "value", "error"), [(255, 1.3, 0), (255, 0.8, 0.2), (0, -1.5, 0), (0, 1.5, 2.5), (255, -1.5, 2.5)]
+)
+def test_what_clipping_corrects_is_no_error_of_the_image_decoder(monkeypatch, pixel, value, error):
+    monkeypatch.setattr(polish, "decode_latents", lambda vae, z: torch.full((2, 3, 4, 4), value))
+    images = torch.full((2, 4, 4, 3), pixel, dtype=torch.uint8)
+    assert polish._difference(None, torch.zeros(()), images).item() == pytest.approx(error)
+
+
+@pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
+def test_the_errors_of_a_student_are_those_of_all_its_numbers_of_timesteps(made, monkeypatch):
+    monkeypatch.setattr(polish, "_BATCH", 3)
+    assert main(["--preset", "smoke", "--out", str(made), "--until", "student"]) == 0
+    student, pairs = load_student(made / "warm.safetensors"), torch.load(made / "pairs.pt", weights_only=True)
+    latents, meant = polish.student_latents(student, made / "pairs.pt", 8)
+    assert torch.equal(meant, pairs["latents"][:8].to(meant.device))
+    assert set(student.schedules) == {4, 2, 1}
+    with torch.no_grad(), autocast():
+        text = encode_text(student.components, pairs["captions"][:8])
+        for rows, timesteps in zip((slice(0, 3), slice(3, 6), slice(6, 8)), student.schedules.values(), strict=True):
+            schedule = student.components.noise_schedule.closed_form(timesteps)
+            expected = student.tiue()(pairs["noise"][rows], text[rows], schedule).float()
+            torch.testing.assert_close(latents[rows].cpu(), expected, atol=REORDERED, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
@@ -190,7 +234,6 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):
 
     minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))
     grown = network.weight.item()
-    load_best(tmp_path, network, lambda: abs(network.weight.item() - grown + 3))
-    found = json.loads((tmp_path / "best.json").read_text())
-    assert len(found["scores"]) == 4 and found["best"] == min(found["scores"], key=found["scores"].get)
-    assert found["best"] != "step-00000010" and network.weight.item() < grown
+    scores = load_best(tmp_path, network, lambda: abs(network.weight.item() - grown + 3))
+    best = min(scores, key=scores.__getitem__)
+    assert len(scores) == 4 and scores[best] < scores["step-00000010"] and network.weight.item() < grown

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.emoji.presets import PRESETS
 
-STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distill", "bundle", "report")
+STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distill", "fit", "bundle", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from recipes.emoji.autoencoder import autoencoder
     from recipes.emoji.best import Best
-    from recipes.emoji.polish import polish
+    from recipes.emoji.polish import fit, polish
     from recipes.emoji.report import report
     from recipes.emoji.student import bundle, distill, warm_start
     from recipes.emoji.teacher import teacher
@@ -43,7 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         "distill": lambda: distill(
             preset, drawings, out / "polished", out / "warm.safetensors", out / "distill", best.of_student
         ),
-        "bundle": lambda: bundle(drawings, out / "distill/student.safetensors", out),
+        "fit": lambda: fit(
+            preset,
+            drawings,
+            out / "polished",
+            out / "pairs.pt",
+            out / "distill/student.safetensors",
+            out / "fitted.safetensors",
+        ),
+        "bundle": lambda: bundle(drawings, out / "fitted.safetensors", out),
         "report": lambda: report(preset, drawings, out),
     }
     for name, run in rest.items():

@@ -14,6 +14,7 @@ from recipes.emoji.data import Drawings
 from recipes.emoji.measure import load_judge
 from recipes.emoji.presets import Preset
 from recipes.emoji.report import asked, sample_pictures, sample_student
+from recipes.emoji.stage import SCORES
 from recipes.emoji.teacher import SCHEDULER, make_pipeline
 from tiue.checkpoint import save_student
 from tiue.distill import runs
@@ -45,7 +46,7 @@ class Best:
             pictures = sample_pictures(pipeline, self._captions, self._preset.guidance)
             return judge.measure(pictures, self._concept)["frechet"]
 
-        load_best(run, unet, score)
+        _record(run, load_best(run, unet, score))
 
     def of_student(self, run: Path, method: Vsd) -> None:
         """Write the student of the best checkpoint of a distillation in the place of the last one."""
@@ -55,29 +56,36 @@ class Best:
             student = method.finished(method.model.state_dict())
             return judge.measure(sample_student(student, self._captions), self._concept)["frechet"]
 
-        load_best(run, method.model, score)
+        scores = load_best(run, method.model, score)
         save_student(run / method.result, method.finished(method.model.state_dict()))
+        _record(run, scores)
 
     def _judge(self):
         return load_judge(self._preset, self._drawings, self._out / "encoder")
 
 
-def load_best(out: Path, network: nn.Module, score: Callable[[], float]) -> None:
-    """Give a network the averaged weights of the best checkpoint of its finished run, and write best.json.
+def load_best(out: Path, network: nn.Module, score: Callable[[], float]) -> dict[str, float]:
+    """Give a network the averaged weights of the best checkpoint of its finished run.
 
     Args:
         out: directory of the run.
         network: the model of the run's method.
         score: of the network as it is; the smallest is the best.
+
+    Returns:
+        The score of each checkpoint, by its name.
     """
     scores = {}
     for path in runs.checkpoints(out):
         _fill(network, path)
         scores[path] = score()
-    best = min(scores, key=scores.__getitem__)
-    _fill(network, best)
-    found = {"best": best.stem, "scores": {path.stem: value for path, value in scores.items()}}
-    write_text(out / "best.json", json.dumps(found, indent=2) + "\n")
+    _fill(network, min(scores, key=scores.__getitem__))
+    return {path.stem: value for path, value in scores.items()}
+
+
+def _record(out: Path, scores: dict[str, float]) -> None:
+    found = {"best": min(scores, key=scores.__getitem__), "scores": scores}
+    write_text(out / SCORES, json.dumps(found, indent=2) + "\n")
 
 
 @torch.no_grad()

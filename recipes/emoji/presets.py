@@ -28,7 +28,7 @@ class Preset:
     autoencoder_lr: float = 1e-3  # of AdamW, for the rest
     autoencoder_ema_decay: float = 0.99
 
-    polish_steps: int = 500  # of the image decoder alone, at the end
+    polish_steps: int = 500  # of the image decoder alone, after the teacher
     polish_lr: float = 5e-4
 
     teacher_widths: tuple[int, ...] = (192, 320)
@@ -49,6 +49,11 @@ class Preset:
     regression_lr: float = 1e-4
 
     distill: DistillConfig = DISTILL
+
+    fit_pairs: int = 2304  # pictures of the student, from whose errors the image decoder learns
+    fit_steps: int = 439
+    fit_batch: int = 16
+    fit_muon: float = 0.003
 
     encoder: EncoderConfig = ENCODER  # it measures pictures
 
@@ -74,6 +79,9 @@ PRESETS = {
         regression_steps=2,
         regression_batch=4,
         distill=replace(DISTILL, iterations=2, batch_size=2, sample_every=2),
+        fit_pairs=8,
+        fit_steps=2,
+        fit_batch=4,
         encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
     # The shipped model: all 1,031 concepts, eight minutes of one NVIDIA H200. Its last stage ran on two cores.

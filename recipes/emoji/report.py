@@ -88,18 +88,20 @@ SHEET_SEEDS = range(1, 5)
 
 
 def report(preset: Preset, drawings: Drawings, out: Path) -> None:
-    """Measure drawings, teacher and both students. Write figures.json, losses.png and grid.png into `out`."""
+    """Measure drawings, teacher and students. Write figures.json, losses.png and grid.png into `out`."""
     judge = load_judge(preset, drawings, out / "encoder")
     pipeline = load_teacher(out / "polished")
     rows = asked(drawings)
     captions, concept = [drawings.caption(row, 0, True) for row in rows], drawings.concept[rows]
-    warm, distilled = (load_student(out / name) for name in ("warm.safetensors", "distill/student.safetensors"))
-    warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # the polished VAE, as the others have
+    paths = ("warm.safetensors", "distill/student.safetensors", "fitted.safetensors")
+    warm, distilled, fitted = (load_student(out / path) for path in paths)
+    warm = replace(warm, components=replace(warm.components, vae=pipeline.vae))  # the polished VAE, as the next has
     contenders = {
         "unseen drawings": (drawings.images[judge.unseen], drawings.concept[judge.unseen]),
         "teacher": (sample_pictures(pipeline, captions, preset.guidance), concept),
         "warm start": (sample_student(warm, captions), concept),
         "distilled": (sample_student(distilled, captions), concept),
+        "with its decoder": (sample_student(fitted, captions), concept),
     }
     figures = {name: judge.measure(*pictures) for name, pictures in contenders.items()}
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

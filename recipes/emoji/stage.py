@@ -19,6 +19,9 @@ from tiue.distill.method import Means, Method, Run, Trained
 from tiue.distill.optimizers import make_muon
 from tiue.files import written_whole
 
+# Of the checkpoints of a run, by file name. Written last, so a run without this file is not finished.
+SCORES = "best.json"
+
 # Takes a generator on the CPU and a batch size. Draws a batch, and returns its loss.
 Loss = Callable[[torch.Generator, int], Tensor]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from export.onnx import main as export
 from recipes.emoji.data import Drawings, spoken_names
 from recipes.emoji.presets import Preset
-from recipes.emoji.stage import autocast, device, minimize, precision, spaced
+from recipes.emoji.stage import SCORES, autocast, device, minimize, precision, spaced
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import load_components
@@ -132,7 +132,7 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
 
 def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path, choose: Choose) -> None:
     """Distill with VSD and KL from the warm start (once), and keep the best checkpoint."""
-    if not (out / "student.safetensors").exists():
+    if not (out / SCORES).exists():
         run, method = prepare(
             load_components(teacher),
             all_captions(drawings),
