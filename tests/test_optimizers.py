@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from safetensors.torch import load_file
 
@@ -35,7 +36,7 @@ def test_8_bits_follow_adam():
     found = {}
     for name in ("adam", "adam8bit"):
         weight = torch.nn.Parameter(start.clone())
-        optimizer = make_optimizer(name, [weight], 1e-2)
+        optimizer = make_optimizer(name, torch.nn.ParameterList([weight]), 1e-2, Accelerator(cpu=True))
         for _ in range(20):
             weight.square().mul(0.5).sum().backward()
             optimizer.step()

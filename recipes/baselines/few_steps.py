@@ -97,10 +97,7 @@ class FewSteps(Method):
         return "prompts: " + ", ".join(repr(shortened(caption)) for caption in found)
 
     def _trained(self, network: torch.nn.Module, learning_rate: float) -> Trained:
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        # A fused optimizer skips an overflow in fp16 by itself, and accelerate does not notice.
-        fused = self._accelerator.scaler is None
-        optimizer = make_optimizer("adam", parameters, learning_rate, fused)
+        optimizer = make_optimizer("adam", network, learning_rate, self._accelerator)
         return Trained(self._accelerator, network, optimizer, self.config.grad_clip)
 
 

@@ -21,15 +21,15 @@ def check_optimizer(name: str, accelerator: Accelerator) -> None:
 
 
 def make_optimizer(
-    name: str, parameters: list[nn.Parameter], learning_rate: float, fused: bool = True
+    name: str, network: nn.Module, learning_rate: float, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
-    """Make an optimizer.
+    """Make the optimizer of those parameters of a network that require gradients.
 
     Args:
         name: "adam" for torch's Adam; "adam8bit" for bitsandbytes' Adam, which keeps its averages in 8 bits.
-        parameters: the parameters to update.
+        network: the network.
         learning_rate: the learning rate.
-        fused: whether torch's Adam is fused. bitsandbytes' always is.
+        accelerator: accelerate's, with or without a scaler for fp16.
 
     Returns:
         The optimizer.
@@ -37,8 +37,10 @@ def make_optimizer(
     Raises:
         ValueError: bitsandbytes is needed but not installed.
     """
+    parameters = [p for p in network.parameters() if p.requires_grad]
     if name == "adam":
-        return torch.optim.Adam(parameters, learning_rate, fused=fused)
+        # A fused optimizer skips an overflow in fp16 by itself, and accelerate does not notice.
+        return torch.optim.Adam(parameters, learning_rate, fused=accelerator.scaler is None)
     optimizer = _adam8bit()(parameters, learning_rate)
     # Its step makes every weight contiguous, which would undo channels_last.
     last = [p for p in parameters if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)]
