@@ -121,8 +121,13 @@ def student_latents(student: Student, pairs: Path, count: int) -> tuple[Tensor, 
 
     Returns:
         Two tensors (count, C, h, w) on the device of the recipe.
+
+    Raises:
+        ValueError: there are fewer pairs.
     """
     known = torch.load(pairs, weights_only=True)
+    if count > (known_pairs := len(known["noise"])):
+        raise ValueError(f"`fit_pairs` must be at most {known_pairs}, the teacher's pairs, got {count}")
     noise, latents = (known[name][:count].to(device()) for name in ("noise", "latents"))
     model, components = student.tiue().to(device()).eval(), student.components
     components.text_encoder.to(device())
