@@ -60,13 +60,39 @@ class EvaluationConfig:
             raise ValueError(f"`features` must name a network as KIND=PATH, with {', '.join(KINDS)}, got none")
 
 
+@dataclass(frozen=True)
+class Judge:
+    """A network, and the features (n, D) that it sees in the reference."""
+
+    extractor: Extractor
+    real: Embeddings
+
+
+def load_judges(
+    reference: Reference, features: Sequence[str], known: Mapping[str, Embeddings] | None = None
+) -> list[Judge]:
+    """Load the networks of an evaluation, which can serve several evaluations.
+
+    Args:
+        reference: pictures to compare with.
+        features: the networks, as KIND=PATH.
+        known: features of the reference by kind of network, if they were computed before.
+
+    Raises:
+        ValueError: a kind is unknown or named twice, or a network cannot be read.
+    """
+    loaded = load_extractors(features, _device())
+    return [Judge(one, known[one.name] if known else _features(reference, one)) for one in loaded]
+
+
 def evaluate(
     painter: Painter,
     prompts: Sequence[str],
     reference: Reference,
+    judges: Sequence[Judge],
     config: EvaluationConfig,
     save: Path | None = None,
-    real: Mapping[str, Embeddings] | None = None,
+    compared: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a painter.
 
@@ -74,36 +100,28 @@ def evaluate(
         painter: from prompts to pictures; see `evaluation.painters`.
         prompts: the prompts.
         reference: pictures to compare with.
+        judges: networks that look at the pictures.
         config: the settings.
         save: a folder for the pictures, as PROMPT-SEED.png with the prompt's number.
-        real: features of the reference by kind of network, if they are known: see `reference_features`.
+        compared: whether pictures are compared with the reference. If not, there are figures of texts and styles only.
 
     Returns:
         The report, made of what JSON can hold: "features" has the figures by kind of network.
     """
-    extractors = load_extractors(config.features, _device())
     asked = ask(prompts, reference.captions, reference.styles)
-    made = _made(painter, prompts, extractors, config, save)
+    made = _made(painter, prompts, [judge.extractor for judge in judges], config, save)
     prompt = np.repeat(np.arange(len(prompts)), config.seeds)
-    report: dict[str, Any] = {
+    return {
         "settings": asdict(config),
         "prompts": len(prompts),
         "pictures": len(prompt),
         "reference pictures": len(reference.pictures),
         "candidates": len(asked.candidates),
-        "features": {},
+        "features": {
+            judge.extractor.name: _figures(judge, made[judge.extractor.name], prompt, asked, config.samples, compared)
+            for judge in judges
+        },
     }
-    for extractor in extractors:
-        known = real[extractor.name] if real else _features(reference, extractor)
-        report["features"][extractor.name] = _figures(
-            extractor, known, made[extractor.name], prompt, asked, config.samples
-        )
-    return report
-
-
-def reference_features(reference: Reference, config: EvaluationConfig) -> dict[str, Embeddings]:
-    """Compute the features of a reference by every network of the settings, for several calls of `evaluate`."""
-    return {one.name: _features(reference, one) for one in load_extractors(config.features, _device())}
 
 
 def _made(
@@ -133,12 +151,12 @@ def _features(reference: Reference, extractor: Extractor, batch: int = 64) -> Em
 
 
 def _figures(
-    extractor: Extractor, real: Embeddings, made: Embeddings, prompt: np.ndarray, asked: Asked, samples: int
+    judge: Judge, made: Embeddings, prompt: np.ndarray, asked: Asked, samples: int, compared: bool
 ) -> dict[str, Any]:
-    figures, counts = compare(real, made, prompt, samples), {}
-    if extractor.reads:
-        figures |= retrieve(extractor, made, prompt, asked, samples)
-        counts, of_styles = styles_of(extractor, made, prompt, asked, samples)
+    figures, counts = compare(judge.real, made, prompt, samples) if compared else {}, {}
+    if judge.extractor.reads:
+        figures |= retrieve(judge.extractor, made, prompt, asked, samples)
+        counts, of_styles = styles_of(judge.extractor, made, prompt, asked, samples)
         figures |= of_styles
     result: dict[str, Any] = {name: asdict(interval) for name, interval in figures.items()}
     return result | ({"pictures by style": counts} if counts else {})
@@ -198,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = EvaluationConfig(**given(arguments, EvaluationConfig))
         prompts = load_prompts(arguments.prompts)
         reference = load_reference(arguments.reference, config.reference_size)
-        report = evaluate(_painter(arguments, config), prompts, reference, config, arguments.save)
+        painter, judges = _painter(arguments, config), load_judges(reference, config.features)
+        report = evaluate(painter, prompts, reference, judges, config, arguments.save)
         judged = arguments.bundle or arguments.pipeline or arguments.student
         files = {"judged": str(judged), "prompt file": str(arguments.prompts), "reference": str(arguments.reference)}
         write_text(arguments.out, json.dumps(files | report, indent=2) + "\n")

@@ -56,6 +56,7 @@ class Emoji(Extractor):
     def __init__(self, path: Path, device: torch.device):
         self._encoder = load_encoder(path).to(device)
         self._sentences = Sentences(device)
+        self._known: dict[str, Embeddings] = {}  # Several evaluations ask for the same thousands of captions.
 
     def pictures(self, pictures: NDArray[np.uint8]) -> Embeddings:
         """Embed pictures."""
@@ -63,7 +64,9 @@ class Emoji(Extractor):
 
     def texts(self, texts: Sequence[str]) -> Embeddings:
         """Embed texts."""
-        return self._encoder.embed_texts(texts, self._sentences)
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known |= zip(new, self._encoder.embed_texts(new, self._sentences), strict=True)
+        return np.stack([self._known[text] for text in texts])
 
 
 class InceptionV3(Extractor):

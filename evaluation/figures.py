@@ -68,7 +68,7 @@ def compare(real: Embeddings, made: Embeddings, prompt: NDArray[np.int64], sampl
         The figures by name. Intervals are over prompts, because pictures of one prompt resemble each other.
     """
     found = {
-        "frechet": bootstrap(metrics.frechet, real, made, groups=(None, prompt), samples=samples, biased=True),
+        "frechet": metrics.frechet_interval(real, made, prompt, samples),
         "kernel distance": metrics.kernel_interval(real, made, prompt, samples),
     }
     if min(len(real), len(made)) > metrics.NEIGHBORS:

@@ -1,6 +1,7 @@
 """The evaluation's figures on sets whose answer is known."""
 
 import subprocess
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_the_frechet_distance_of_fewer_pictures_than_features():
     ]
     assert metrics.frechet(real, made) == pytest.approx(metrics.frechet(*scaled), rel=1e-6)
     assert metrics.frechet(real, made) == pytest.approx(metrics.frechet(*padded), rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [4, 200])
+def test_the_interval_of_the_frechet_distance_is_that_of_the_bootstrap(length):
+    real, made = gaussian(60, length=length), gaussian(30, mean=0.5, length=length)
+    group = np.repeat(np.arange(12), [1, 4] * 6)  # groups of different sizes
+    expected = metrics.bootstrap(metrics.frechet, real, made, groups=(None, group), samples=20, biased=True)
+    found = metrics.frechet_interval(real, made, group, samples=20)
+    assert asdict(found) == pytest.approx(asdict(expected), rel=1e-9)
+    assert found.low < found.value < found.high
 
 
 def test_the_kernel_distance_is_unbiased():
