@@ -74,14 +74,17 @@ fuzz: $(FULL)/ready
 
 check: lint docs test
 
-# The paper's comparison, on what `make emoji` made. It takes days on 2 cores. Stopped and begun again, it goes on.
+# An update on a CPU frees and takes the same large blocks. With these, glibc keeps them, and saves a tenth to a fifth.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000
+
+# The paper's comparison, on what `make emoji` made. It takes a working day of 2 cores. Begun again, it goes on.
 quality: $(FULL)/ready
-	$(FULL)/bin/python -m recipes.quality --preset cpu --source runs/emoji --out runs/quality
+	$(KEEP_MEMORY) $(FULL)/bin/python -m recipes.quality --preset cpu --source runs/emoji --out runs/quality
 
 # Makes a model from scratch. The teacher alone takes about five hours on 2 cores with AVX-512 and bfloat16.
 # Stopped and begun again, it goes on.
 emoji: $(FULL)/ready
-	$(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji
+	$(KEEP_MEMORY) $(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji
 
 clean:
 	rm -rf $(FULL) $(LIGHT) $(WEB)/node_modules $(WEB)/dist $(WEB)/src/generated .cache dist build runtime/build models/emoji/build heart.png
