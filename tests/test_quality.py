@@ -16,7 +16,7 @@ from tiue.distill.loop import train
 def test_every_row_has_a_start_that_comes_before_it():
     known = {"teacher", "warm"}
     for row in ROWS:
-        assert set(row.start) <= known, row.name
+        assert set(row.start) <= known and row.like in {None, *known}, row.name
         known.add(row.name)
     assert len(known) == len(ROWS) + 2 - 1  # "teacher" is a row, too.
 
@@ -24,6 +24,8 @@ def test_every_row_has_a_start_that_comes_before_it():
 def test_unknown_rows_and_a_missing_source_are_named(tmp_path, capsys):
     assert main(["--rows", "TiUE;nothing", "--out", str(tmp_path)]) == 2
     assert "got nothing" in capsys.readouterr().err
+    assert main(["--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "--seeds: expected 1 or more, got 0" in capsys.readouterr().err
     assert main(["--source", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "has no data/captions.json" in capsys.readouterr().err
 
@@ -34,7 +36,30 @@ def test_a_student_of_several_steps_is_timed_in_a_loop(tmp_path):
     data = CaptionedPictures(save_pictures(pictures), model.geometry.height * model.geometry.pixels_per_latent)
     result = train(*lcm.prepare(model, data, tmp_path / "run", LcmConfig(iterations=1, batch_size=2)), progress=False)
     contest = Contest(replace(PRESETS["cpu"], runs=3), tmp_path, random_drawings(), tmp_path)
-    (row,) = (row for row in ROWS if row.name == "LCM")
-    one, four = (contest.timed(row, result, steps, tmp_path / "timed") for steps in (1, 4))
+    for steps in (1, 4):
+        contest.timed(_row("LCM"), result, steps, tmp_path / "timed")
+    one, four = (json.loads((tmp_path / f"timed/latency-{steps}.json").read_text()) for steps in (1, 4))
     assert 0 < one["least"] <= one["median"] <= one["most"] and one["median"] < four["median"]
-    assert json.loads((tmp_path / "timed/latency-4.json").read_text()) == four
+
+
+def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path):
+    contest = Contest(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)
+    tried = [{"settings": dict(settings), "frechet": 2.0 - i} for i, settings in enumerate(_row("TiUE").search)]
+    (tmp_path / "rows/tiue").mkdir(parents=True)
+    (tmp_path / "rows/tiue/search.json").write_text(json.dumps(tried))
+    assert contest.best(_row("TiUE without KL")) == contest.best(_row("TiUE")) == tried[-1]["settings"]
+    assert contest.best(_row("warm start")) == {}
+
+
+def test_only_seeds_with_all_figures_are_finished(tmp_path):
+    contest, row = Contest(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path), _row("ADD")
+    first, second, _ = contest.outs(row)
+    for out, steps in ((first, (4, 1)), (second, (4,))):
+        out.mkdir(parents=True)
+        for number in steps:
+            (out / f"figures-{number}.json").write_text("{}")
+    assert contest.finished(row) == [first]
+
+
+def _row(name):
+    return next(row for row in ROWS if row.name == name)

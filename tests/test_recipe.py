@@ -201,6 +201,8 @@ def test_the_comparison_of_methods_runs_and_repeats_nothing(made, tmp_path):
     assert trained["iterations"] == 1 and len(trained["sha256"]) == 64
     # An update of LCM on 2 pictures: the student forward and backward, the teacher twice (guidance), the target once.
     assert trained["passes"] == pytest.approx(2 * (3 + 2 + 1), rel=0.1)
+    kept = json.loads((out / "runs.json").read_text())
+    assert kept["LCM"]["search"] == tried and kept["LCM"]["seeds"][0]["sha256"] == trained["sha256"]
     for name in ("latency.png", "losses.png", "sheet.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.quality.rows import PRESETS
@@ -14,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison, or some of its rows.
 
     Returns:
-        0; 2 for a row that does not exist.
+        0; 2 for arguments that make no sense.
     """
     parser = argparse.ArgumentParser(prog="python -m recipes.quality", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes and budgets (default: cpu)")
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/quality"), metavar="DIR", help="directory of all results"
     )
     parser.add_argument("--rows", metavar="NAME[;NAME]", help="only these rows (default: all)")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="training seeds of the main rows (default: the preset's)"
+    )
     arguments = parser.parse_args(argv)
     preset = PRESETS[arguments.preset]
     names = arguments.rows.split(";") if arguments.rows else None
@@ -39,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.seeds is not None:
+        if arguments.seeds < 1:
+            print(f"python -m recipes.quality: --seeds: expected 1 or more, got {arguments.seeds}", file=sys.stderr)
+            return 2
+        preset = replace(preset, seeds=arguments.seeds)
 
     from recipes.emoji import data  # Imported late: --help does not need it.
     from recipes.quality.contest import Contest
@@ -48,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m recipes.quality: --source: {arguments.source} has no data/captions.json", file=sys.stderr)
         return 2
     contest = Contest(preset, arguments.source, data.load(arguments.source / "data"), arguments.out)
-    collect(contest, (row for row in preset.rows if names is None or row.name in names))
-    write_page(contest, collect(contest, filter(contest.is_finished, preset.rows)))
+    for row in preset.rows:
+        if names is None or row.name in names:
+            contest.run(row)
+            write_page(contest, collect(contest, preset.rows))
     print(f"table, plots and sheet written to {arguments.out}")
     return 0
 

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 from tiue_runtime import Pipeline
 
-from evaluation.cli import EvaluationConfig, evaluate, reference_features
+from evaluation.cli import EvaluationConfig, Judge, evaluate, load_judges
 from evaluation.encoder.retrieval import train_encoder
-from evaluation.features import Embeddings
 from evaluation.painters import Painter, pipeline_painter, student_painter, torch_painter
 from evaluation.reference import Reference
 from export.onnx import main as export
@@ -125,6 +124,15 @@ class Contest:
 
     # A row.
 
+    def run(self, row: Row) -> None:
+        """Train, draw, judge and time a row with each of its seeds. What is there is not made again."""
+        results, outs = self.results(row), self.outs(row)
+        for steps in row.steps:
+            for result, out in zip(results, outs, strict=True):
+                self.judged(row, result, steps, out)
+            if row.timed:
+                self.timed(row, results[0], steps, outs[0])
+
     def results(self, row: Row) -> list[Path]:
         """Train a row with each of its seeds, once.
 
@@ -135,30 +143,32 @@ class Contest:
             return [self.teacher]
         if row.method == "start":
             return [self.warm]
-        seeds = range(self.preset.seeds if row.main else 1)
         settings = {**row.settings, **self.best(row)}
-        return [self._trained(row, settings, self.folder(row) / f"seed-{seed}", seed) for seed in seeds]
+        return [self._trained(row, settings, out, seed) for seed, out in enumerate(self.outs(row))]
 
     def best(self, row: Row) -> Settings:
         """Search the settings of a row: train each with a part of the budget, and keep the best Frechet distance."""
+        if row.like:
+            return self.best(self._row(row.like))
+        if not row.search:
+            return {}
         path = self.folder(row) / "search.json"
-        if row.search and not path.exists():
+        if not path.exists():
             tried = []
             for number, settings in enumerate(row.search):
                 out = self.folder(row) / f"search-{number}"
                 result = self._trained(row, {**row.settings, **settings}, out, 0, self.preset.search_share)
-                figures = self.judged(row, result, max(row.steps), out)
-                tried.append({"settings": dict(settings), "frechet": figures["emoji"]["frechet"]["value"]})
+                tried.append({"settings": dict(settings), "frechet": self._frechet(row, result)})
             write_text(path, json.dumps(tried, indent=2) + "\n")
-        if not row.search:
-            return {}
         return min(json.loads(path.read_text(encoding="utf-8")), key=lambda entry: entry["frechet"])["settings"]
 
-    def is_finished(self, row: Row) -> bool:
-        """Say whether a row has all of its figures."""
-        seeds = range(self.preset.seeds if row.main else 1)
-        outs = [self.folder(row) / f"seed-{seed}" for seed in seeds]
-        return all((out / f"figures-{steps}.json").exists() for out in outs for steps in row.steps)
+    def outs(self, row: Row) -> list[Path]:
+        """The directories of a row's seeds."""
+        return [self.folder(row) / f"seed-{seed}" for seed in range(self.preset.seeds if row.main else 1)]
+
+    def finished(self, row: Row) -> list[Path]:
+        """The directories of the seeds that have all figures."""
+        return [out for out in self.outs(row) if all((out / f"figures-{steps}.json").exists() for steps in row.steps)]
 
     def folder(self, row: Row) -> Path:
         """The directory of a row."""
@@ -191,17 +201,23 @@ class Contest:
         return path
 
     def _cost(self, row: Row, settings: Settings, out: Path) -> Cost:
+        """Count the cost of an update, once. Numbers of steps that take turns are all counted."""
         path = out / "cost.json"
         if not path.exists():
-            probe = out / "cost"
-            run, method = self._prepared(row, {**settings, "iterations": 1, "seed": 0}, probe)
-            teacher = load_components(self.teacher)
-            text = encode_text(teacher, [""]).detach().to(device())
-            cost = update_cost(run, method, teacher.unet.to(device()), text)
-            shutil.rmtree(probe, ignore_errors=True)
+            counts = [{"steps": (steps,)} for steps in settings.get("steps", ())] or [{}]
+            found = [self._counted(row, {**settings, **count}, out / "cost") for count in counts]
+            mean = Cost(*(statistics.mean(values) for values in zip(*map(astuple, found), strict=True)))
             out.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(asdict(cost), indent=2) + "\n")
+            write_text(path, json.dumps(asdict(mean), indent=2) + "\n")
         return Cost(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _counted(self, row: Row, settings: Settings, probe: Path) -> Cost:
+        run, method = self._prepared(row, {**settings, "iterations": 1, "seed": 0}, probe)
+        teacher = load_components(self.teacher)
+        text = encode_text(teacher, [""]).detach().to(device())
+        cost = update_cost(run, method, teacher.unet.to(device()), text)
+        shutil.rmtree(probe, ignore_errors=True)
+        return cost
 
     def _prepared(self, row: Row, settings: Settings, out: Path) -> tuple[Run, Method]:
         common = {"batch_size": self.preset.batch, "mixed_precision": precision(), "checkpoint_every": 20, "keep": 1}
@@ -238,39 +254,46 @@ class Contest:
 
     # Its figures.
 
-    def judged(self, row: Row, result: Path, steps: int, out: Path) -> dict[str, Any]:
-        """Draw and judge a result with a number of steps, once: the figures by network."""
+    def judged(self, row: Row, result: Path, steps: int, out: Path) -> None:
+        """Draw and judge a result with a number of steps, once. The file has the figures by network."""
         path = out / f"figures-{steps}.json"
         if not path.exists():
-            painter = self._painter(row, result, steps)
-            config, real, begun = self._evaluation, self._real, time.perf_counter()
-            made = evaluate(painter, self.prompts, self.reference, config, out / f"pictures-{steps}", real)
-            free = replace(config, features=config.features[:1], seeds=self.preset.styles)
-            of_styles = evaluate(painter, self.plain_prompts, self.reference, free, real=real)["features"]["emoji"]
-            figures = made["features"]
-            figures["emoji"] |= {name: of_styles[name] for name in ("styles", "evenness")}
+            painter, judges, begun = self._painter(row, result, steps), self._judges, time.perf_counter()
+            pictures = out / f"pictures-{steps}"
+            figures = evaluate(painter, self.prompts, self.reference, judges, self._evaluation, pictures)["features"]
+            many = replace(self._evaluation, seeds=self.preset.styles)
+            free = evaluate(painter, self.plain_prompts, self.reference, judges[:1], many, compared=False)
+            figures["emoji"] |= {name: free["features"]["emoji"][name] for name in ("styles", "evenness")}
             figures["seconds"] = round(time.perf_counter() - begun)
             out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(figures, indent=2) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _frechet(self, row: Row, result: Path) -> float:
+        """The Frechet distance of a result with its most steps, by the first judge alone, without an interval."""
+        painter, few = self._painter(row, result, max(row.steps)), replace(self._evaluation, samples=2)
+        made = evaluate(painter, self.prompts, self.reference, self._judges[:1], few)
+        return made["features"]["emoji"]["frechet"]["value"]
 
     @cached_property
     def _evaluation(self) -> EvaluationConfig:
         features = [f"emoji={self.judge}"]
         if self.preset.inception:
             (self.out / "packages").mkdir(parents=True, exist_ok=True)
-            features.append(f"inception={fetch('nsfwjs@4.4.0', self.out / 'packages') / 'package'}")
+            features.append(f"inception={fetch('nsfwjs@4.4.0', self.out / 'packages')}")
         return EvaluationConfig(features=tuple(features), seeds=self.preset.pictures, samples=self.preset.samples)
 
     @cached_property
-    def _real(self) -> dict[str, Embeddings]:
-        """The features of the reference, which take longer than a student's pictures."""
-        path = self.out / "reference.npz"
-        if not path.exists():
+    def _judges(self) -> list[Judge]:
+        """The judges. What they see in the reference is kept, because it takes longer than a student's pictures."""
+        path, known = self.out / "reference.npz", None
+        if path.exists():
+            with np.load(path, allow_pickle=False) as arrays:
+                known = dict(arrays)
+        judges = load_judges(self.reference, self._evaluation.features, known)
+        if known is None:
             with written_whole(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, **reference_features(self.reference, self._evaluation))
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+                np.savez(file, **{judge.extractor.name: judge.real for judge in judges})
+        return judges
 
     def _painter(self, row: Row, result: Path, steps: int) -> Painter:
         if result.is_dir():
@@ -280,13 +303,11 @@ class Contest:
             return student_painter(result, device(), steps)
         return separate_painter(load_student(result), steps)
 
-    def timed(self, row: Row, result: Path, steps: int, out: Path) -> dict[str, float] | None:
-        """Export a result and time its graphs, once: seconds. None for what has no export.
+    def timed(self, row: Row, result: Path, steps: int, out: Path) -> None:
+        """Export a result and time its graphs, once, in seconds.
 
         TiUE runs its decoders at once. A student of several steps runs the graphs of one step in a loop.
         """
-        if not row.timed:
-            return None
         path = out / f"latency-{steps}.json"
         if not path.exists():
             at_once = row.method in ("tiue", "start")
@@ -297,7 +318,6 @@ class Contest:
             shutil.rmtree(bundle)
             found = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
             write_text(path, json.dumps(found, indent=2) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
 
     def _exported(self, row: Row, result: Path, steps: int, out: Path) -> Path:
         bundle = out / f"bundle-{steps}"

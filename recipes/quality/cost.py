@@ -18,7 +18,7 @@ class Cost:
     """Floating point operations of an update, and of its UNets in passes of one picture forward."""
 
     passes: float
-    operations: int
+    operations: float
 
 
 def update_cost(run: Run, method: Method, unet: UNet2DConditionModel, text: torch.Tensor) -> Cost:

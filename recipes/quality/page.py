@@ -64,22 +64,22 @@ class Entry:
 
 
 def collect(contest: Contest, rows: Iterable[Row]) -> list[Entry]:
-    """Train, draw, judge and time rows. What is there is not made again."""
+    """Read the figures of all rows that have some. Training seeds without figures are left out."""
     entries = []
     for row in rows:
-        results, folder = contest.results(row), contest.folder(row)
-        outs = [folder / f"seed-{seed}" for seed in range(len(results))]
+        outs = contest.finished(row)
         training = [_json(out / "training.json") for out in outs]
-        for steps in row.steps:
-            figures = [contest.judged(row, result, steps, out) for result, out in zip(results, outs, strict=True)]
-            latency = contest.timed(row, results[0], steps, outs[0])
+        for steps in row.steps if outs else ():
+            figures = [_json(out / f"figures-{steps}.json") for out in outs]
+            latency = _json(outs[0] / f"latency-{steps}.json") or None
             entries.append(Entry(row, steps, figures, training, latency, outs[0] / f"pictures-{steps}"))
     return entries
 
 
 def write_page(contest: Contest, entries: Sequence[Entry]) -> None:
-    """Write table.md, latency.png, losses.png and sheet.png into the directory of the comparison."""
+    """Write table.md, runs.json, latency.png, losses.png and sheet.png into the directory of the comparison."""
     write_text(contest.out / "table.md", table(entries))
+    write_text(contest.out / "runs.json", json.dumps(records(contest, entries), indent=1) + "\n")
     plot_latency(entries, contest.out / "latency.png")
     plot_losses(contest, [entry.row for entry in entries], contest.out / "losses.png")
     contact_sheet(contest, entries, contest.out / "sheet.png")
@@ -94,6 +94,15 @@ def table(entries: Sequence[Entry]) -> str:
         cells += [_cell(entry.value(network, figure), figure) for _, network, figure in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def records(contest: Contest, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Gather what is kept of every row: its search, and the settings, the cost and the result's hash of every seed."""
+    found = {}
+    for row in {entry.row.name: entry.row for entry in entries}.values():
+        seeds = [_json(out / "config.json") | _json(out / "training.json") for out in contest.finished(row)]
+        found[row.name] = {"start": row.start, "search": _json(contest.folder(row) / "search.json"), "seeds": seeds}
+    return found
 
 
 def plot_latency(entries: Sequence[Entry], path: Path) -> None:
