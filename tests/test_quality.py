@@ -9,6 +9,8 @@ from recipes.baselines.config import LcmConfig
 from recipes.baselines.pictures import CaptionedPictures
 from recipes.quality.__main__ import main
 from recipes.quality.contest import Contest
+from recipes.quality.judging import Judging
+from recipes.quality.material import Material
 from recipes.quality.rows import PRESETS, ROWS
 from tiue.distill.loop import train
 
@@ -35,15 +37,14 @@ def test_a_student_of_several_steps_is_timed_in_a_loop(tmp_path):
     pictures.mkdir()
     data = CaptionedPictures(save_pictures(pictures), model.geometry.height * model.geometry.pixels_per_latent)
     result = train(*lcm.prepare(model, data, tmp_path / "run", LcmConfig(iterations=1, batch_size=2)), progress=False)
-    contest = Contest(replace(PRESETS["cpu"], runs=3), tmp_path, random_drawings(), tmp_path)
-    for steps in (1, 4):
-        contest.timed(_row("LCM"), result, steps, tmp_path / "timed")
+    judging = Judging(Material(replace(PRESETS["cpu"], runs=3), tmp_path, random_drawings(), tmp_path))
+    judging.timed(_row("LCM"), result, tmp_path / "timed")
     one, four = (json.loads((tmp_path / f"timed/latency-{steps}.json").read_text()) for steps in (1, 4))
     assert 0 < one["least"] <= one["median"] <= one["most"] and one["median"] < four["median"]
 
 
 def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path):
-    contest = Contest(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)
+    contest = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path))
     tried = [{"settings": dict(settings), "frechet": 2.0 - i} for i, settings in enumerate(_row("TiUE").search)]
     (tmp_path / "rows/tiue").mkdir(parents=True)
     (tmp_path / "rows/tiue/search.json").write_text(json.dumps(tried))
@@ -52,7 +53,7 @@ def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path
 
 
 def test_only_seeds_with_all_figures_are_finished(tmp_path):
-    contest, row = Contest(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path), _row("ADD")
+    contest, row = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)), _row("ADD")
     first, second, _ = contest.outs(row)
     for out, steps in ((first, (4, 1)), (second, (4,))):
         out.mkdir(parents=True)

@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from recipes.emoji import data  # Imported late: --help does not need it.
     from recipes.quality.contest import Contest
+    from recipes.quality.material import Material
     from recipes.quality.page import collect, write_page
 
     if not (arguments.source / "data/captions.json").exists():
         print(f"python -m recipes.quality: --source: {arguments.source} has no data/captions.json", file=sys.stderr)
         return 2
-    contest = Contest(preset, arguments.source, data.load(arguments.source / "data"), arguments.out)
+    contest = Contest(Material(preset, arguments.source, data.load(arguments.source / "data"), arguments.out))
     for row in preset.rows:
         if names is None or row.name in names:
             contest.run(row)

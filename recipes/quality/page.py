@@ -144,7 +144,7 @@ def plot_losses(contest: Contest, rows: Sequence[Row], path: Path) -> None:
 
 def contact_sheet(contest: Contest, entries: Sequence[Entry], path: Path) -> None:
     """Plot the first picture of the same prompts by every entry, unselected, from the same noise."""
-    chosen = np.unique(np.linspace(0, len(contest.prompts) - 1, _SHEET).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(contest.material.prompts) - 1, _SHEET).round().astype(int))
     figure, axes = plt.subplots(
         len(entries), len(chosen), figsize=(1.1 * len(chosen) + 1.5, 1.1 * len(entries)), dpi=100, squeeze=False
     )
@@ -155,7 +155,7 @@ def contact_sheet(contest: Contest, entries: Sequence[Entry], path: Path) -> Non
             axis.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(entry.title.replace(", ", ",\n"), fontsize=6, rotation=0, ha="right", va="center")
     for axis, number in zip(axes[0], chosen, strict=True):
-        axis.set_title(contest.prompts[number].replace(", ", ",\n"), fontsize=6)
+        axis.set_title(contest.material.prompts[number].replace(", ", ",\n"), fontsize=6)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)

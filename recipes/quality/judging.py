@@ -1,0 +1,146 @@
+"""How a row is drawn, judged and timed. Every result is a file, and what is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiue_runtime import Pipeline
+
+from evaluation.cli import EvaluationConfig, Judge, evaluate, load_judges
+from evaluation.painters import Painter, pipeline_painter, student_painter, torch_painter
+from export.onnx import main as export
+from recipes.emoji.data import fetch
+from recipes.emoji.stage import device
+from recipes.quality.material import Material
+from recipes.quality.rows import Row
+from tiue.checkpoint import Student, load_student
+from tiue.files import write_text, written_whole
+from tiue.unet import Predictor
+
+
+class Judging:
+    """The figures of results: of their pictures, and the latency of their graphs.
+
+    Args:
+        material: what all rows share.
+    """
+
+    def __init__(self, material: Material):
+        self._material, self._preset = material, material.preset
+
+    def judged(self, row: Row, result: Path, steps: int, out: Path) -> None:
+        """Draw and judge a result with a number of steps, once. The file has the figures by network."""
+        path = out / f"figures-{steps}.json"
+        if not path.exists():
+            painter, begun = self._painter(row, result, steps), time.perf_counter()
+            pictures = out / f"pictures-{steps}"
+            figures = self._evaluated(painter, self._material.prompts, self._judges, self._evaluation, pictures)
+            many = replace(self._evaluation, seeds=self._preset.styles)
+            free = self._evaluated(painter, self._material.plain_prompts, self._judges[:1], many, compared=False)
+            figures["emoji"] |= {name: free["emoji"][name] for name in ("styles", "evenness")}
+            figures["seconds"] = round(time.perf_counter() - begun)
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(figures, indent=2) + "\n")
+
+    def frechet(self, row: Row, result: Path) -> float:
+        """The Frechet distance of a result with its most steps, by the first judge alone, without an interval."""
+        painter, few = self._painter(row, result, max(row.steps)), replace(self._evaluation, samples=2)
+        figures = self._evaluated(painter, self._material.prompts, self._judges[:1], few)
+        return figures["emoji"]["frechet"]["value"]
+
+    def _evaluated(
+        self,
+        painter: Painter,
+        prompts: list[str],
+        judges: list[Judge],
+        config: EvaluationConfig,
+        save: Path | None = None,
+        compared: bool = True,
+    ) -> dict[str, Any]:
+        return evaluate(painter, prompts, self._material.reference, judges, config, save, compared)["features"]
+
+    @cached_property
+    def _evaluation(self) -> EvaluationConfig:
+        features = [f"emoji={self._material.judge}"]
+        if self._preset.inception:
+            (self._material.out / "packages").mkdir(parents=True, exist_ok=True)
+            features.append(f"inception={fetch('nsfwjs@4.4.0', self._material.out / 'packages')}")
+        return EvaluationConfig(features=tuple(features), seeds=self._preset.pictures, samples=self._preset.samples)
+
+    @cached_property
+    def _judges(self) -> list[Judge]:
+        """The judges. What they see in the reference is kept, because it takes longer than a student's pictures."""
+        path, known = self._material.out / "reference.npz", None
+        if path.exists():
+            with np.load(path, allow_pickle=False) as arrays:
+                known = dict(arrays)
+        judges = load_judges(self._material.reference, self._evaluation.features, known)
+        if known is None:
+            with written_whole(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **{judge.extractor.name: judge.real for judge in judges})
+        return judges
+
+    def _painter(self, row: Row, result: Path, steps: int) -> Painter:
+        if result.is_dir():
+            guidance = self._preset.teacher_guidance
+            return pipeline_painter(result, device(), steps, guidance, None)
+        if row.settings.get("share_encoder", True):
+            return student_painter(result, device(), steps)
+        return separate_painter(load_student(result), steps)
+
+    def timed(self, row: Row, result: Path, out: Path) -> None:
+        """Export a result and time its graphs with each number of steps, once, in seconds.
+
+        TiUE runs its decoders at once. A student of several steps runs the graphs of one step in a loop.
+        """
+        paths = {steps: out / f"latency-{steps}.json" for steps in row.steps}
+        if all(path.exists() for path in paths.values()):
+            return
+        at_once = row.method in ("tiue", "start")
+        bundle = self._exported(row, result, row.steps if at_once else (1,), out)
+        pipeline = Pipeline.load(bundle)
+        for steps, path in paths.items():
+            own, loops = (steps, 1) if at_once else (1, steps)
+            _seconds(pipeline, own, loops, seed=0)  # to warm up
+            seconds = [_seconds(pipeline, own, loops, seed) for seed in range(self._preset.runs)]
+            found = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+            write_text(path, json.dumps(found, indent=2) + "\n")
+        shutil.rmtree(bundle)
+
+    def _exported(self, row: Row, result: Path, steps: Sequence[int], out: Path) -> Path:
+        bundle = out / "bundle"
+        flags = ["--steps", ",".join(map(str, steps)), "--weights", "fp16", "--out", str(bundle)]
+        if row.method == "lcm":
+            flags += ["--guidance", str(self._preset.teacher_guidance)]
+        out.mkdir(parents=True, exist_ok=True)
+        if status := export(["--ckpt", str(result), *flags]):
+            raise RuntimeError(f"the export of {result} ended with status {status}")
+        return bundle
+
+
+def separate_painter(student: Student, steps: int) -> Painter:
+    """Make a painter of the control, which runs N full UNets and shares nothing."""
+    tiue = student.tiue(steps).to(device()).eval()
+    predictor, schedule = Predictor(tiue, share_encoder=False), student.schedule(steps)
+
+    def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Iterable[int]) -> torch.Tensor:
+        return tiue.sum(noise, predictor(noise, text, schedule), schedule)[0]
+
+    return torch_painter(student.components, device(), sample)
+
+
+def _seconds(pipeline: Pipeline, steps: int, repetitions: int, seed: int) -> float:
+    """Time one picture: everything once, and the UNet's graphs as often as the student has steps."""
+    results = [pipeline("a red heart", steps=steps, seed=seed + i) for i in range(repetitions)]
+    first = results[0].timings
+    return first["total"] + sum(r.timings["unet_encoder"] + r.timings["unet_decoder"] for r in results[1:])
