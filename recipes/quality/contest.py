@@ -114,6 +114,7 @@ class Contest:
             seconds = round(sum(read_log(out / "losses.csv")["seconds"]))
             found = asdict(cost) | {"iterations": iterations, "seconds": seconds}
             write_text(finished, json.dumps(found | {"sha256": _hash(result)}, indent=2) + "\n")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # A gigabyte, which served to resume.
         return result
 
     def _result(self, row: Row) -> str:
