@@ -58,6 +58,7 @@ class Contest:
         for steps in row.steps:
             for result, out in zip(results, outs, strict=True):
                 self._judging.judged(row, result, steps, out)
+            self._judging.counted(row, results[0], steps, outs[0])
         if row.timed:
             self._judging.timed(row, results[0], outs[0])
 

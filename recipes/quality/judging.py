@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tiue_runtime import Pipeline
+from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.cli import EvaluationConfig, Judge, evaluate, load_judges
 from evaluation.painters import Painter, pipeline_painter, student_painter, torch_painter
@@ -51,6 +52,15 @@ class Judging:
             figures["seconds"] = round(time.perf_counter() - begun)
             out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(figures, indent=2) + "\n")
+
+    def counted(self, row: Row, result: Path, steps: int, out: Path) -> None:
+        """Count the floating point operations of a picture, once: of the text encoder, the UNet and the VAE decoder."""
+        path = out / f"operations-{steps}.json"
+        if not path.exists():
+            painter = self._painter(row, result, steps)
+            with FlopCounterMode(display=False) as counter:
+                painter(self._material.prompts[:1], range(1, 2))
+            write_text(path, json.dumps({"operations": counter.get_total_flops()}) + "\n")
 
     def frechet(self, row: Row, result: Path) -> float:
         """The Frechet distance of a result with its most steps, by the first judge alone, without an interval."""

@@ -47,6 +47,7 @@ class Entry:
     figures: list[dict[str, Any]]  # of each training seed
     training: list[dict[str, Any]]
     latency: dict[str, float] | None
+    operations: float  # of a picture
     pictures: Path
 
     @property
@@ -72,7 +73,8 @@ def collect(contest: Contest, rows: Iterable[Row]) -> list[Entry]:
         for steps in row.steps if outs else ():
             figures = [_json(out / f"figures-{steps}.json") for out in outs]
             latency = _json(outs[0] / f"latency-{steps}.json") or None
-            entries.append(Entry(row, steps, figures, training, latency, outs[0] / f"pictures-{steps}"))
+            operations = _json(outs[0] / f"operations-{steps}.json").get("operations", float("nan"))
+            entries.append(Entry(row, steps, figures, training, latency, operations, outs[0] / f"pictures-{steps}"))
     return entries
 
 
@@ -87,10 +89,19 @@ def write_page(contest: Contest, entries: Sequence[Entry]) -> None:
 
 def table(entries: Sequence[Entry]) -> str:
     """Lay the figures out in Markdown: value (low to high). Intervals hold prompts, and training seeds if several."""
-    titles = ["", "seeds", "updates", "minutes", "ms a picture", *(title for title, _, _ in COLUMNS)]
+    titles = [
+        "",
+        "seeds",
+        "updates",
+        "minutes",
+        "ms a picture",
+        "operations a picture, 1e9",
+        *(title for title, _, _ in COLUMNS),
+    ]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for entry in entries:
-        cells = [entry.title, str(len(entry.figures)), *_training(entry.training), _milliseconds(entry.latency)]
+        cells = [entry.title, str(len(entry.figures)), *_training(entry.training)]
+        cells += [_milliseconds(entry.latency), f"{entry.operations / 1e9:.1f}"]
         cells += [_cell(entry.value(network, figure), figure) for _, network, figure in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
