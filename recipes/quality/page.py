@@ -35,6 +35,11 @@ COLUMNS = (
     ("styles", "emoji", "styles"),
     ("evenness", "emoji", "evenness"),
 )
+_PLOTTED = (
+    ("Frechet, encoder", "emoji", "frechet"),
+    ("Frechet, Inception", "inception", "frechet"),
+    ("diversity", "emoji", "diversity"),
+)
 _SHEET = 8  # prompts of the contact sheet
 
 
@@ -119,10 +124,10 @@ def records(contest: Contest, entries: Sequence[Entry]) -> dict[str, Any]:
 def plot_latency(entries: Sequence[Entry], path: Path) -> None:
     """Plot quality and diversity over the time of a picture, of the rows that have graphs."""
     timed = [entry for entry in entries if entry.latency is not None]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), dpi=110)
-    for axis, (title, name) in zip(axes, (("Frechet, encoder", "frechet"), ("diversity", "diversity")), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), dpi=100)
+    for axis, (title, network, name) in zip(axes, _PLOTTED, strict=True):
         for entry in timed:
-            value, low, high = entry.value("emoji", name)
+            value, low, high = entry.value(network, name)
             assert entry.latency is not None
             at = entry.latency["median"] * 1000
             axis.errorbar([at], [value], [[max(value - low, 0)], [max(high - value, 0)]], fmt="o", capsize=2)
