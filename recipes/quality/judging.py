@@ -63,10 +63,11 @@ class Judging:
             write_text(path, json.dumps({"operations": counter.get_total_flops()}) + "\n")
 
     def frechet(self, row: Row, result: Path) -> float:
-        """The Frechet distance of a result with its most steps, by the first judge alone, without an interval."""
+        """The Frechet distance of a result with its most steps, by the last judge alone, without an interval."""
         painter, few = self._painter(row, result, max(row.steps)), replace(self._evaluation, samples=2)
-        figures = self._evaluated(painter, self._material.prompts, self._judges[:1], few)
-        return figures["emoji"]["frechet"]["value"]
+        judge = self._judges[-1]
+        figures = self._evaluated(painter, self._material.prompts, [judge], few)
+        return figures[judge.extractor.name]["frechet"]["value"]
 
     def _evaluated(
         self,
