@@ -122,17 +122,23 @@ def records(contest: Contest, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def plot_latency(entries: Sequence[Entry], path: Path) -> None:
-    """Plot quality and diversity over the time of a picture, of the rows that have graphs."""
-    timed = [entry for entry in entries if entry.latency is not None]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), dpi=100)
+    """Plot quality and diversity over the time of a picture, of the rows that have graphs. Numbers are steps."""
+    timed: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.latency is not None:
+            timed.setdefault(entry.row.name, []).append(entry)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), dpi=100)
     for axis, (title, network, name) in zip(axes, _PLOTTED, strict=True):
-        for entry in timed:
-            value, low, high = entry.value(network, name)
-            assert entry.latency is not None
-            at = entry.latency["median"] * 1000
-            axis.errorbar([at], [value], [[max(value - low, 0)], [max(high - value, 0)]], fmt="o", capsize=2)
-            axis.annotate(entry.title, (at, value), fontsize=6, xytext=(4, 2), textcoords="offset points")
+        for row, of_row in timed.items():
+            at = [entry.latency["median"] * 1000 for entry in of_row if entry.latency is not None]
+            values, lows, highs = np.transpose([entry.value(network, name) for entry in of_row])
+            beyond = np.maximum([values - lows, highs - values], 0)
+            axis.errorbar(at, values, beyond, fmt="o-", capsize=2, linewidth=0.8, markersize=4, label=row)
+            for entry, x, y in zip(of_row, at, values, strict=True):
+                axis.annotate(str(entry.steps), (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
         axis.set(title=title, xlabel="milliseconds a picture, two cores")
+    if timed:
+        axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
