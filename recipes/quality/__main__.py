@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in preset.rows:
         if names is None or row.name in names:
             contest.run(row)
-            write_page(contest, collect(contest, preset.rows))
+    write_page(contest, collect(contest, preset.rows))
     print(f"table, plots and sheet written to {arguments.out}")
     return 0
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +43,12 @@ class Judging:
         path = out / f"figures-{steps}.json"
         if not path.exists():
             painter, begun = self._painter(row, result, steps), time.perf_counter()
-            pictures = out / f"pictures-{steps}"
-            figures = self._evaluated(painter, self._material.prompts, self._judges, self._evaluation, pictures)
+            shared, judges, pictures = self._material, self._judges, out / f"pictures-{steps}"
+            made = evaluate(painter, shared.prompts, shared.reference, judges, self._evaluation, pictures)
             many = replace(self._evaluation, seeds=self._preset.styles)
-            free = self._evaluated(painter, self._material.plain_prompts, self._judges[:1], many, compared=False)
-            figures["emoji"] |= {name: free["emoji"][name] for name in ("styles", "evenness")}
+            free = evaluate(painter, shared.plain_prompts, shared.reference, judges[:1], many, compared=False)
+            figures = made["features"]
+            figures["emoji"] |= {name: free["features"]["emoji"][name] for name in ("styles", "evenness")}
             figures["seconds"] = round(time.perf_counter() - begun)
             out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(figures, indent=2) + "\n")
@@ -66,19 +66,8 @@ class Judging:
         """The Frechet distance of a result with its most steps, by the last judge alone, without an interval."""
         painter, few = self._painter(row, result, max(row.steps)), replace(self._evaluation, samples=2)
         judge = self._judges[-1]
-        figures = self._evaluated(painter, self._material.prompts, [judge], few)
-        return figures[judge.extractor.name]["frechet"]["value"]
-
-    def _evaluated(
-        self,
-        painter: Painter,
-        prompts: list[str],
-        judges: list[Judge],
-        config: EvaluationConfig,
-        save: Path | None = None,
-        compared: bool = True,
-    ) -> dict[str, Any]:
-        return evaluate(painter, prompts, self._material.reference, judges, config, save, compared)["features"]
+        made = evaluate(painter, self._material.prompts, self._material.reference, [judge], few)
+        return made["features"][judge.extractor.name]["frechet"]["value"]
 
     @cached_property
     def _evaluation(self) -> EvaluationConfig:
