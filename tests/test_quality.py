@@ -1,18 +1,23 @@
 import json
 from dataclasses import replace
 
+import torch
 from invented import random_drawings, save_pictures
-from tiny import v_teacher
+from tiny import emoji, v_teacher
 
+from evaluation.painters import torch_painter
 from recipes.baselines import lcm
 from recipes.baselines.config import LcmConfig
 from recipes.baselines.pictures import CaptionedPictures
 from recipes.quality.__main__ import main
 from recipes.quality.contest import Contest
-from recipes.quality.judging import Judging
+from recipes.quality.judging import Judging, separate_painter
 from recipes.quality.material import Material
 from recipes.quality.rows import PRESETS, ROWS
+from tiue.checkpoint import load_student
+from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
+from tiue.distill.vsd import prepare
 
 
 def test_every_row_has_a_start_that_comes_before_it():
@@ -41,6 +46,20 @@ def test_a_student_of_several_steps_is_timed_in_a_loop(tmp_path):
     judging.timed(_row("LCM"), result, tmp_path / "timed")
     one, four = (json.loads((tmp_path / f"timed/latency-{steps}.json").read_text()) for steps in (1, 4))
     assert 0 < one["least"] <= one["median"] <= one["most"] and one["median"] < four["median"]
+
+
+def test_the_control_is_drawn_by_one_unet_per_step(tmp_path):
+    config = DistillConfig(iterations=1, batch_size=2, lora_rank=2, share_encoder=False)
+    student = load_student(train(*prepare(emoji(), ["a cat", "a house"], tmp_path, config), progress=False))
+    unet, schedule = student.components.unet, student.schedule(4)
+
+    def separate(noise, text, seeds):
+        eps = [unet(noise, t, text).sample for t in schedule.timesteps]
+        return schedule.noise_weight * noise + sum(w * e for w, e in zip(schedule.step_weights, eps, strict=True))
+
+    expected = torch_painter(student.components, torch.device("cpu"), separate)(["a cat"], range(1, 3))
+    made = separate_painter(student, 4)(["a cat"], range(1, 3)).astype(int)
+    assert abs(made - expected).max() <= 1 and made.std() > 1
 
 
 def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path):

@@ -25,7 +25,7 @@ from recipes.quality.material import Material
 from recipes.quality.rows import Row
 from tiue.checkpoint import Student, load_student
 from tiue.files import write_text, written_whole
-from tiue.unet import Predictor
+from tiue.unet import Predictor, TiUE
 
 
 class Judging:
@@ -130,8 +130,9 @@ class Judging:
 
 def separate_painter(student: Student, steps: int) -> Painter:
     """Make a painter of the control, which runs N full UNets and shares nothing."""
-    tiue = student.tiue(steps).to(device()).eval()
-    predictor, schedule = Predictor(tiue, share_encoder=False), student.schedule(steps)
+    schedule = student.schedule(steps)
+    tiue = TiUE(student.components.unet, schedule, student.encoder_timestep).to(device()).eval()
+    predictor = Predictor(tiue, share_encoder=False)
 
     def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Iterable[int]) -> torch.Tensor:
         return tiue.sum(noise, predictor(noise, text, schedule), schedule)[0]
