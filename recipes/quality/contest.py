@@ -72,8 +72,12 @@ class Contest:
             return [self.material.teacher]
         if row.method == "start":
             return [self.material.warm]
+        outs = self.outs(row)
+        if row.method == "merge":
+            return [self._merged(row, out) for out in outs]
         settings = {**row.settings, **self.best(row)}
-        return [self._trained(row, settings, out, seed) for seed, out in enumerate(self.outs(row))]
+        cost = self._cost(row, settings, outs[0])
+        return [self._trained(row, settings, out, seed, cost) for seed, out in enumerate(outs)]
 
     def best(self, row: Row) -> Settings:
         """Search the settings of a row: train each with a part of the budget, and keep the best Frechet distance."""
@@ -85,8 +89,9 @@ class Contest:
         if not path.exists():
             tried = []
             for number, settings in enumerate(row.search):
-                out = self.folder(row) / f"search-{number}"
-                result = self._trained(row, {**row.settings, **settings}, out, 0, self.preset.search_share)
+                out, own = self.folder(row) / f"search-{number}", {**row.settings, **settings}
+                cost = self._cost(row, own, out)
+                result = self._trained(row, own, out, 0, cost, self.preset.search_share)
                 tried.append({"settings": dict(settings), "frechet": self._judging.frechet(row, result)})
             write_text(path, json.dumps(tried, indent=2) + "\n")
         return min(json.loads(path.read_text(encoding="utf-8")), key=lambda entry: entry["frechet"])["settings"]
@@ -103,12 +108,9 @@ class Contest:
         """The directory of a row."""
         return self.out / "rows" / re.sub(r"\W+", "-", row.name).lower()
 
-    def _trained(self, row: Row, settings: Settings, out: Path, seed: int, share: float = 1.0) -> Path:
-        if row.method == "merge":
-            return self._merged(row, out)
+    def _trained(self, row: Row, settings: Settings, out: Path, seed: int, cost: Cost, share: float = 1.0) -> Path:
         result, finished = out / self._result(row), out / "training.json"
         if not finished.exists():
-            cost = self._cost(row, settings, out)
             iterations = max(1, round(share * self.preset.passes / cost.passes))
             run, method = self._prepared(row, {**settings, "iterations": iterations, "seed": seed}, out)
             train(run, method)
