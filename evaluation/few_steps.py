@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,40 +11,45 @@ from torch import Tensor
 
 from tiue.fold import embed_guidance
 
+# Latents (B, C, h, w) and their timesteps, int64 (B,) => the prediction, float32 (B, C, h, w).
+Predict = Callable[[Tensor, Tensor], Tensor]
+
 
 def sample_few_steps(
-    unet: UNet2DConditionModel,
-    scheduler_config: Mapping[str, Any],
-    noise: Tensor,
-    text: Tensor,
-    steps: int,
-    seeds: Sequence[int],
-    guidance: float | None = None,
+    predict: Predict, scheduler_config: Mapping[str, Any], noise: Tensor, steps: int, seeds: Sequence[int]
 ) -> Tensor:
     """Turn noise into latents: estimate z_0, add new noise for the next timestep, and so on.
 
     Args:
-        unet: the network.
+        predict: the network.
         scheduler_config: configuration of the LCMScheduler.
         noise: z_T, float (B, C, h, w).
-        text: text embeddings, (B, L, D).
         steps: number of estimates.
         seeds: of the new noise, one for each sample.
-        guidance: for a UNet that takes a guidance scale as an input; None for one that takes none.
 
     Returns:
         Latents z_0, (B, C, h, w).
     """
     scheduler = LCMScheduler.from_config(dict(scheduler_config))
     scheduler.set_timesteps(steps, original_inference_steps=max(steps, scheduler.config.original_inference_steps))
-    size, condition = unet.config.time_cond_proj_dim, None
-    if size is not None:
-        condition = embed_guidance(torch.full((len(noise),), 1.0 if guidance is None else guidance), size)
-        condition = condition.to(noise.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = z_0 = noise
     for t in scheduler.timesteps:
-        rows = t.to(noise.device).expand(len(z))
-        predicted = unet(z, rows, text, None, condition).sample.float()
+        predicted = predict(z, t.to(noise.device).expand(len(z)))
         z, z_0 = scheduler.step(predicted, t, z, generator=generators, return_dict=False)
     return z_0
+
+
+def distilled(unet: UNet2DConditionModel, text: Tensor, guidance: float | None = None) -> Predict:
+    """Call a distilled UNet, which needs no classifier-free guidance.
+
+    Args:
+        unet: the network.
+        text: text embeddings, (B, L, D).
+        guidance: for a UNet that takes a guidance scale as an input, 1 by default. Others ignore it.
+    """
+    size, condition = unet.config.time_cond_proj_dim, None
+    if size is not None:
+        condition = embed_guidance(torch.full((len(text),), 1.0 if guidance is None else guidance), size)
+        condition = condition.to(text.device)
+    return lambda z, t: unet(z, t, text, None, condition).sample.float()

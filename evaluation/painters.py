@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 
-from evaluation.few_steps import sample_few_steps
+from evaluation.few_steps import distilled, sample_few_steps
 from tiue.checkpoint import load_student
 from tiue.components import Components, decode_latents, load_components
 from tiue.schedule import NoiseSchedule
@@ -96,7 +96,7 @@ def _few_steps_painter(components: Components, device: torch.device, steps: int,
     unet = components.unet.to(device)
 
     def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        return sample_few_steps(unet, components.scheduler_config, noise, text, steps, seeds, guidance)
+        return sample_few_steps(distilled(unet, text, guidance), components.scheduler_config, noise, steps, seeds)
 
     return torch_painter(components, device, sample)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from evaluation.encoder.encoder_config import Shape
 from evaluation.encoder.network import Encoder, save_encoder
-from evaluation.few_steps import sample_few_steps
+from evaluation.few_steps import distilled, sample_few_steps
 from evaluation.painters import pipeline_painter
 from recipes.baselines import add, lcm, swiftbrush, swiftbrushv2
 from recipes.baselines.__main__ import METHODS, main
@@ -236,7 +236,7 @@ def test_a_consistency_model_is_sampled_as_by_diffusers(steps):
         output_type="latent",
     ).images
     with torch.no_grad():
-        made = sample_few_steps(unet, scheduler.config, noise, text, steps, [3, 4], 5.0)
+        made = sample_few_steps(distilled(unet, text, 5.0), scheduler.config, noise, steps, [3, 4])
     torch.testing.assert_close(made, expected, atol=REORDERED, rtol=0)
 
 

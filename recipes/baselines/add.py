@@ -28,15 +28,13 @@ from torch import Tensor
 
 from recipes.baselines.config import AddConfig
 from recipes.baselines.critic import Critic, gradient_penalty, hinge_loss, student_loss
-from recipes.baselines.few_steps import FewSteps, lcm_scheduler, start_run
+from recipes.baselines.few_steps import WITHOUT_BOUNDARY, FewSteps, lcm_scheduler, start_run
 from recipes.baselines.observers import Observer
 from recipes.baselines.pictures import CaptionedPictures, encode_latents
 from tiue.components import Components, decode_latents
 from tiue.distill.draws import Batch, Draws
 from tiue.distill.method import Means, Run
 from tiue.distill.scores import guided
-
-_WITHOUT_BOUNDARY = 1e4  # the timestep scaling with which c_skip is below 1e-12
 
 
 class Add(FewSteps):
@@ -56,7 +54,7 @@ class Add(FewSteps):
         observer: Observer,
         sample_prompts: Sequence[str],
     ):
-        scheduler = lcm_scheduler(teacher, len(config.timesteps), _WITHOUT_BOUNDARY)
+        scheduler = lcm_scheduler(teacher, len(config.timesteps), WITHOUT_BOUNDARY)
         super().__init__(run, teacher, student, data, scheduler, sample_prompts)
         self.observer = observer
         self._timesteps = torch.tensor(config.timesteps, device=run.accelerator.device)

@@ -16,7 +16,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from evaluation.few_steps import sample_few_steps
+from evaluation.few_steps import distilled, sample_few_steps
 from recipes.baselines.config import FewStepsConfig
 from recipes.baselines.pictures import CaptionedPictures
 from tiue.checkpoint import load_student
@@ -28,6 +28,8 @@ from tiue.distill.optimizers import make_optimizer
 from tiue.distill.samples import pictures, sample_noise
 from tiue.files import fingerprint, shortened
 from tiue.text_encoder import encode_text
+
+WITHOUT_BOUNDARY = 1e4  # the timestep scaling with which c_skip of LCMScheduler is below 1e-12
 
 
 class FewSteps(Method):
@@ -78,9 +80,8 @@ class FewSteps(Method):
         noise, prompts = self._samples
         text, steps = self.embed(prompts), self.config.sample_steps
         with torch.no_grad(), self._accelerator.autocast():
-            z_0 = sample_few_steps(
-                self.model, self._scheduler, noise.to(text.device), text, steps, range(len(prompts)), self._guidance
-            )
+            predict = distilled(self.model, text, self._guidance)
+            z_0 = sample_few_steps(predict, self._scheduler, noise.to(text.device), steps, range(len(prompts)))
             made = pictures(self.vae, z_0) if self._accelerator.is_main_process else None
         self.vae.to(text.device)
         return made

@@ -68,7 +68,7 @@ class Contest:
         Returns:
             The student.safetensors or the pipeline directory of each seed.
         """
-        if row.method == "teacher":
+        if row.method in ("teacher", "resampled"):
             return [self.material.teacher]
         if row.method == "start":
             return [self.material.warm]

@@ -17,14 +17,20 @@ from tiue_runtime import Pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.cli import EvaluationConfig, Judge, evaluate, load_judges
+from evaluation.few_steps import sample_few_steps
 from evaluation.painters import Painter, pipeline_painter, student_painter, torch_painter
 from export.onnx import main as export
+from recipes.baselines.config import LcmConfig
+from recipes.baselines.few_steps import WITHOUT_BOUNDARY, lcm_scheduler
 from recipes.emoji.data import fetch
 from recipes.emoji.stage import device
 from recipes.quality.material import Material
 from recipes.quality.rows import Row
 from tiue.checkpoint import Student, load_student
+from tiue.components import Components, load_components
+from tiue.distill.scores import guided
 from tiue.files import write_text, written_whole
+from tiue.text_encoder import encode_text
 from tiue.unet import Predictor, TiUE
 
 
@@ -91,8 +97,10 @@ class Judging:
         return judges
 
     def _painter(self, row: Row, result: Path, steps: int) -> Painter:
+        guidance = self._preset.teacher_guidance
+        if row.method == "resampled":
+            return resampled_painter(load_components(result), steps, guidance)
         if result.is_dir():
-            guidance = self._preset.teacher_guidance
             return pipeline_painter(result, device(), steps, guidance, None)
         if row.settings.get("share_encoder", True):
             return student_painter(result, device(), steps)
@@ -126,6 +134,22 @@ class Judging:
         if status := export(["--ckpt", str(result), *flags]):
             raise RuntimeError(f"the export of {result} ended with status {status}")
         return bundle
+
+
+def resampled_painter(teacher: Components, steps: int, guidance: float) -> Painter:
+    """Make a painter of a teacher that is sampled as LCM's students are, with classifier-free guidance."""
+    unet = teacher.unet.to(device()).eval()
+    scheduler = lcm_scheduler(teacher, LcmConfig().ddim_steps, WITHOUT_BOUNDARY)
+
+    def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        null = encode_text(teacher, [""])
+
+        def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return guided(unet, z, t, text, null, guidance)
+
+        return sample_few_steps(predict, scheduler, noise, steps, seeds)
+
+    return torch_painter(teacher, device(), sample)
 
 
 def separate_painter(student: Student, steps: int) -> Painter:

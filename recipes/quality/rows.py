@@ -19,8 +19,8 @@ class Row:
 
     Attributes:
         name: of its folder and in the table.
-        method: "teacher" and "start" are not trained; "tiue", "lcm", "add", "swiftbrush", "swiftbrushv2" are; "merge"
-            merges the rows in `start`.
+        method: "teacher", "resampled" (the teacher, sampled as LCM's students are) and "start" are not trained; "tiue",
+            "lcm", "add", "swiftbrush", "swiftbrushv2" are; "merge" merges the rows in `start`.
         steps: numbers of steps with which it is drawn.
         start: "teacher", "warm", or the names of rows whose results it starts from.
         settings: of the method.
@@ -65,6 +65,7 @@ _ONE_SHARED, _TWO_LORA = _OURS | {"shared_up_blocks": 1}, _TWO | {"student_rank"
 
 ROWS = (
     Row("teacher", "teacher", (25, 8, 4), timed=False),
+    Row("teacher, new noise", "resampled", (4, 2, 1), timed=False),
     Row("warm start", "start", (4, 2, 1), ("warm",)),
     Row("TiUE", "tiue", (4, 2, 1), ("warm",), _OURS, _SCALES, main=True),
     Row("TiUE without KL", "tiue", (4, 2, 1), ("warm",), _NO_KL, like="TiUE", main=True),
@@ -106,7 +107,8 @@ class Preset:
     observer: EncoderConfig = _OBSERVER
 
 
-_NAMES = ("teacher", "TiUE", "LCM", "ADD in one step", "SwiftBrush v2, full", "SwiftBrush v2, LoRA", "SwiftBrush v2")
+_V2 = ("SwiftBrush v2, full", "SwiftBrush v2, LoRA", "SwiftBrush v2")
+_NAMES = ("teacher", "teacher, new noise", "TiUE", "TiUE, four UNets", "LCM", "ADD in one step", *_V2)
 _SMOKE = tuple(
     replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "LCM" else (), like=None, timed=False)
     for row in ROWS
