@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CLIP_MARGIN = 0.35  # the paper's, on CLIP's scale
+
 
 def vsd_loss(x0: Tensor, teacher_eps: Tensor, fake_eps: Tensor, sigma2: Tensor) -> Tensor:
     """Variational score distillation: its gradient with respect to `x0` is sigma_t^2 (eps_teacher - eps_fake) / numel.
@@ -57,6 +59,6 @@ def fake_score_loss(eps: Tensor, noise: Tensor, sqrt_alpha: Tensor) -> Tensor:
     return F.mse_loss(weight * eps.float(), weight * noise)
 
 
-def clip_loss(text: Tensor, image: Tensor, margin: float = 0.35) -> Tensor:
+def clip_loss(text: Tensor, image: Tensor, margin: float = CLIP_MARGIN) -> Tensor:
     """CLIP loss of projected embeddings, both (B, D) => relu(margin - mean cos(text, image)), a scalar."""
     return F.relu(margin - F.cosine_similarity(text, image, dim=-1).mean())

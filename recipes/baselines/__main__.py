@@ -167,9 +167,9 @@ def _prepare_v2(arguments: argparse.Namespace, teacher: Any, config: Any, initia
     if arguments.clip.is_dir():
         if arguments.tiny_vae is None:
             raise ValueError("a CLIP directory needs --tiny-vae")
-        alignment: Any = load_clip(arguments.clip, arguments.tiny_vae)
+        alignment: Any = load_clip(arguments.clip, arguments.tiny_vae, config.clip_margin)
     else:
-        alignment = EncoderAlignment(arguments.clip, teacher)
+        alignment = EncoderAlignment(arguments.clip, teacher, config.clip_margin)
     prompts = read_prompts(arguments.prompts)
     return swiftbrushv2.prepare(
         teacher, prompts, arguments.out, config, initial=initial, alignment=alignment, sample_prompts=samples

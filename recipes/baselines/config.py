@@ -75,6 +75,9 @@ class SwiftBrushV2Config(DistillConfig):
     student_rank: int = setting(
         0, "rank of the student's adapters; 0 trains all of its weights", group="the student", at_least=0
     )
+    clip_margin: float = setting(
+        0.35, "tau, the mean cosine at which the CLIP loss ends; encoders other than CLIP need their own", at_least=0
+    )
 
 
 # What makes VSD these methods.

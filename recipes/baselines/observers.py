@@ -106,10 +106,11 @@ class EncoderAlignment:
     Args:
         path: its file.
         components: the model whose VAE decodes latents.
+        margin: the mean cosine at which the loss ends.
     """
 
-    def __init__(self, path: Path, components: Components):
-        self._encoder, self._vae = load_encoder(path).requires_grad_(False), components.vae
+    def __init__(self, path: Path, components: Components, margin: float):
+        self._encoder, self._vae, self._margin = load_encoder(path).requires_grad_(False), components.vae, margin
         self._sentences: Sentences | None = None
 
     def to(self, device: torch.device) -> EncoderAlignment:
@@ -126,7 +127,7 @@ class EncoderAlignment:
         images = self._encoder.embed_pixels(resized(pixels, self._encoder.shape.resolution))
         with torch.no_grad():
             text = self._encoder.embed_vectors(self._sentences(prompts).to(latents.device))
-        return clip_loss(text, images)
+        return clip_loss(text, images, self._margin)
 
 
 def load_observer(path: Path, device: torch.device) -> Observer:

@@ -1,7 +1,7 @@
 """SwiftBrush v2. arXiv 2408.14176. It is SwiftBrush (see `swiftbrush`) with three changes:
 
 start       the student begins as an adversarially distilled one (SD-Turbo; here the result of `add`),
-CLIP        loss = VSD + lambda relu(tau - cos(picture, caption)), lambda 0.1 and falling to 0, tau 0.35,
+CLIP        loss = VSD + lambda relu(tau - mean cos(picture, caption)), lambda 0.1 and falling to 0, tau 0.35,
 merging     theta = (1 - share) theta_full + share theta_lora, of two students: one trained as a whole, and one by
             adapters (LoRA), whose changes are small.
 """

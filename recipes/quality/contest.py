@@ -153,6 +153,8 @@ class Contest:
 
     def _prepared(self, row: Row, settings: Settings, out: Path) -> tuple[Run, Method]:
         common = {"batch_size": self.preset.batch, "mixed_precision": precision(), "checkpoint_every": 20, "keep": 1}
+        if row.method == "swiftbrushv2":
+            common["clip_margin"] = self.material.clip_margin
         config: Any = _CONFIGS[row.method](**common | {"sample_every": 1_000_000} | dict(settings))
         teacher, samples = load_components(self.material.teacher), self.material.prompts[:8]
         prompts = self.material.captions
@@ -171,7 +173,7 @@ class Contest:
         if row.method == "swiftbrush":
             return swiftbrush.prepare(teacher, prompts, out, config, initial=unet, sample_prompts=samples)
         assert unet is not None, f"{row.name} needs a start"
-        alignment = EncoderAlignment(self.material.observer, teacher)
+        alignment = EncoderAlignment(self.material.observer, teacher, config.clip_margin)
         return swiftbrushv2.prepare(
             teacher, prompts, out, config, initial=unet, alignment=alignment, sample_prompts=samples
         )

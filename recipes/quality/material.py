@@ -8,9 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from evaluation.encoder.network import load_encoder
 from evaluation.encoder.retrieval import train_encoder
+from evaluation.encoder.sentences import Sentences
 from evaluation.reference import Reference
 from recipes.baselines.pictures import METADATA
 from recipes.emoji.data import STYLES, Drawings
@@ -85,6 +88,15 @@ class Material:
     def observer(self) -> Path:
         """A smaller encoder from another seed, for the methods that need one."""
         return self._encoder("observer")
+
+    @cached_property
+    def clip_margin(self) -> float:
+        """The mean cosine of training drawings and their captions, by the observer."""
+        encoder, made = load_encoder(self.observer), self._drawings
+        rows = np.flatnonzero(~made.held_out)[::_REFERENCE_EVERY]
+        images = encoder.embed_pictures(made.images[rows])
+        texts = encoder.embed_texts([made.caption(row, 0, True) for row in rows], Sentences(torch.device("cpu")))
+        return round(float((images * texts).sum(1).mean()), 3)
 
     def _encoder(self, name: str) -> Path:
         made = self._drawings

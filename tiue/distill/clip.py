@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 
 from tiue.components import decode_latents, load_tiny_vae
 from tiue.files import one_line
-from tiue.losses import clip_loss
+from tiue.losses import CLIP_MARGIN, clip_loss
 
 # Mean and standard deviation of red, green and blue in CLIP's training pictures.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,11 +40,14 @@ class ClipScore(Alignment):
         model: embeds pictures and texts in the same space.
         tokenizer: of the model.
         vae: decodes latents to RGB in [-1, 1]. Gradients pass through it.
+        margin: the mean cosine at which the loss ends.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizerFast, vae: AutoencoderTiny):
+    def __init__(
+        self, model: CLIPModel, tokenizer: CLIPTokenizerFast, vae: AutoencoderTiny, margin: float = CLIP_MARGIN
+    ):
         self._model, self._vae = model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._margin = tokenizer, margin
         size = model.config.vision_config.image_size
         self._size = (size, size)
 
@@ -66,15 +69,16 @@ class ClipScore(Alignment):
         ).to(latents.device)
         with torch.no_grad():
             text = self._model.get_text_features(tokens.input_ids, tokens.attention_mask)
-        return clip_loss(text.float(), images.float())
+        return clip_loss(text.float(), images.float(), self._margin)
 
 
-def load_clip(directory: Path, tiny_vae: Path) -> ClipScore:
+def load_clip(directory: Path, tiny_vae: Path, margin: float = CLIP_MARGIN) -> ClipScore:
     """Load CLIP and an AutoencoderTiny, from safetensors only.
 
     Args:
         directory: a CLIP model saved by transformers.
         tiny_vae: an AutoencoderTiny saved by diffusers.
+        margin: the mean cosine at which the loss ends.
 
     Returns:
         The CLIP loss.
@@ -89,4 +93,4 @@ def load_clip(directory: Path, tiny_vae: Path) -> ClipScore:
         tokenizer = CLIPTokenizerFast.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} holds no CLIP model: {one_line(error)}") from error
-    return ClipScore(model, tokenizer, load_tiny_vae(tiny_vae))
+    return ClipScore(model, tokenizer, load_tiny_vae(tiny_vae), margin)
