@@ -256,6 +256,17 @@ def test_the_gradient_penalty_of_a_linear_critic():
     assert gradient_penalty(logits, [features]).item() == pytest.approx(4 * weight.square().sum().item())
 
 
+def test_from_pure_noise_the_critic_knows_the_caption_alone(data, encoder, tmp_path):
+    for timestep, known in ((999, False), (499, True)):
+        config, observer = AddConfig(**SHORT, timesteps=(timestep,)), EncoderObserver(encoder, CPU)
+        run, method = add.prepare(teacher(), data, tmp_path / str(timestep), config, observer)
+        conditions = []
+        method.critic.network.register_forward_pre_hook(lambda _, inputs, seen=conditions: seen.append(inputs[1]))
+        method.update(0, run.batch(0))
+        assert len(conditions) == 3  # the student's picture, then the real one and the student's again
+        assert all(bool(seen[:, -observer.embedding :].any()) == known for seen in conditions)
+
+
 def test_the_distillation_loss_pulls_towards_the_teachers_picture():
     x, target = torch.randn(2, 3, 4, 5, 5).unbind()
     x.requires_grad_()

@@ -71,11 +71,14 @@ class Add(FewSteps):
         for part in self.student.accumulating(batch.parts):
             real, captions = self.data.of(part)
             text = self.embed(captions)
-            x = self.estimate(encode_latents(self.vae, real), text, part.draws)
+            s = self._timesteps[part.draws.integers(0, len(self._timesteps))]
+            x = self.estimate(encode_latents(self.vae, real), s, text, part.draws)
             with self._accelerator.autocast():
                 fake = decode_latents(self.vae, x).float()
                 with torch.no_grad():
                     seen, embedding = self.observer.look(real)
+                # From pure noise, the student cannot know the real picture, so the critic must not ask for it.
+                embedding = embedding * (self.diffusion.abar[s] > 0).view(-1, 1)
                 condition = torch.cat([text.mean(1), embedding], dim=1)
                 adversarial = student_loss(self._heads(self.observer.look(fake)[0], condition))
             distillation = self.distillation(x, text, part.draws)
@@ -98,9 +101,8 @@ class Add(FewSteps):
         self.critic.step()
         return means.values
 
-    def estimate(self, z_0: Tensor, text: Tensor, draws: Draws) -> Tensor:
-        """Compute the student's picture x, float32 (B, C, h, w), at z_0 noised to one of its timesteps."""
-        s = self._timesteps[draws.integers(0, len(self._timesteps))]
+    def estimate(self, z_0: Tensor, s: Tensor, text: Tensor, draws: Draws) -> Tensor:
+        """Compute the student's picture x, float32 (B, C, h, w), at z_0 noised to timesteps s, int64 (B,)."""
         z_s = self.diffusion.noised(z_0, draws.normal(z_0.shape[1:]), s)
         with self._accelerator.autocast():
             predicted = self.student(z_s, s, text).sample.float()
