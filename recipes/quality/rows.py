@@ -59,6 +59,7 @@ def _grid(rates: Sequence[float], name: str, values: Sequence[float]) -> tuple[S
 
 _SLOW, _FAST = (1e-5, 3e-5), (3e-5, 1e-4)  # after a warm start, and from the teacher
 _SCALES, _FAST_SCALES = (_grid(rates, "guidance", (2.0, 3.0)) for rates in (_SLOW, _FAST))
+_LOW = _grid((1e-5,), "guidance", (1.0, 1.25))  # guided samples are denoised best with hardly any guidance
 _RANGES = _grid(_FAST, "guidance_max", (2.5, 4.0))
 _PULLS = _grid(_SLOW, "distillation_weight", (10.0, 100.0))
 _NO_KL, _CONTROL = _OURS | {"kl_weight": 0.0}, _OURS | {"steps": (4,), "share_encoder": False}
@@ -69,12 +70,13 @@ ROWS = (
     Row("teacher, new noise", "resampled", (4, 2, 1), timed=False),
     Row("warm start", "start", (4, 2, 1), ("warm",)),
     Row("TiUE", "tiue", (4, 2, 1), ("warm",), _OURS, _SCALES, main=True),
+    Row("TiUE, lower guidance", "tiue", (4, 2, 1), ("warm",), _OURS, _LOW),
     Row("TiUE without KL", "tiue", (4, 2, 1), ("warm",), _NO_KL, like="TiUE", main=True),
     Row("TiUE, four UNets", "tiue", (4,), ("warm",), _CONTROL, like="TiUE", timed=False),
     Row("TiUE, one shared up block", "tiue", (4, 2, 1), ("warm",), _ONE_SHARED, like="TiUE"),
     Row("TiUE from the teacher", "tiue", (4, 2, 1), ("teacher",), _OURS, _FAST_SCALES),
     Row("SwiftBrush", "swiftbrush", (1,), ("warm",), _ONE | _LORA, _SCALES, main=True),
-    Row("SwiftBrush, full fake score", "swiftbrush", (1,), ("warm",), _ONE, like="SwiftBrush"),
+    Row("SwiftBrush, full fake score", "swiftbrush", (1,), ("warm",), _ONE, like="TiUE, lower guidance"),
     Row("SwiftBrush from the teacher", "swiftbrush", (1,), ("teacher",), _ONE, like="TiUE from the teacher"),
     Row("LCM", "lcm", (4, 2, 1), ("teacher",), _LCM, _RANGES, main=True),
     Row("ADD", "add", (4, 1), ("teacher",), _PICTURES, _PULLS, main=True),
