@@ -8,6 +8,7 @@
     painters   what is judged
     reference  what it is compared with
     cli        `python -m evaluation`
+    guidance   `python -m evaluation.guidance`, about a teacher
 
 Benchmarks say what pictures cost; this package says what they are worth. It imports neither recipes nor benchmarks.
 """

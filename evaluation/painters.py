@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 
-from evaluation.few_steps import distilled, sample_few_steps
+from evaluation.few_steps import Predict, distilled, sample_few_steps
 from tiue.checkpoint import load_student
 from tiue.components import Components, decode_latents, load_components
+from tiue.distill.scores import guided
 from tiue.schedule import NoiseSchedule
 from tiue.text_encoder import encode_text
 
@@ -79,17 +80,25 @@ def pipeline_painter(
     timesteps = schedule.timesteps(steps)
     unet = components.unet.to(device)
 
-    def sample(z: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        null = encode_text(components, [""]).expand_as(text)
-        for t, (a, b) in zip(timesteps, schedule.ddim_steps(timesteps), strict=True):
-            predicted = unet(z, t, text).sample
-            if guidance != 1:
-                without = unet(z, t, null).sample
-                predicted = without + guidance * (predicted - without)
-            z = a * z + b * predicted
-        return z
+    def sample(noise: torch.Tensor, text: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        null = encode_text(components, [""])
+
+        def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return guided(unet, z, t, text, null, guidance)
+
+        return sample_ddim(predict, schedule, timesteps, noise)
 
     return torch_painter(components, device, sample)
+
+
+def sample_ddim(
+    predict: Predict, schedule: NoiseSchedule, timesteps: Sequence[int], noise: torch.Tensor
+) -> torch.Tensor:
+    """Turn noise z_T (B, C, h, w) into latents z_0 by DDIM, at descending timesteps."""
+    z = noise
+    for t, (a, b) in zip(timesteps, schedule.ddim_steps(timesteps), strict=True):
+        z = a * z + b * predict(z, torch.full((len(z),), t, device=z.device))
+    return z
 
 
 def _few_steps_painter(components: Components, device: torch.device, steps: int, guidance: float) -> Painter:

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
+from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
 from evaluation import cli, features, figures, metrics
@@ -21,10 +24,13 @@ from evaluation.encoder import augment, contrastive, network, sentences
 from evaluation.encoder.__main__ import main as encoder_main
 from evaluation.encoder.encoder_config import Shape
 from evaluation.features import load_extractors
+from evaluation.guidance import GuidanceConfig, compare_guidance
+from evaluation.guidance import main as guidance_main
 from evaluation.painters import bundle_painter, pipeline_painter, student_painter
 from evaluation.reference import Reference, load_reference
 from tiue.checkpoint import Student, load_student, save_student
-from tiue.components import decode_latents
+from tiue.components import Components, decode_latents
+from tiue.diffusion import Diffusion
 from tiue.schedule import ddim_timesteps
 from tiue.text_encoder import encode_text
 
@@ -158,6 +164,47 @@ def test_a_pipeline_is_sampled_as_diffusers_does(tmp_path):
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
     theirs = pipeline(PROMPTS[0], latents=noise, **options).images[0]
     assert abs(made[1] - theirs * 255).max() <= 1
+
+
+class OffWithoutText(nn.Module):
+    """The exact v network of a world with one picture, but 0.5 too high for the empty text."""
+
+    def __init__(self, components: Components, picture: torch.Tensor):
+        super().__init__()
+        self.config, self._diffusion = components.unet.config, Diffusion(components.noise_schedule, CPU)
+        self._picture, self._null = picture, encode_text(components, [""]).detach()
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> SimpleNamespace:
+        alpha, sigma = self._diffusion.scales(t)
+        v = alpha * (z - alpha * self._picture) / sigma - sigma * self._picture
+        off = (text == self._null).all((1, 2)).float()
+        return SimpleNamespace(sample=v + 0.5 * off.view(-1, 1, 1, 1))
+
+
+def test_the_error_of_a_guidance_scale_is_its_distance_from_the_samples(tmp_path):
+    components = tiny.v_prediction()
+    scheduler = components.scheduler_config | {"set_alpha_to_one": True}  # DDIM then ends at the picture itself.
+    components = replace(components, scheduler_config=scheduler)
+    picture = torch.randn(1, *components.geometry.latent_shape)
+    components = replace(components, unet=OffWithoutText(components, picture))
+    config = GuidanceConfig(guidance=1.0, scales=(1.0, 1.5, 3.0), samples=3, steps=3, batch=2)
+    found = compare_guidance(components, PROMPTS, config)
+    assert [len(timesteps) for timesteps in found] == [100, 150, 250, 250, 200]
+    for errors in found.values():
+        assert errors == pytest.approx([((1 - scale) * 0.5) ** 2 for scale in config.scales], abs=1e-4)
+
+
+def test_guidance_is_compared_by_a_command(tmp_path, capsys):
+    directory = tiny.save_pipeline(tiny.sd15(), tmp_path / "teacher")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    flags = ["--pipeline", str(directory), "--prompts", str(prompts), "--samples", "2", "--steps", "2"]
+    assert guidance_main([*flags, "--scales", "1,2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| timesteps | guidance 1 | guidance 2 |" and len(lines) == 7
+    assert all(line.count("**") == 2 for line in lines[2:])
+    assert guidance_main([*flags, "--scales", "-1"]) == 2
+    assert "--scales must be numbers of at least 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ class Diffusion:
         alpha, sigma = self.scales(t)
         return alpha * z_0 + sigma * noise
 
+    def target(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the right prediction at z_t: eps, or sqrt(abar_t) eps - sqrt(1 - abar_t) z_0, for v."""
+        alpha, sigma = self.scales(t)
+        return alpha * noise - sigma * z_0 if self._v else noise
+
     def noise(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the noise that a prediction at z_t implies: eps, or sqrt(abar_t) v + sqrt(1 - abar_t) z_t."""
         alpha, sigma = self.scales(t)
