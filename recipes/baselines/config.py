@@ -25,7 +25,10 @@ class FewStepsConfig(RunConfig):
 
 @dataclass(frozen=True)
 class LcmConfig(FewStepsConfig):
-    """Settings of latent consistency distillation. Defaults are the paper's for Stable Diffusion.
+    """Settings of latent consistency distillation.
+
+    Defaults of the skip and of the guidance are the paper's for Stable Diffusion. Those of the loss and of the target's
+    average are of diffusers' training script.
 
     Raises:
         ValueError: a setting is of another type or out of range.
