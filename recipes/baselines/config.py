@@ -79,7 +79,10 @@ class SwiftBrushV2Config(DistillConfig):
         0, "rank of the student's adapters; 0 trains all of its weights", group="the student", at_least=0
     )
     clip_margin: float = setting(
-        0.35, "tau, the mean cosine at which the CLIP loss ends; encoders other than CLIP need their own", at_least=0
+        0.35,
+        "tau, the mean cosine at which the CLIP loss ends; encoders other than CLIP need their own",
+        at_least=-1,
+        at_most=1,
     )
 
 
