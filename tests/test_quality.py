@@ -1,6 +1,9 @@
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 from invented import random_drawings, save_pictures
 from tiny import emoji, v_teacher
@@ -18,6 +21,8 @@ from tiue.checkpoint import load_student
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
 from tiue.distill.vsd import prepare
+
+BUNDLE = Path(__file__).parents[1] / "models/emoji/tiue_emoji"
 
 
 def test_every_row_has_a_start_that_comes_before_it():
@@ -37,6 +42,17 @@ def test_unknown_rows_and_a_missing_source_are_named(tmp_path, capsys):
     assert "has no data/captions.json" in capsys.readouterr().err
 
 
+def test_a_student_of_several_steps_runs_its_graphs_in_a_loop(tmp_path, monkeypatch):
+    judging = Judging(Material(replace(PRESETS["cpu"], runs=5), tmp_path, random_drawings(), tmp_path))
+    (tmp_path / "timed").mkdir()
+    monkeypatch.setattr(judging, "_exported", lambda *_: shutil.copytree(BUNDLE, tmp_path / "bundle"))
+    judging.timed(replace(_row("LCM"), steps=(8, 1)), tmp_path, tmp_path / "timed")
+    one, eight = (json.loads((tmp_path / f"timed/latency-{steps}.json").read_text()) for steps in (1, 8))
+    assert 0 < one["least"] <= one["median"] <= one["most"] and one["median"] < eight["median"]
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.slow  # It exports a student.
 def test_a_student_of_several_steps_is_timed_in_a_loop(tmp_path):
     model, pictures = v_teacher(), tmp_path / "pictures"
     pictures.mkdir()

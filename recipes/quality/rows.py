@@ -111,7 +111,7 @@ class Preset:
 
 
 _V2 = ("SwiftBrush v2, full", "SwiftBrush v2, LoRA", "SwiftBrush v2")
-_NAMES = ("teacher", "teacher, new noise", "TiUE", "TiUE, four UNets", "LCM", "ADD in one step", *_V2)
+_NAMES = ("teacher", "teacher, new noise", "TiUE", "LCM", "ADD in one step", *_V2)
 _SMOKE = tuple(
     replace(row, steps=row.steps[-1:], search=row.search[:2] if row.name == "LCM" else (), like=None, timed=False)
     for row in ROWS
