@@ -64,21 +64,24 @@ def compare_guidance(teacher: Components, prompts: Sequence[str], config: Guidan
     """
     generator, trained = torch.Generator().manual_seed(config.seed), len(teacher.noise_schedule.abar)
     ranges = [range(low, high) for low, high in pairwise(round(part * trained) for part in _EDGES)]
+    null, diffusion = encode_text(teacher, [""]), Diffusion(teacher.noise_schedule, teacher.text_encoder.device)
     errors = torch.zeros(len(ranges), len(config.scales))
     for start in tqdm(range(0, config.samples, config.batch), desc="samples", mininterval=5):
         numbers = range(start, min(start + config.batch, config.samples))
         text = encode_text(teacher, [prompts[i % len(prompts)] for i in numbers])
-        latents = _samples(teacher, text, config, generator)
+        latents = _samples(teacher, text, null, config, generator)
         for row, timesteps in enumerate(ranges):
             for _ in range(_NOISES):
                 t = torch.randint(timesteps.start, timesteps.stop, (len(latents),), generator=generator)
-                found = _errors(teacher, latents, text, t, config.scales, generator)
+                found = _errors(teacher, diffusion, latents, text, null, t, config.scales, generator)
                 errors[row] += found * len(numbers) / (_NOISES * config.samples)
     return dict(zip(ranges, errors.tolist(), strict=True))
 
 
-def _samples(teacher: Components, text: Tensor, config: GuidanceConfig, generator: torch.Generator) -> Tensor:
-    null, schedule = encode_text(teacher, [""]), teacher.noise_schedule
+def _samples(
+    teacher: Components, text: Tensor, null: Tensor, config: GuidanceConfig, generator: torch.Generator
+) -> Tensor:
+    schedule = teacher.noise_schedule
     noise = torch.randn((len(text), *teacher.geometry.latent_shape), generator=generator).to(text.device)
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
@@ -89,16 +92,18 @@ def _samples(teacher: Components, text: Tensor, config: GuidanceConfig, generato
 
 def _errors(
     teacher: Components,
+    diffusion: Diffusion,
     latents: Tensor,
     text: Tensor,
+    null: Tensor,
     t: Tensor,
     scales: Sequence[float],
     generator: torch.Generator,
 ) -> Tensor:
-    diffusion, t = Diffusion(teacher.noise_schedule, latents.device), t.to(latents.device)
+    t = t.to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    z_t, null = diffusion.noised(latents, noise, t), encode_text(teacher, [""]).expand_as(text)
-    without, conditional = (teacher.unet(z_t, t, one).sample.float() for one in (null, text))
+    z_t = diffusion.noised(latents, noise, t)
+    without, conditional = (teacher.unet(z_t, t, one).sample.float() for one in (null.expand_as(text), text))
     target = diffusion.target(latents, noise, t)
     guided_ones = (without + scale * (conditional - without) for scale in scales)
     return torch.stack([(prediction - target).square().mean() for prediction in guided_ones]).cpu()
