@@ -61,7 +61,7 @@ def test_further_sizes_go_into_the_bundle_as_height_and_width():
 # The CUDA variant. A fusion that is lost changes a count.
 
 
-@pytest.mark.parametrize("linear", [False, True], ids=["sd15", "sd21"])
+@pytest.mark.parametrize("linear", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sd15", "sd21"])
 def test_every_operator_with_a_cuda_kernel_is_fused(linear):
     """At the widths of SD's first level, since two of the kernels exist only for SD's widths."""
     unet = tiny.unet(block_out_channels=(320, 320), norm_num_groups=32, use_linear_projection=linear)
