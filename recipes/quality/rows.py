@@ -62,7 +62,8 @@ _SCALES, _FAST_SCALES = (_grid(rates, "guidance", (2.0, 3.0)) for rates in (_SLO
 _LOW = _grid((1e-5,), "guidance", (1.0, 1.25))  # guided samples are denoised best with hardly any guidance
 _RANGES = _grid(_FAST, "guidance_max", (2.5, 4.0))
 _PULLS = _grid(_SLOW, "distillation_weight", (10.0, 100.0))
-_NO_KL, _CONTROL = _OURS | {"kl_weight": 0.0}, _OURS | {"steps": (4,), "share_encoder": False}
+_NO_KL, _FOUR = _OURS | {"kl_weight": 0.0}, _OURS | {"steps": (4,)}
+_CONTROL = _FOUR | {"share_encoder": False}
 _ONE_SHARED, _TWO_LORA = _OURS | {"shared_up_blocks": 1}, _TWO | {"student_rank": 64}
 
 ROWS = (
@@ -72,6 +73,7 @@ ROWS = (
     Row("TiUE", "tiue", (4, 2, 1), ("warm",), _OURS, _SCALES, main=True),
     Row("TiUE, lower guidance", "tiue", (4, 2, 1), ("warm",), _OURS, _LOW),
     Row("TiUE without KL", "tiue", (4, 2, 1), ("warm",), _NO_KL, like="TiUE", main=True),
+    Row("TiUE, four steps only", "tiue", (4,), ("warm",), _FOUR, like="TiUE"),
     Row("TiUE, four UNets", "tiue", (4,), ("warm",), _CONTROL, like="TiUE", timed=False),
     Row("TiUE, one shared up block", "tiue", (4, 2, 1), ("warm",), _ONE_SHARED, like="TiUE"),
     Row("TiUE from the teacher", "tiue", (4, 2, 1), ("teacher",), _OURS, _FAST_SCALES),
