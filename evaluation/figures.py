@@ -65,16 +65,15 @@ def compare(real: Embeddings, made: Embeddings, prompt: NDArray[np.int64], sampl
         samples: bootstrap samples.
 
     Returns:
-        The figures by name. Intervals are over prompts, because pictures of one prompt resemble each other.
+        The figures by name. Intervals are over prompts, because pictures of one prompt resemble each other. Those of
+        the distances, recall and coverage are over reference pictures as well.
     """
     found = {
         "frechet": metrics.frechet_interval(real, made, prompt, samples),
         "kernel distance": metrics.kernel_interval(real, made, prompt, samples),
     }
     if min(len(real), len(made)) > metrics.NEIGHBORS:
-        for name, values in metrics.precision_recall(real, made).items():
-            group = prompt if len(values) == len(prompt) and name in ("precision", "density") else None
-            found[name] = bootstrap(_mean, values, groups=(group,), samples=samples)
+        found |= metrics.precision_recall_intervals(real, made, prompt, samples)
     if len(spread := metrics.diversity(made, prompt)):
         found["diversity"] = bootstrap(_mean, spread, samples=samples)
     if len(real) > 1:

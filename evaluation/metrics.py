@@ -4,8 +4,9 @@ Features are float arrays (n, D), one row a picture. "Real" features are those o
 those of the pictures that are judged.
 
 Intervals are of bootstrap samples, which hold some pictures twice. Figures that look at pairs of pictures would take
-the two for near neighbors, so those are written as means over pictures (precision, recall, density, coverage,
-novelty), or with weights that leave such pairs out (the kernel distance).
+the two for near neighbors, so those are written as means over pictures (precision, density, novelty), with
+neighborhoods that are not drawn again (recall, coverage), or with weights that leave such pairs out (the kernel
+distance).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from scipy.spatial.distance import cdist
 
 Features = NDArray[np.floating]
 
-NEIGHBORS = 5  # k of precision, recall, density and coverage, as in their papers
+NEIGHBORS = 5  # k, as in the paper of density and coverage; that of precision and recall has 3
 SAMPLES = 200  # of a bootstrap
 _ROWS = 1000  # of a matrix of pairs that are computed at once
 
@@ -102,12 +103,10 @@ def kernel_interval(
     real: Features, made: Features, group: NDArray[np.integer] | None = None, samples: int = SAMPLES, seed: int = 0
 ) -> Interval:
     """Compute the kernel distance and its interval; arguments are those of `bootstrap`."""
-    random = np.random.default_rng(seed)
-    own = np.arange(len(made)) if group is None else group
-    of_real = [_counts(_again(np.arange(len(real)), random), len(real)) for _ in range(samples)]
-    of_made = [_counts(_again(own, random), len(made)) for _ in range(samples)]
+    _check(real, made, least=2)
+    of_real, of_made = _drawn(real, made, group, samples, seed)
     ones = np.ones((1, len(real))), np.ones((1, len(made)))
-    found = _kernel_distances(real, made, *(np.vstack([o, *a]) for o, a in zip(ones, (of_real, of_made), strict=True)))
+    found = _kernel_distances(real, made, *(np.vstack(both) for both in zip(ones, (of_real, of_made), strict=True)))
     return _interval(float(found[0]), found[1:], biased=True)  # a group drawn twice is paired with its like more often
 
 
@@ -123,16 +122,28 @@ def precision_recall(real: Features, made: Features, k: int = NEIGHBORS) -> dict
     Raises:
         ValueError: a set has no more than k pictures.
     """
-    _check(real, made, least=k + 1)
-    around_real, around_made = _radii(real, k), _radii(made, k)
-    distances = cdist(real, made)
-    inside_real = distances < around_real[:, None]
-    return {
-        "precision": inside_real.any(axis=0).astype(np.float64),
-        "recall": (distances < around_made[None, :]).any(axis=1).astype(np.float64),
-        "density": inside_real.sum(axis=0) / k,
-        "coverage": (distances.min(axis=1) < around_real).astype(np.float64),
-    }
+    return _of_pictures(*_neighborhoods(real, made, k), k)
+
+
+def precision_recall_intervals(
+    real: Features, made: Features, group: NDArray[np.integer] | None = None, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """Compute precision, recall, density and coverage and their intervals; arguments are those of `bootstrap`.
+
+    Neighborhoods are those of the whole sets. Precision and density are means over made pictures, which are drawn
+    again. Recall and coverage ask whether any made picture is near a real one, so both sets are drawn again.
+    """
+    around_real, around_made = _neighborhoods(real, made, NEIGHBORS)
+    of_real, of_made = _drawn(real, made, group, samples, seed)
+    found = {}
+    for name, value in _of_pictures(around_real, around_made, NEIGHBORS).items():
+        if name in ("precision", "density"):
+            found[name] = bootstrap(np.mean, value, groups=(group,), samples=samples, seed=seed)
+        else:
+            near = _any_of(around_made if name == "recall" else around_real, of_made)
+            again = (of_real * near).sum(axis=1) / of_real.sum(axis=1)
+            found[name] = _interval(float(value.mean()), again, biased=True)  # fewer different pictures cover less
+    return found
 
 
 def rank_of_asked(image: Features, text: Features, asked: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -246,6 +257,46 @@ def _again(group: NDArray[np.integer], random: np.random.Generator) -> NDArray[n
 
 def _counts(rows: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     return np.bincount(rows, minlength=count).astype(np.float64)
+
+
+def _drawn(
+    real: Features, made: Features, group: NDArray[np.integer] | None, samples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Count how often each picture is in each bootstrap sample, (S, n) and (S, m). A sample has two different ones."""
+    random = np.random.default_rng(seed)
+    own = np.arange(len(made)) if group is None else group
+
+    def drawn(groups: NDArray[np.integer]) -> NDArray[np.float64]:
+        while np.count_nonzero(counts := _counts(_again(groups, random), len(groups))) < 2:
+            pass
+        return counts
+
+    return tuple(np.array([drawn(one) for _ in range(samples)]) for one in (np.arange(len(real)), own))
+
+
+def _neighborhoods(real: Features, made: Features, k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Say which made pictures lie in the neighborhood of each real one, and the other way round, both (n, m)."""
+    _check(real, made, least=k + 1)
+    distances = cdist(real, made)
+    return distances < _radii(real, k)[:, None], distances < _radii(made, k)[None, :]
+
+
+def _of_pictures(
+    around_real: NDArray[np.bool_], around_made: NDArray[np.bool_], k: int
+) -> dict[str, NDArray[np.float64]]:
+    return {
+        "precision": around_real.any(axis=0).astype(np.float64),
+        "recall": around_made.any(axis=1).astype(np.float64),
+        "density": around_real.sum(axis=0) / k,
+        "coverage": around_real.any(axis=1).astype(np.float64),
+    }
+
+
+def _any_of(inside: NDArray[np.bool_], of_made: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Say for each sample (S, m) of made pictures which rows of `inside` (n, m) hold any of them, (S, n)."""
+    there = (of_made > 0).astype(np.float32)
+    parts = range(0, len(inside), _ROWS)
+    return np.hstack([there @ inside[start : start + _ROWS].T.astype(np.float32) > 0 for start in parts])
 
 
 def _scaled(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -106,6 +106,39 @@ def test_precision_and_recall_by_hand():
     assert found["recall"].tolist() == [1, 1, 1] and found["coverage"].tolist() == [1, 1, 0]
 
 
+def test_intervals_of_recall_and_coverage_are_over_prompts():
+    """With one picture for each prompt, few prompts give wide intervals, however many reference pictures there are."""
+    random = np.random.default_rng(3)
+    real, centers = random.standard_normal((2000, 2)), random.standard_normal((400, 2))
+    found = [
+        metrics.precision_recall_intervals(real, centers[i : i + 20], np.arange(20)) for i in range(0, len(centers), 20)
+    ]
+    for name in ("recall", "coverage"):
+        intervals = [one[name] for one in found]
+        spread = np.std([one.value for one in intervals])
+        assert np.mean([one.high - one.low for one in intervals]) > 2 * spread  # 4 if neighborhoods were drawn again
+        assert all(one.low <= one.value <= one.high for one in intervals)
+    values = metrics.precision_recall(real, centers[:20])
+    assert {n: one.value for n, one in found[0].items()} == pytest.approx({n: v.mean() for n, v in values.items()})
+
+
+def test_recall_and_coverage_of_a_sample_by_hand(monkeypatch):
+    """Every sample has the first picture twice and the second not at all."""
+    monkeypatch.setattr(metrics, "NEIGHBORS", 1)
+    monkeypatch.setattr(metrics, "_again", lambda group, random: np.array([0, 0, *range(2, len(group))]))
+    real, made = np.array([[0.0], [1.0], [3.0]]), np.array([[3.1], [0.5], [9.5]])
+    found = metrics.precision_recall_intervals(real, made, samples=3)  # radii 1, 1, 2 and 2.6, 2.6, 6.4
+    assert found["coverage"].value == 1 and found["coverage"].high - found["coverage"].low == 0
+    near = metrics._any_of(np.array([[False, True, False], [True, False, False]]), np.array([[2.0, 0.0, 1.0]]))
+    assert near.tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_interval_of_the_kernel_distance_of_few_pictures_is_finite(count):
+    found = metrics.kernel_interval(gaussian(count), gaussian(count))
+    assert np.isfinite([found.low, found.value, found.high]).all()
+
+
 def test_the_rank_of_what_was_asked_is_by_cosine():
     text = np.eye(3)
     image = np.array([[5.0, 1, 0], [0, 0.1, 0.05], [0, 1, 0]])
