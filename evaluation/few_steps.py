@@ -29,9 +29,14 @@ def sample_few_steps(
 
     Returns:
         Latents z_0, (B, C, h, w).
+
+    Raises:
+        ValueError: the scheduler's grid has fewer timesteps.
     """
     scheduler = LCMScheduler.from_config(dict(scheduler_config))
-    scheduler.set_timesteps(steps, original_inference_steps=max(steps, scheduler.config.original_inference_steps))
+    if steps > (known := scheduler.config.original_inference_steps):
+        raise ValueError(f"`steps` must be at most {known}, the timesteps that this model knows, got {steps}")
+    scheduler.set_timesteps(steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = z_0 = noise
     for t in scheduler.timesteps:

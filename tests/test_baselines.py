@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
 from invented import save_pictures
 from PIL import Image
@@ -25,6 +26,7 @@ from recipes.baselines.__main__ import METHODS, main
 from recipes.baselines.config import PRESETS, SWIFTBRUSH, SWIFTBRUSH_V2, AddConfig, LcmConfig, SwiftBrushV2Config
 from recipes.baselines.critic import Critic, gradient_penalty, hinge_loss, student_loss
 from recipes.baselines.few_steps import lcm_scheduler
+from recipes.baselines.memory import memory
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import CaptionedPictures, encode_latents
 from tiue.checkpoint import load_student, save_student
@@ -166,6 +168,18 @@ def test_boundary_conditions_are_those_of_diffusers():
         assert [c_skip.item(), c_out.item()] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_grid_finer_than_the_teachers_timesteps_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="a grid of 1001 timesteps is finer than the teacher's 1000"):
+        lcm.prepare(teacher(), data, tmp_path, LcmConfig(**SHORT, ddim_steps=1001))
+
+
+def test_fsdp_is_refused(data, tmp_path, monkeypatch):
+    sharded = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP))
+    monkeypatch.setattr(lcm, "start_run", lambda *_: sharded)
+    with pytest.raises(ValueError, match="LCM runs with DDP, not with FSDP"):
+        lcm.prepare(teacher(), data, tmp_path, LcmConfig(**SHORT))
+
+
 def test_the_teacher_steps_like_ddim(data, tmp_path):
     method = lcm.prepare(teacher(), data, tmp_path, LcmConfig(**SHORT))[1]
     scheduler = DDIMScheduler.from_config(teacher().scheduler_config)
@@ -181,7 +195,7 @@ def test_the_teacher_steps_like_ddim(data, tmp_path):
 def test_the_consistency_loss_in_a_world_of_one_picture(data, tmp_path):
     # Every point of the ODE's path leads to the picture mu. Only the boundary conditions are left in the loss:
     # d = c_skip(t) z_t - c_skip(s) z_s + (c_out(t) - c_out(s)) mu.
-    config = LcmConfig(**SHORT, ddim_steps=1, skip=999, timestep_scaling=1e-3)
+    config = LcmConfig(**SHORT, sample_steps=1, ddim_steps=1, skip=999, timestep_scaling=1e-3)
     method = lcm.prepare(teacher(), data, tmp_path, config)[1]
     mu = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     method.teacher = method.target = method.student = Point(method.diffusion, mu)
@@ -258,8 +272,9 @@ def test_the_gradient_penalty_of_a_linear_critic():
 
 def test_from_pure_noise_the_critic_knows_the_caption_alone(data, encoder, tmp_path):
     for timestep, known in ((999, False), (499, True)):
-        config, observer = AddConfig(**SHORT, timesteps=(timestep,)), EncoderObserver(encoder, CPU)
+        config, observer = AddConfig(**SHORT), EncoderObserver(encoder, CPU)
         run, method = add.prepare(teacher(), data, tmp_path / str(timestep), config, observer)
+        method._timesteps = torch.tensor([timestep])
         conditions = []
         method.critic.network.register_forward_pre_hook(lambda _, inputs, seen=conditions: seen.append(inputs[1]))
         method.update(0, run.batch(0))
@@ -287,7 +302,7 @@ def test_distillation_in_a_world_of_one_picture(data, encoder, tmp_path):
 
 
 def test_the_student_and_the_critic_learn_from_their_own_losses(data, encoder, tmp_path):
-    config = AddConfig(**SHORT, timesteps=(999,))
+    config = AddConfig(**SHORT, timesteps=(999,), sample_steps=1)
     run, method = add.prepare(teacher(), data, tmp_path, config, EncoderObserver(encoder, CPU))
     heads = [p.detach().clone() for p in method._heads.parameters()]
     weight = method.model.conv_in.weight.detach().clone()
@@ -306,9 +321,21 @@ def test_the_critic_judges_under_a_condition():
     assert not torch.allclose(first[0], other[0])
 
 
-def test_a_timestep_beyond_the_teachers_is_refused(data, encoder, tmp_path):
-    with pytest.raises(ValueError, match="`timesteps` must be below the teacher's 1000, got 1000"):
-        add.prepare(teacher(), data, tmp_path, AddConfig(timesteps=(1000,)), EncoderObserver(encoder, CPU))
+@pytest.mark.parametrize(
+    ("timesteps", "expected"), [((1000,), "999"), ((999, 749), "999, 499"), ((999, 999), "999, 499")]
+)
+def test_timesteps_at_which_samples_do_not_begin_are_refused(timesteps, expected, data, encoder, tmp_path):
+    config = AddConfig(timesteps=timesteps, sample_steps=1)
+    with pytest.raises(ValueError, match=f"`timesteps` must be {expected} for this teacher, got {timesteps[0]}"):
+        add.prepare(teacher(), data, tmp_path, config, EncoderObserver(encoder, CPU))
+
+
+def test_samples_of_more_steps_than_the_student_has_are_refused():
+    with pytest.raises(ValueError, match="`sample_steps` must not exceed the number of `timesteps`, got 4 and 2"):
+        AddConfig(timesteps=[999, 499])
+    scheduler = lcm_scheduler(teacher(), 2, 1e4)
+    with pytest.raises(ValueError, match="`steps` must be at most 2, the timesteps that this model knows, got 4"):
+        sample_few_steps(lambda z, t: z, scheduler, torch.zeros(1, 16, 8, 8), 4, [1])
 
 
 # SwiftBrush.
@@ -383,6 +410,18 @@ def test_a_caption_that_fits_costs_nothing(encoder):
     assert lenient.loss(latents, ["a cat", "a dog"]).item() == pytest.approx(max(-cosine, 0), abs=1e-6)
 
 
+def test_the_alignment_works_after_the_models_vae_has_moved(encoder):
+    """The sample grids move it to the CPU. Here it moves away from there."""
+    model, latents = teacher(), torch.randn(1, 16, 8, 8, requires_grad=True)
+    alignment = EncoderAlignment(encoder, model, 1.0).to(CPU)
+    before = alignment.loss(latents, ["a cat"])
+    model.vae.to("meta")
+    after = alignment.loss(latents, ["a cat"])
+    after.backward()
+    assert after.item() == before.item() and latents.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in alignment._vae.parameters())
+
+
 # Runs and the command line.
 
 
@@ -452,6 +491,9 @@ def test_a_dry_run_prints_settings_and_memory(method, folder, encoder, tmp_path,
     assert main([method, "--teacher", str(pipeline), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "learning_rate" in out and "memory of the GPU, GB" in out
+    config = METHODS[method].config(**METHODS[method].defaults)
+    averages = [replace(config, **changes) for changes in ({}, {"ema_on_cpu": True}, {"ema_decay": 0.0})]
+    assert [memory(method, pipeline, one)["EMA"] > 0 for one in averages] == [True, False, False]
 
 
 @pytest.mark.parametrize("preset", preset_names(PRESETS))

@@ -82,13 +82,16 @@ def setting(
 
 
 def check(settings: Any) -> None:
-    """Check the settings of a dataclass: types, ranges and choices.
+    """Check the settings of a dataclass: types, ranges and choices. A list becomes a tuple, since JSON has no tuples.
 
     Raises:
         ValueError: a setting is wrong. The message has its name in backquotes, the expected and the received value.
     """
     for name, kind, rule in _rules(type(settings)):
         value = getattr(settings, name)
+        if kind.several and isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(settings, name, value)
         if value is None and kind.optional:
             continue
         values = value if kind.several and isinstance(value, tuple) else (value,)

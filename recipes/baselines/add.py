@@ -28,7 +28,7 @@ from torch import Tensor
 
 from recipes.baselines.config import AddConfig
 from recipes.baselines.critic import Critic, gradient_penalty, hinge_loss, student_loss
-from recipes.baselines.few_steps import WITHOUT_BOUNDARY, FewSteps, lcm_scheduler, start_run
+from recipes.baselines.few_steps import WITHOUT_BOUNDARY, FewSteps, grid, lcm_scheduler, start_run
 from recipes.baselines.observers import Observer
 from recipes.baselines.pictures import CaptionedPictures, encode_latents
 from tiue.components import Components, decode_latents
@@ -148,10 +148,12 @@ def prepare(
         The run and the method.
 
     Raises:
-        ValueError: `out` holds another run, a timestep is not the teacher's, or there are several processes.
+        ValueError: `out` holds another run, `timesteps` are not those of samples, or there are several processes.
     """
-    if (largest := max(config.timesteps)) >= (trained := len(teacher.noise_schedule.abar)):
-        raise ValueError(f"`timesteps` must be below the teacher's {trained}, got {largest}")
+    sampled = grid(len(teacher.noise_schedule.abar), len(config.timesteps))
+    if sorted(config.timesteps) != sampled:  # Samples would begin at timesteps that it does not know.
+        found = ", ".join(map(str, config.timesteps))
+        raise ValueError(f"`timesteps` must be {', '.join(map(str, sampled[::-1]))} for this teacher, got {found}")
     run = start_run(out, config, teacher, data, initial)
     if run.accelerator.num_processes > 1:
         raise ValueError("ADD runs in one process: R1 needs gradients of gradients, which DDP does not exchange")

@@ -48,6 +48,9 @@ class LcmConfig(FewStepsConfig):
         if self.guidance_min > self.guidance_max:
             found = f"{self.guidance_min} and {self.guidance_max}"
             raise ValueError(f"`guidance_min` must not exceed `guidance_max`, got {found}")
+        if self.sample_steps > self.ddim_steps:
+            found = f"{self.sample_steps} and {self.ddim_steps}"
+            raise ValueError(f"`sample_steps` must not exceed `ddim_steps`, got {found}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class AddConfig(FewStepsConfig):
     guidance: float = setting(7.5, "classifier-free guidance of the teacher", at_least=0)
     penalty_weight: float = setting(1e-5, "gamma, weight of R1", at_least=0)
     critic_learning_rate: float = setting(1e-4, "learning rate of the critic", above=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sample_steps > len(self.timesteps):
+            found = f"{self.sample_steps} and {len(self.timesteps)}"
+            raise ValueError(f"`sample_steps` must not exceed the number of `timesteps`, got {found}")
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,17 @@ class FewSteps(Method):
         return Trained(self._accelerator, network, optimizer, self.config.grad_clip)
 
 
+def grid(trained: int, steps: int) -> list[int]:
+    """Return the timesteps of a grid, ascending: T/steps - 1, 2 T/steps - 1, ..., T - 1. Samples take theirs from it.
+
+    Raises:
+        ValueError: there are more steps than timesteps.
+    """
+    if steps > trained:
+        raise ValueError(f"a grid of {steps} timesteps is finer than the teacher's {trained}")
+    return [trained // steps * i - 1 for i in range(1, steps + 1)]
+
+
 def lcm_scheduler(teacher: Components, original_steps: int, timestep_scaling: float) -> dict[str, Any]:
     """Return the configuration of an LCMScheduler on the teacher's noise process.
 

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from recipes.baselines.config import LcmConfig
-from recipes.baselines.few_steps import FewSteps, lcm_scheduler, start_run
+from recipes.baselines.few_steps import FewSteps, grid, lcm_scheduler, start_run
 from recipes.baselines.pictures import CaptionedPictures, encode_latents
 from tiue.components import Components
 from tiue.distill.draws import Batch, Draws
@@ -109,11 +110,6 @@ class Lcm(FewSteps):
         return {"target": self.target}
 
 
-def grid(trained: int, steps: int) -> list[int]:
-    """Return the timesteps of the teacher's DDIM grid, ascending: T/steps - 1, 2 T/steps - 1, ..., T - 1."""
-    return [trained // steps * i - 1 for i in range(1, steps + 1)]
-
-
 def boundary_conditions(t: Tensor, sigma_data: float, scaling: float) -> tuple[Tensor, Tensor]:
     """Return c_skip and c_out of timesteps (B,), both (B, 1, 1, 1)."""
     scaled = (scaling * t.float()).view(-1, 1, 1, 1)
@@ -159,8 +155,10 @@ def prepare(
         The run and the method.
 
     Raises:
-        ValueError: `out` holds another run.
+        ValueError: `out` holds another run, the grid is finer than the teacher's timesteps, or FSDP is on.
     """
     run = start_run(out, config, teacher, data, initial)
+    if run.accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("LCM runs with DDP, not with FSDP: its target is a copy of the whole student")
     student = guided_unet(teacher.unet if initial is None else initial)
     return run, Lcm(run, config, teacher, student, data, sample_prompts)

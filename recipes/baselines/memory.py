@@ -28,7 +28,8 @@ def memory(method: str, teacher: str | Path, config: RunConfig) -> dict[str, int
     """
     unet, scheduler = read_configs(teacher)
     scheduler = scheduler | {"timestep_spacing": "trailing"}
-    common: dict[str, Any] = {"batch_size": config.batch_size, "mixed_precision": config.mixed_precision}
+    shared = ("batch_size", "mixed_precision", "ema_decay", "ema_on_cpu")
+    common: dict[str, Any] = {name: getattr(config, name) for name in shared}
     of_vsd = config if isinstance(config, DistillConfig) else DistillConfig(steps=(1,), **common)
     cost = estimate(unet, scheduler, of_vsd)
     found = {
@@ -40,5 +41,5 @@ def memory(method: str, teacher: str | Path, config: RunConfig) -> dict[str, int
     }
     if method in _NETWORKS:  # Only the student is trained.
         weights = 4 * cost.student_parameters
-        found |= {"weights": _NETWORKS[method] * weights, "gradients": weights, "Adam": 2 * weights, "EMA": weights}
+        found |= {"weights": _NETWORKS[method] * weights, "gradients": weights, "Adam": 2 * weights}
     return found

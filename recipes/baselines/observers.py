@@ -5,6 +5,7 @@ They must be other networks than those that judge the pictures later. A method t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -110,7 +111,8 @@ class EncoderAlignment:
     """
 
     def __init__(self, path: Path, components: Components, margin: float):
-        self._encoder, self._vae, self._margin = load_encoder(path).requires_grad_(False), components.vae, margin
+        self._encoder, self._margin = load_encoder(path).requires_grad_(False), margin
+        self._vae = copy.deepcopy(components.vae).requires_grad_(False)  # The sample grids move the model's own.
         self._sentences: Sentences | None = None
 
     def to(self, device: torch.device) -> EncoderAlignment:

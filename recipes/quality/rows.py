@@ -82,7 +82,7 @@ ROWS = (
     Row("SwiftBrush from the teacher", "swiftbrush", (1,), ("teacher",), _ONE, like="TiUE from the teacher"),
     Row("LCM", "lcm", (4, 2, 1), ("teacher",), _LCM, _RANGES, main=True),
     Row("ADD", "add", (4, 1), ("teacher",), _PICTURES, _PULLS, main=True),
-    Row("ADD in one step", "add", (1,), ("warm",), _PICTURES | {"timesteps": (999,)}, like="ADD"),
+    Row("ADD in one step", "add", (1,), ("warm",), _PICTURES | {"timesteps": (999,), "sample_steps": 1}, like="ADD"),
     Row("SwiftBrush v2, full", "swiftbrushv2", (1,), ("ADD in one step",), _TWO, like="SwiftBrush"),
     Row("SwiftBrush v2, LoRA", "swiftbrushv2", (1,), ("ADD in one step",), _TWO_LORA, like="SwiftBrush"),
     Row("SwiftBrush v2", "merge", (1,), ("SwiftBrush v2, full", "SwiftBrush v2, LoRA")),

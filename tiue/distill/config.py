@@ -125,8 +125,6 @@ class DistillConfig(RunConfig):
     def __post_init__(self):
         if type(self.steps) is int:
             object.__setattr__(self, "steps", (self.steps,))
-        if isinstance(self.steps, list):  # JSON has no tuples.
-            object.__setattr__(self, "steps", tuple(self.steps))
         super().__post_init__()
         if not self.steps:
             raise ValueError("`steps` must name at least one number of steps, got none")
