@@ -540,6 +540,21 @@ def test_a_report_ends_the_run(tmp_path):
         assert plot.size == (1300, 700)
 
 
+def test_a_short_run_that_draws_few_numbers_of_steps_has_a_report(tmp_path):
+    distill(tmp_path, iterations=1, steps=(4, 2, 1), seed=1)
+    (drawn,) = logged(tmp_path)
+    missing = {"mu_751", "mu_501", "mu_251", "mu_1"} - drawn.keys()
+    text = (tmp_path / "report.md").read_text()
+    assert missing and not any(name in text for name in missing) and (tmp_path / "losses.png").exists()
+
+
+def test_fewer_updates_than_there_are_is_refused(tmp_path):
+    distill(tmp_path, iterations=2)
+    with pytest.raises(ValueError, match="holds 2 updates already, and `iterations` is 1"):
+        distill(tmp_path, iterations=1)
+    assert json.loads((tmp_path / "config.json").read_text())["iterations"] == 2
+
+
 def test_an_interruption_is_one_line(monkeypatch, capsys):
     def interrupted(directory):
         raise KeyboardInterrupt

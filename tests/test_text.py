@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import shutil
 from collections import namedtuple
 
@@ -56,6 +57,14 @@ def test_what_was_stopped_goes_on(components, tmp_path, monkeypatch):
     values = cached(components, tmp_path).rows(range(150))
     assert asked == [1, 64, 64, 1, 64, 22]
     torch.testing.assert_close(values, EncodedTexts(components, PROMPTS).rows(range(150)), atol=EMBEDDINGS, rtol=0)
+
+
+@pytest.mark.parametrize("harm", ["lost", "cut"])
+def test_a_cache_whose_file_is_damaged_is_made_anew(components, tmp_path, harm):
+    before = cached(components, tmp_path).rows(range(150))
+    path = tmp_path / "embeddings.bin"
+    path.unlink() if harm == "lost" else os.truncate(path, 1000)
+    assert torch.equal(cached(components, tmp_path).rows(range(150)), before)
 
 
 @pytest.mark.parametrize("change", ["prompts", "text encoder"])

@@ -98,12 +98,13 @@ def cache_texts(
 
 def _make_file(path: Path, note: Path, known: dict[str, object], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Make the file, unless it exists for these captions. It need not be complete."""
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) == known:
+    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    there = files.is_file(path) and path.stat().st_size == size
+    if there and note.exists() and json.loads(note.read_text(encoding="utf-8")) == known:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob("embeddings*"):
         old.unlink()
-    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ValueError(

@@ -59,7 +59,7 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
     Raises:
         DivergedError: a value is not finite. Nothing of that update is saved.
         StoppedError: SIGTERM or SIGINT arrived. A checkpoint is written first.
-        ValueError: the directory holds another run, or the processes do not see the same checkpoints.
+        ValueError: the directory holds another run or more updates, or the processes do not see the same checkpoints.
     """
     config, out, accelerator = run.config, run.out, run.accelerator
     main = accelerator.is_main_process
@@ -70,6 +70,8 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
     run.identify()  # raises if the directory holds another run
     state = _state(run, method, average)
     first = saved = _restore(run, state)
+    if first > config.iterations:
+        raise ValueError(f"{out} holds {first:,} updates already, and `iterations` is {config.iterations:,}")
     if main:
         runs.record_run(out, config, run.identity)
 

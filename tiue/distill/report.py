@@ -64,8 +64,8 @@ def _lines(name: str, columns: Mapping[str, Any], settings: Mapping[str, Any], s
 
 
 def _results(columns: Mapping[str, Any]) -> list[str]:
-    """List the columns for the table, without speed and learning rates."""
-    return [n for n in columns if n not in _SPEED and not n.endswith("_lr")]
+    """List the columns that have values, without speed and learning rates. A short run may lack a number of steps."""
+    return [n for n in columns if n not in _SPEED and not n.endswith("_lr") and np.isfinite(columns[n]).any()]
 
 
 def _mean(values: Any) -> str:
