@@ -107,7 +107,13 @@ def evaluate(
 
     Returns:
         The report, made of what JSON can hold: "features" has the figures by kind of network.
+
+    Raises:
+        ValueError: there are fewer than two pictures to compare, or fewer than two to compare with.
     """
+    for name, count in (("reference", len(reference.pictures)), ("prompts", len(prompts) * config.seeds)):
+        if compared and count < 2:
+            raise ValueError(f"{name}: expected at least 2 pictures, got {count}")
     asked = ask(prompts, reference.captions, reference.styles)
     made = _made(painter, prompts, [judge.extractor for judge in judges], config, save)
     prompt = np.repeat(np.arange(len(prompts)), config.seeds)
@@ -215,16 +221,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = EvaluationConfig(**given(arguments, EvaluationConfig))
         prompts = load_prompts(arguments.prompts)
+        if arguments.out.is_dir():
+            raise ValueError(f"--out: {arguments.out} is a directory, expected a file")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         reference = load_reference(arguments.reference, config.reference_size)
         painter, judges = _painter(arguments, config), load_judges(reference, config.features)
         report = evaluate(painter, prompts, reference, judges, config, arguments.save)
         judged = arguments.bundle or arguments.pipeline or arguments.student
         files = {"judged": str(judged), "prompt file": str(arguments.prompts), "reference": str(arguments.reference)}
+        print(table(report))
         write_text(arguments.out, json.dumps(files | report, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print(f"python -m evaluation: {with_flags(one_line(error), EvaluationConfig)}", file=sys.stderr)
         return 2
-    print(table(report))
     return 0
 
 

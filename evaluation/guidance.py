@@ -128,15 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = GuidanceConfig(**given(arguments, GuidanceConfig))
         teacher, prompts = load_components(arguments.pipeline), load_prompts(arguments.prompts)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        teacher.unet.to(device)
+        teacher.text_encoder.to(device)
+        found = compare_guidance(teacher, prompts, config)
     except (ValueError, OSError) as error:
         print(f"python -m evaluation.guidance: {with_flags(one_line(error), GuidanceConfig)}", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher.unet.to(device)
-    teacher.text_encoder.to(device)
     print("| timesteps | " + " | ".join(f"guidance {scale:g}" for scale in config.scales) + " |")
     print("|---" * (1 + len(config.scales)) + "|")
-    for timesteps, errors in compare_guidance(teacher, prompts, config).items():
+    for timesteps, errors in found.items():
         cells = [f"**{error:.3f}**" if error == min(errors) else f"{error:.3f}" for error in errors]
         print(f"| {timesteps.start} to {timesteps.stop - 1} | " + " | ".join(cells) + " |")
     return 0

@@ -118,8 +118,7 @@ def torch_painter(
     """Make a painter of a model in PyTorch; `sample` turns noise, text and the seed of each picture into latents."""
     components.text_encoder.to(device)
     components.vae.to(device)
-    config = components.unet.config
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    shape = components.geometry.latent_shape
 
     @torch.no_grad()
     def paint(prompts: Sequence[str], seeds: range) -> NDArray[np.uint8]:

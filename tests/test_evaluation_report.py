@@ -20,13 +20,13 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
 from evaluation import cli, features, figures, metrics
-from evaluation.encoder import augment, contrastive, network, sentences
+from evaluation.encoder import augment, contrastive, network, retrieval, sentences
 from evaluation.encoder.__main__ import main as encoder_main
-from evaluation.encoder.encoder_config import Shape
+from evaluation.encoder.encoder_config import EncoderConfig, Shape
 from evaluation.features import load_extractors
 from evaluation.guidance import GuidanceConfig, compare_guidance
 from evaluation.guidance import main as guidance_main
-from evaluation.painters import bundle_painter, pipeline_painter, student_painter
+from evaluation.painters import bundle_painter, pipeline_painter, student_painter, torch_painter
 from evaluation.reference import Reference, load_reference
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import Components, decode_latents
@@ -205,6 +205,9 @@ def test_guidance_is_compared_by_a_command(tmp_path, capsys):
     assert all(line.count("**") == 2 for line in lines[2:])
     assert guidance_main([*flags, "--scales", "-1"]) == 2
     assert "--scales must be numbers of at least 0" in capsys.readouterr().err
+    assert guidance_main([*flags, "--steps", "2000"]) == 2
+    found = capsys.readouterr()
+    assert found.out == "" and "2000" in found.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -215,12 +218,44 @@ def test_guidance_is_compared_by_a_command(tmp_path, capsys):
         (["--features", "emoji=absent.safetensors"], "absent.safetensors"),
         (["--features", "clip=absent"], "absent"),
         (["--seeds", "0"], "--seeds"),
+        (["--features", "emoji=absent", "--out", "."], "--out: . is a directory"),
     ],
 )
 def test_a_mistake_is_said_in_one_line(tmp_path, archive, student, capsys, arguments, said):
     assert run(tmp_path, archive, "--student", str(student), *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+def test_too_few_pictures_are_refused_before_any_is_drawn(archive, encoder):
+    reference = load_reference(archive)
+    judges = cli.load_judges(reference, [f"emoji={encoder}"])
+    config = cli.EvaluationConfig(features=(f"emoji={encoder}",), seeds=1)
+    one = Reference(reference.pictures[:1], reference.concept[:1], reference.style[:1], reference.captions, STYLES)
+    for prompts, given, name in ((["a cat"], reference, "prompts"), (["a cat", "a dog"], one, "reference")):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 2 pictures, got 1"):
+            cli.evaluate(None, prompts, given, judges, config)
+
+
+def test_the_report_may_lie_in_a_new_folder(tmp_path, archive, encoder, student):
+    options = ["--student", str(student), "--features", f"emoji={encoder}", "--seeds", "1"]
+    assert run(tmp_path, archive, *options, "--out", str(tmp_path / "new/report.json")) == 0
+    assert json.loads((tmp_path / "new/report.json").read_text())["pictures"] == 3
+
+
+def test_a_model_of_oblong_pictures_is_drawn_at_its_size():
+    components = tiny.sd15()
+    unet, vae = tiny.unet(sample_size=(8, 12)), components.vae
+    shapes = []
+
+    def sample(noise, text, seeds):
+        shapes.append(tuple(noise.shape))
+        return noise
+
+    painter = torch_painter(replace(components, unet=unet), CPU, sample)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    assert painter(["a cat"], range(1, 3)).shape == (2, 8 * pixels, 12 * pixels, 3)
+    assert shapes == [(2, 4, 8, 12)]
 
 
 def test_a_prompt_asks_for_the_concept_whose_caption_it_is():
@@ -360,6 +395,21 @@ def test_a_run_does_not_resume_on_other_drawings(tmp_path, archive, capsys):
     (other / "captions.json").write_text(json.dumps([[f"other {i}"] for i in range(len(captions))]))
     assert encoder_main([*command, str(other / "drawings.npz")]) == 2
     assert "captions" in capsys.readouterr().err
+
+
+def test_a_finished_encoder_is_not_taken_for_another(tmp_path, archive, capsys):
+    command = ["--out", str(tmp_path / "run"), *SMALL, "--iterations", "1", "--drawings", str(archive)]
+    assert encoder_main([*command, "--mixed-precision", "no"]) == 0
+    assert encoder_main([*command, "--mixed-precision", "bf16"]) == 0  # finished, so nothing is computed
+    assert encoder_main([*command, "--seed", "9"]) == 2
+    assert "another configuration: seed" in capsys.readouterr().err
+
+
+def test_drawings_of_which_none_is_held_out_are_refused(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval, "held_out", lambda reference: np.zeros(len(reference.pictures), bool))
+    with pytest.raises(ValueError, match="no drawing would be held out of 36"):
+        retrieval.train_encoder(load_reference(archive), tmp_path / "run", EncoderConfig(iterations=1))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

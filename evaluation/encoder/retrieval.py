@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ def train_encoder(reference: Reference, out: Path, config: EncoderConfig, texts:
         The report: retrieval on the drawings that were held out, and how the encoder was trained.
 
     Raises:
-        ValueError: the drawings lack concepts or styles, or the directory holds another run.
+        ValueError: the drawings lack concepts or styles, none of them is held out, or the directory holds another run.
         StoppedError: a signal stopped the run, which is saved.
     """
     reference.require_concepts()
+    if not held_out(reference).any():
+        raise ValueError(f"no drawing would be held out of {len(reference.pictures)}: give more drawings")
     path, weights = out / "report.json", out / EncoderTraining.result
+    if path.exists():  # A finished encoder serves machines of another precision, too.
+        trained = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        config = replace(config, mixed_precision=trained["mixed_precision"])
+    run = Run(out, config)
+    run.identify(captions=digest([text for variants in reference.captions for text in variants]))
     if not path.exists():
-        run = Run(out, config)
-        run.identify(captions=digest([text for variants in reference.captions for text in variants]))
         texts = texts or Texts(reference, Sentences(run.accelerator.device))
         begun = time.process_time()
         train(run, EncoderTraining(run, config, reference, texts))

@@ -31,7 +31,8 @@ def update_cost(run: Run, method: Method, unet: UNet2DConditionModel, text: torc
         text: a text embedding, (1, L, D).
     """
     size = unet.config.sample_size
-    latents = torch.zeros(1, unet.config.in_channels, size, size, device=text.device)
+    height, width = (size, size) if isinstance(size, int) else size
+    latents = torch.zeros(1, unet.config.in_channels, height, width, device=text.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(latents, torch.zeros(1, dtype=torch.int64, device=text.device), text)
     one = counter.get_total_flops()
