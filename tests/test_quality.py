@@ -12,6 +12,8 @@ from evaluation.painters import torch_painter
 from recipes.baselines import lcm
 from recipes.baselines.config import LcmConfig
 from recipes.baselines.pictures import CaptionedPictures
+from recipes.command import claim, status_of
+from recipes.emoji.__main__ import main as main_of_emoji
 from recipes.quality.__main__ import main
 from recipes.quality.contest import Contest
 from recipes.quality.judging import Judging, separate_painter
@@ -19,7 +21,7 @@ from recipes.quality.material import Material
 from recipes.quality.rows import PRESETS, ROWS
 from tiue.checkpoint import load_student
 from tiue.distill.config import DistillConfig
-from tiue.distill.loop import train
+from tiue.distill.loop import DivergedError, StoppedError, train
 from tiue.distill.vsd import prepare
 
 BUNDLE = Path(__file__).parents[1] / "models/emoji/tiue_emoji"
@@ -42,6 +44,30 @@ def test_unknown_rows_and_a_missing_source_are_named(tmp_path, capsys):
     assert "has no data/captions.json" in capsys.readouterr().err
 
 
+def test_the_results_of_one_preset_are_not_taken_for_those_of_another(tmp_path, capsys):
+    claim(tmp_path, {"name": "smoke", "passes": 1, "rates": (1, 2)})
+    claim(tmp_path, {"name": "smoke", "passes": 1, "rates": (1, 2)})
+    with pytest.raises(ValueError, match="has results of other settings: name 'smoke' -> 'cpu', passes 1 -> 30000"):
+        claim(tmp_path, {"name": "cpu", "passes": 30_000, "rates": (1, 2)})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/captions.json").write_text("[]")
+    assert main(["--source", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert main_of_emoji(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("has results of other settings") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("x"), 2), (OSError("x"), 2), (DivergedError("x"), 1), (StoppedError("x", 15), 143)],
+)
+def test_an_error_of_a_recipe_is_one_line(error, status, capsys):
+    def fails():
+        raise error
+
+    assert status_of("program", fails) == status and status_of("program", lambda: None) == 0
+    assert capsys.readouterr().err == "program: x\n"
+
+
 def test_a_student_of_several_steps_runs_its_graphs_in_a_loop(tmp_path, monkeypatch):
     judging = Judging(Material(replace(PRESETS["cpu"], runs=5), tmp_path, random_drawings(), tmp_path))
     (tmp_path / "timed").mkdir()
@@ -59,6 +85,7 @@ def test_a_student_of_several_steps_is_timed_in_a_loop(tmp_path):
     data = CaptionedPictures(save_pictures(pictures), model.geometry.height * model.geometry.pixels_per_latent)
     result = train(*lcm.prepare(model, data, tmp_path / "run", LcmConfig(iterations=1, batch_size=2)), progress=False)
     judging = Judging(Material(replace(PRESETS["cpu"], runs=3), tmp_path, random_drawings(), tmp_path))
+    shutil.copytree(BUNDLE, tmp_path / "timed/bundle")  # of a comparison that was stopped here
     judging.timed(_row("LCM"), result, tmp_path / "timed")
     one, four = (json.loads((tmp_path / f"timed/latency-{steps}.json").read_text()) for steps in (1, 4))
     assert 0 < one["least"] <= one["median"] <= one["most"] and one["median"] < four["median"]

@@ -1,5 +1,9 @@
 import json
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +59,49 @@ def test_drawing_is_on_white():
 def test_captions_name_the_style_only_when_asked(drawings):
     assert drawings.caption(3, 1, False) == "a thing 0"
     assert drawings.caption(3, 1, True) == "a thing 0, fluent flat style"
+
+
+def pack(folder: Path) -> str:
+    """Stands for npm pack: an archive with one file. Returns its name."""
+    (folder / "package").mkdir()
+    (folder / "package/icons.json").write_text("{}")
+    with tarfile.open(folder / "x-1.tgz", "w:gz") as tar:
+        tar.add(folder / "package", "package")
+    shutil.rmtree(folder / "package")
+    return "x-1.tgz"
+
+
+def test_a_package_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
+    done = SimpleNamespace(stdout=f"{pack(tmp_path)}\n")
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: done)
+    with monkeypatch.context() as patch:
+
+        def killed(self, path, **_):
+            (Path(path) / "package").mkdir(parents=True)
+            raise KeyboardInterrupt
+
+        patch.setattr(tarfile.TarFile, "extractall", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.fetch("x@1", tmp_path)
+    assert (data.fetch("x@1", tmp_path) / "icons.json").read_text() == "{}"
+    monkeypatch.setattr(data.subprocess, "run", None)  # It is there already.
+    assert (data.fetch("x@1", tmp_path) / "icons.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "npm"), "npm is not installed, and only it can fetch x@1"),
+        (subprocess.CalledProcessError(1, "npm", stderr="npm error\ncode E404"), "fetch x@1: npm error code E404"),
+    ],
+)
+def test_a_package_that_cannot_be_fetched_is_an_error_of_one_line(error, said, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(data.subprocess, "run", fails)
+    with pytest.raises(OSError, match=said):
+        data.fetch("x@1", tmp_path)
 
 
 def test_chosen_concepts_are_unique():

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from recipes.emoji.presets import PRESETS
+from recipes.emoji.presets import PRESETS, Preset
 
 STAGES = ("data", "autoencoder", "teacher", "student", "polish", "distill", "fit", "bundle", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages up to and including `--until`."""
+    """Run the stages up to and including `--until`; on failure, print one line that says why.
+
+    Returns:
+        0; 1 if a stage diverged; 2 if it cannot run; 128 plus the number of the signal that stopped it.
+    """
     parser = argparse.ArgumentParser(prog="python -m recipes.emoji", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size and length (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="directory of all results")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     arguments = parser.parse_args(argv)
-    preset, out = PRESETS[arguments.preset], arguments.out
 
-    from recipes.emoji import data  # Imported late: --help does not need it.
+    from recipes.command import status_of  # Imported late: --help does not need it.
 
+    return status_of(parser.prog, lambda: _make(PRESETS[arguments.preset], arguments.out, arguments.until))
+
+
+def _make(preset: Preset, out: Path, until: str) -> None:
+    from recipes.command import claim
+    from recipes.emoji import data
+
+    claim(out, asdict(preset))
     drawings = data.prepare(out / "data", preset.resolution, preset.all_concepts)
-    if arguments.until == "data":
-        return 0
+    if until == "data":
+        return
 
     from recipes.emoji.autoencoder import autoencoder
     from recipes.emoji.best import Best
@@ -56,9 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, run in rest.items():
         run()
-        if name == arguments.until:
+        if name == until:
             break
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import numpy as np
 import resvg_py
 from PIL import Image
 from tqdm import tqdm
+
+from tiue.files import one_line
 
 # Style word in captions => (npm package, license). The order is the style index.
 STYLES = {
@@ -67,17 +71,28 @@ def is_held_out(hexcode: str, style: str) -> bool:
 
 
 def fetch(package: str, directory: Path) -> Path:
-    """Download and unpack an npm package of an exact version. Returns its directory. npm checks its integrity."""
+    """Download and unpack an npm package of an exact version, once. npm checks its integrity.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        OSError: npm is missing, or could not fetch the package.
+    """
     target = directory / re.sub(r"[^\w.]+", "-", package).strip("-")
     if not (target / "package").is_dir():
-        done = subprocess.run(
-            ["npm", "pack", package, "--silent", "--pack-destination", str(directory)],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        with tarfile.open(directory / done.stdout.split()[-1]) as tar:
-            tar.extractall(target, filter="data")
+        command = ["npm", "pack", package, "--silent", "--pack-destination", str(directory)]
+        try:
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise OSError(f"npm is not installed, and only it can fetch {package}") from error
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"npm could not fetch {package}: {one_line(error.stderr or error)}") from error
+        with tempfile.TemporaryDirectory(dir=directory) as temporary:
+            with tarfile.open(directory / done.stdout.split()[-1]) as tar:
+                tar.extractall(Path(temporary) / "whole", filter="data")
+            shutil.rmtree(target, ignore_errors=True)
+            (Path(temporary) / "whole").rename(target)
     return target / "package"
 
 

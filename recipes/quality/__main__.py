@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from recipes.quality.rows import PRESETS
+from recipes.quality.rows import PRESETS, Preset
+
+_EPILOG = "One judge is an Inception network, which is fetched once with npm (nsfwjs 4.4.0). Smoke has none."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison, or some of its rows.
+    """Run the comparison, or some of its rows; on failure, print one line that says why.
 
     Returns:
-        0; 2 for arguments that make no sense.
+        0; 1 if a run diverged; 2 if it cannot run; 128 plus the number of the signal that stopped it.
     """
-    parser = argparse.ArgumentParser(prog="python -m recipes.quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.quality", description=__doc__, epilog=_EPILOG)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes and budgets (default: cpu)")
     parser.add_argument(
         "--source",
@@ -49,21 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         preset = replace(preset, seeds=arguments.seeds)
 
-    from recipes.emoji import data  # Imported late: --help does not need it.
+    from recipes.command import status_of  # Imported late: --help does not need it.
+
+    return status_of(parser.prog, lambda: _compare(preset, names or known, arguments.source, arguments.out))
+
+
+def _compare(preset: Preset, names: Collection[str], source: Path, out: Path) -> None:
+    from recipes.command import claim
+    from recipes.emoji import data
     from recipes.quality.contest import Contest
     from recipes.quality.material import Material
     from recipes.quality.page import collect, write_page
 
-    if not (arguments.source / "data/captions.json").exists():
-        print(f"python -m recipes.quality: --source: {arguments.source} has no data/captions.json", file=sys.stderr)
-        return 2
-    contest = Contest(Material(preset, arguments.source, data.load(arguments.source / "data"), arguments.out))
+    if not (source / "data/captions.json").exists():
+        raise ValueError(f"--source: {source} has no data/captions.json")
+    claim(out, {name: value for name, value in asdict(preset).items() if name not in ("rows", "seeds")})
+    contest = Contest(Material(preset, source, data.load(source / "data"), out))
     for row in preset.rows:
-        if names is None or row.name in names:
+        if row.name in names:
             contest.run(row)
     write_page(contest, collect(contest, preset.rows))
-    print(f"table, plots and sheet written to {arguments.out}")
-    return 0
+    print(f"table, plots and sheet written to {out}")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class Judging:
 
     def _exported(self, row: Row, result: Path, steps: Sequence[int], out: Path) -> Path:
         bundle = out / "bundle"
-        flags = ["--steps", ",".join(map(str, steps)), "--weights", "fp16", "--out", str(bundle)]
+        flags = ["--steps", ",".join(map(str, steps)), "--weights", "fp16", "--out", str(bundle), "--overwrite"]
         if row.method == "lcm":
             flags += ["--guidance", str(self._preset.teacher_guidance)]
         out.mkdir(parents=True, exist_ok=True)
