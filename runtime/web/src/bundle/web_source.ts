@@ -85,14 +85,17 @@ export class WebSource implements Source {
     return null;
   }
 
-  /** Keep bundle.json, now that all files are here, and delete the files that only an older one named. */
+  /** Keep bundle.json, now that all files are here, and delete those of its older version that no bundle names now. */
   async complete(manifest: Manifest): Promise<void> {
     if (!this.#store || !this.#manifest) return;
     try {
       const older = await this.#store.manifest(this.where);
       await this.#store.keepManifest(this.where, this.#manifest);
       const needed = hashesOf(manifest);
-      for (const sha256 of older ? hashesOf(parsed(older)) : []) {
+      for (const kept of await this.#store.manifests()) {
+        for (const sha256 of hashesOf(parsed(kept))) needed.add(sha256); // bundles share equal files
+      }
+      for (const sha256 of hashesOf(parsed(older))) {
         if (!needed.has(sha256)) await this.#store.remove(sha256);
       }
     } catch (error) {
@@ -103,6 +106,7 @@ export class WebSource implements Source {
   /** Copy what the browser has of a file. Returns the number of bytes from its beginning. */
   async #readKept(name: string, info: FileInfo, data: Bytes): Promise<number> {
     try {
+      if (!older) return;
       return (await this.#store?.read(info, data)) ?? 0;
     } catch {
       await this.#removeDamaged(name, info);
