@@ -6,12 +6,20 @@ import { createServer, type IncomingMessage, type Server, type ServerResponse } 
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
 import { afterEach, beforeEach, test, vi } from "vitest";
-import { MANIFEST, readManifest, TOKENIZER } from "../src/bundle/manifest.js";
+import {
+  MANIFEST,
+  readManifest,
+  TEXT_ENCODER,
+  TOKENIZER,
+  UNET_DECODER,
+  UNET_ENCODER,
+  VAE_DECODER,
+} from "../src/bundle/manifest.js";
 import { Store } from "../src/bundle/store.js";
 import { directoryUrl } from "../src/bundle/url.js";
 import { WebSource } from "../src/bundle/web_source.js";
-import { BundleError, RequestError } from "../src/index.js";
-import { TINY } from "./shared.js";
+import { BundleError, Pipeline, RequestError, type Memory } from "../src/index.js";
+import { TINY, UPSCALED } from "./shared.js";
 
 type Answer = (request: IncomingMessage, response: ServerResponse) => void;
 
@@ -180,6 +188,71 @@ test("an update of one bundle keeps the files that another bundle shares", async
   answer = gone;
   assert.deepEqual(await fetchFrom("b"), ["other", tokenizer]);
   assert.deepEqual(await fetchFrom("a"), ["new", `${tokenizer}\n`]);
+});
+
+for (const memory of ["auto", "low"] as Memory[]) {
+  test(`a safety checker and an upscaler are not downloaded, memory ${memory}`, async () => {
+    answer = (request, response) => void readFile(join(UPSCALED, request.url ?? "")).then((data) => response.end(data));
+    const pipe = await Pipeline.load(url, { memory, onWarning: () => undefined });
+    await pipe("a red heart");
+    const graphs = [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER].map((graph) => `${graph}.onnx`);
+    assert.deepEqual(asked.sort(), [MANIFEST, TOKENIZER, ...graphs].map((name) => `/${name}`).sort());
+  });
+}
+
+test("low memory without a storage fetches each file once, and draws without a network", async () => {
+  const local = await Pipeline.load(TINY);
+  const expected = await local("a red heart", { seed: 1, memory: "sequential" });
+  const warnings: string[] = [];
+  const pipe = await Pipeline.load(url, { memory: "low", onWarning: (message) => warnings.push(message) });
+  answer = gone;
+  for (let i = 0; i < 2; i++) {
+    assert.deepEqual((await pipe("a red heart", { seed: 1 })).latents, expected.latents);
+  }
+  await pipe("a red heart", { memory: "parallel" });
+  assert.equal(new Set(asked).size, asked.length, asked.join(", "));
+  assert.deepEqual(warnings, ['memory: "low" keeps files in memory here, because no storage keeps them']);
+});
+
+test("a call with low memory keeps graphs whose files only the network has, with a warning", async () => {
+  const local = await Pipeline.load(TINY);
+  const expected = await local("a red heart", { seed: 1, memory: "sequential" });
+  const pipe = await Pipeline.load(url, { onWarning: () => undefined });
+  const before = asked.length;
+  answer = gone;
+  const made = await pipe("a red heart", { seed: 1, memory: "low" });
+  assert.deepEqual(made.latents, expected.latents);
+  assert.equal(made.memory, "sequential");
+  assert.match(made.warnings.join(), /^memory: "low" frees no graph here, .*: load with memory: "low"$/);
+  assert.deepEqual((await pipe("a red heart", { seed: 1 })).warnings, []);
+  assert.equal(asked.length, before);
+});
+
+test("files that a full storage does not take are read again without a network, and so are those it took", async () => {
+  const { kept, caches } = cacheStorage(1);
+  vi.stubGlobal("caches", caches);
+  const warnings: string[] = [];
+  const source = new WebSource(url, { onWarning: (message) => warnings.push(message) }, await Store.open());
+  const { files } = readManifest(await source.manifest());
+  source.hold();
+  const read = async (): Promise<Uint8Array[]> => {
+    const found: Uint8Array[] = [];
+    for (const name of [TOKENIZER, `${UNET_ENCODER}.onnx`, `${VAE_DECODER}.onnx`]) {
+      const info = files[name];
+      assert.ok(info);
+      found.push(await source.read(name, info));
+    }
+    return found;
+  };
+  const first = await read();
+  assert.equal(kept.size, 1);
+  answer = gone;
+  assert.deepEqual(await read(), first);
+  assert.ok(source.canReread);
+  assert.deepEqual(warnings, [
+    "this browser's storage is full. The model works, but it is downloaded again next time",
+    'memory: "low" keeps files in memory here, because no storage keeps them',
+  ]);
 });
 
 test("URLs of directories are made absolute", () => {
