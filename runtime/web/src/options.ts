@@ -33,6 +33,7 @@ export interface RequestOptions {
    * parallel: all timesteps in one run of the decoder; partial: two at once; sequential: one by one, in about 1/steps of
    * the memory; auto: parallel, or sequential if there is an `onProgress`, because only that mode has a preview of every
    * step; low: one by one, and each graph is loaded only for its turn. Default: that of the pipeline.
+   * If no disk or storage has the files, a call with low frees graphs only in a pipeline that was loaded with low.
    */
   memory?: Memory | undefined;
   /** Called with a Progress after each graph and timestep. */
@@ -52,7 +53,10 @@ export interface LoadOptions {
   vae?: "kl" | "tiny" | undefined;
   /** The bundle's graphs to run. Default: the best for the device. */
   variant?: string | undefined;
-  /** The default of calls. With "low", no graph is loaded now. Default: auto. */
+  /**
+   * The default of calls. With "low", no graph is loaded now. The files then stay in memory, unless a disk or the
+   * browser's storage has them. Default: auto.
+   */
   memory?: Memory | undefined;
   /** Threads of a graph. In a page, more than one needs cross-origin isolation. Default: all cores, or one without it. */
   threads?: number | undefined;

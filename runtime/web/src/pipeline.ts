@@ -111,7 +111,7 @@ class Loaded {
     readonly options: LoadOptions & { onWarning: (message: string) => void },
   ) {
     const { manifest } = engine.info;
-    this.#vocabulary = new Vocabulary(manifest.prompts);
+    this.#vocabulary = new Vocabulary(manifest.prompts, manifest.text_length);
     this.#sizes = new Set(madeFor(manifest));
     if (Object.values(manifest.variants).some((graphs) => "safety_checker" in graphs)) {
       options.onWarning(

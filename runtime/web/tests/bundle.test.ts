@@ -1,16 +1,23 @@
 /** Damaged bundles: each ends in an error that says what was expected, what arrived, and what to do. */
 import assert from "node:assert/strict";
-import { cp, mkdtemp, readFile, rm, truncate, writeFile } from "node:fs/promises";
+import { cp, mkdtemp, readdir, readFile, rm, truncate, writeFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { afterAll, beforeEach, test } from "vitest";
 import { externalData } from "../src/bundle/external_data.js";
 import { readManifest } from "../src/bundle/manifest.js";
-import { BundleError, DeviceError, Pipeline, RequestError, type LoadOptions } from "../src/index.js";
+import {
+  BundleError,
+  DeviceError,
+  Pipeline,
+  RequestError,
+  type LoadOptions,
+  type RequestOptions,
+} from "../src/index.js";
 import { PromptTokenizer } from "../src/text/tokenizer.js";
-import { EMOJI, TINY } from "./shared.js";
+import { EMOJI, ROOT, TINY, UPSCALED } from "./shared.js";
 
 let copy: string;
 beforeEach(async () => {
@@ -119,6 +126,21 @@ const CHANGES: [string, (content: Json) => unknown, RegExp][] = [
     "memory of an unknown graph",
     (b) => (b["memory"] = { portable: { x: { per_latent: 1, per_latent_squared: 0 } } }),
     /memory\.portable: expected graphs among/,
+  ],
+  [
+    "an upscaler without a graph",
+    (b) => (b["upscaler"] = { scale: 4 }),
+    /upscaler: expected an object if variants have the graph upscaler, else none, got \{"scale":4\}/,
+  ],
+  [
+    "the graph of an upscaler of which nothing is said",
+    (b) => (b["variants"]["portable"]["upscaler"] = "vae_decoder.onnx"),
+    /upscaler: expected an object if variants have the graph upscaler, else none, got 'none'/,
+  ],
+  [
+    "the graph of a safety checker of which nothing is said",
+    (b) => (b["variants"]["portable"]["safety_checker"] = "vae_decoder.onnx"),
+    /safety_checker: expected an object if variants have the graph safety_checker, else none, got 'none'/,
   ],
 ];
 
@@ -251,6 +273,28 @@ test("a bundle behind a URL draws in Node, and damage is noticed by its sha256",
   }
 });
 
-test("manifests of both shipped bundles are read", async () => {
-  for (const bundle of [TINY, EMOJI]) assert.equal(readManifest(await readFile(join(bundle, "bundle.json"))).format, 1);
+test("refuses a safety checker that cuts out more than there is", async () => {
+  await cp(UPSCALED, copy, { recursive: true });
+  await edited((b) => (b["safety_checker"]["crop"] = 7));
+  await refused(/safety_checker\.crop: expected at most safety_checker\.resize \(6\), got 7/);
+});
+
+test("manifests of all bundles of the checkout are read", async () => {
+  const files = await readdir(join(ROOT, "runtime/tests/data"), { recursive: true });
+  const manifests = files.filter((file) => basename(file) === "bundle.json");
+  assert.ok(manifests.length >= 4);
+  for (const path of [join(EMOJI, "bundle.json"), ...manifests.map((file) => join(ROOT, "runtime/tests/data", file))]) {
+    assert.equal(readManifest(await readFile(path)).format, 1);
+  }
+});
+
+test("a bundle with a safety checker and an upscaler draws, with a warning", async () => {
+  const warnings: string[] = [];
+  const upscaled = await Pipeline.load(UPSCALED, { onWarning: (message) => warnings.push(message) });
+  const tiny = await Pipeline.load(TINY);
+  const asked = { seed: 1 };
+  assert.deepEqual((await upscaled("a red heart", asked)).latents, (await tiny("a red heart", asked)).latents);
+  assert.equal(warnings.length, 1);
+  assert.match(warnings[0] ?? "", /^bundle upscaled has a safety checker, .*: pictures are not checked$/);
+  await assert.rejects(upscaled("a red heart", { upscale: 3 } as RequestOptions), /unexpected option 'upscale'/);
 });

@@ -8,6 +8,7 @@ export const PACKAGE = dirname(createRequire(import.meta.url).resolve("tiue-runt
 /** The root of the checkout. */
 export const ROOT = join(PACKAGE, "../../");
 export const TINY = join(ROOT, "runtime/tests/data/tiny");
+export const UPSCALED = join(ROOT, "runtime/tests/data/upscaled");
 export const HEAVY = join(ROOT, "runtime/tests/data/heavy");
 export const EMOJI = join(ROOT, "models/emoji/tiue_emoji");
 

@@ -97,7 +97,8 @@ function textChunks(png: Uint8Array): [string, string][] {
 
 test("unknown words get the same warnings", async () => {
   for (const one of vectors<{ bundle: string; prompt: string; warning: string | null }>("vocabulary.json")) {
-    const vocabulary = new Vocabulary((await manifestOf(one.bundle)).prompts);
+    const { prompts, text_length } = await manifestOf(one.bundle);
+    const vocabulary = new Vocabulary(prompts, text_length);
     assert.equal(vocabulary.complaint(one.prompt), one.warning);
   }
 });

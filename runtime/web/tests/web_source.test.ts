@@ -1,32 +1,47 @@
 /** Downloads and kept copies that fail in unusual ways, and URLs that are none. */
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
-import { afterEach, beforeEach, test } from "vitest";
-import { readManifest, TOKENIZER } from "../src/bundle/manifest.js";
-import type { Store } from "../src/bundle/store.js";
+import { afterEach, beforeEach, test, vi } from "vitest";
+import {
+  MANIFEST,
+  readManifest,
+  TEXT_ENCODER,
+  TOKENIZER,
+  UNET_DECODER,
+  UNET_ENCODER,
+  VAE_DECODER,
+} from "../src/bundle/manifest.js";
+import { Store } from "../src/bundle/store.js";
 import { directoryUrl } from "../src/bundle/url.js";
 import { WebSource } from "../src/bundle/web_source.js";
-import { BundleError, RequestError } from "../src/index.js";
-import { TINY } from "./shared.js";
+import { BundleError, Pipeline, RequestError, type Memory } from "../src/index.js";
+import { TINY, UPSCALED } from "./shared.js";
 
 type Answer = (request: IncomingMessage, response: ServerResponse) => void;
 
 let server: Server;
 let url: string;
 let answer: Answer;
+let asked: string[]; // paths
 const files: Answer = (request, response) =>
   void readFile(join(TINY, request.url ?? "")).then((data) => response.end(data));
 
 beforeEach(async () => {
   answer = files;
-  server = createServer((request, response) => answer(request, response));
+  asked = [];
+  server = createServer((request, response) => {
+    asked.push(request.url ?? "");
+    answer(request, response);
+  });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
   url = `http://127.0.0.1:${(server.address() as AddressInfo).port}/`;
 });
 afterEach(() => {
+  vi.unstubAllGlobals();
   server.closeAllConnections();
   server.close();
 });
@@ -38,6 +53,7 @@ function failing(...operations: (keyof Store)[]): Store {
     write: () => Promise.resolve(),
     remove: () => Promise.resolve(),
     manifest: () => Promise.resolve(null),
+    manifests: () => Promise.resolve([]),
     keepManifest: () => Promise.resolve(),
   };
   const broken = () => Promise.reject(new DOMException("the disk is broken", "UnknownError"));
@@ -103,6 +119,140 @@ test("a page in place of bundle.json is named", async () => {
   const source = new WebSource(url, {}, null);
   const data = await source.manifest();
   assert.throws(() => readManifest(data), /^BundleError: expected JSON, but /);
+});
+
+/** Cache Storage, which Node lacks, with room for so many entries. */
+function cacheStorage(room = Infinity): { kept: Map<string, Uint8Array>; caches: unknown } {
+  const kept = new Map<string, Uint8Array>();
+  const cache = {
+    match: (key: string | { url: string }) => {
+      const data = kept.get(typeof key === "string" ? key : key.url);
+      return Promise.resolve(data && new Response(new Uint8Array(data)));
+    },
+    put: async (key: string, response: Response) => {
+      if (kept.size >= room) throw new DOMException("no room", "QuotaExceededError");
+      kept.set(key, new Uint8Array(await response.arrayBuffer()));
+    },
+    keys: () => Promise.resolve([...kept.keys()].map((url) => ({ url }))),
+    delete: ({ url }: { url: string }) => Promise.resolve(kept.delete(url)),
+  };
+  return { kept, caches: { open: () => Promise.resolve(cache) } };
+}
+
+const gone: Answer = (_, response) => response.destroy();
+
+/** Return the files of the tiny bundle, some of them with other contents, and a bundle.json that fits. */
+async function changed(contents: Record<string, string>): Promise<Map<string, Buffer>> {
+  const manifest = JSON.parse(await readFile(join(TINY, MANIFEST), "utf8"));
+  const found = new Map<string, Buffer>();
+  for (const name of Object.keys(manifest.files)) {
+    const data = contents[name] === undefined ? await readFile(join(TINY, name)) : Buffer.from(contents[name]);
+    found.set(name, data);
+    manifest.files[name] = { sha256: createHash("sha256").update(data).digest("hex"), size: data.length };
+  }
+  return found.set(MANIFEST, Buffer.from(JSON.stringify(manifest)));
+}
+
+/** Fetch two files of a bundle, as loading would. */
+async function fetchFrom(folder: string): Promise<string[]> {
+  const source = new WebSource(`${url}${folder}`, {}, await Store.open());
+  const manifest = readManifest(await source.manifest());
+  const read: string[] = [];
+  for (const name of ["README.md", TOKENIZER]) {
+    const info = manifest.files[name];
+    assert.ok(info);
+    read.push(Buffer.from(await source.read(name, info)).toString());
+  }
+  await source.complete(manifest);
+  return read;
+}
+
+test("an update of one bundle keeps the files that another bundle shares", async () => {
+  const { kept, caches } = cacheStorage();
+  vi.stubGlobal("caches", caches);
+  const tokenizer = await readFile(join(TINY, TOKENIZER), "utf8");
+  const folders = { a: await changed({ "README.md": "old" }), b: await changed({ "README.md": "other" }) };
+  answer = (request, response) => {
+    const [, folder, name] = (request.url ?? "").split("/");
+    response.end(folders[folder as "a" | "b"].get(name ?? ""));
+  };
+  await fetchFrom("a");
+  await fetchFrom("b");
+  assert.deepEqual(
+    asked.filter((path) => path.endsWith(TOKENIZER)),
+    [`/a/${TOKENIZER}`],
+  );
+  folders.a = await changed({ "README.md": "new", [TOKENIZER]: `${tokenizer}\n` });
+  assert.deepEqual(await fetchFrom("a"), ["new", `${tokenizer}\n`]);
+  assert.equal(kept.size, 6, "two of bundle.json, two of README.md, two of tokenizer.json");
+  answer = gone;
+  assert.deepEqual(await fetchFrom("b"), ["other", tokenizer]);
+  assert.deepEqual(await fetchFrom("a"), ["new", `${tokenizer}\n`]);
+});
+
+for (const memory of ["auto", "low"] as Memory[]) {
+  test(`a safety checker and an upscaler are not downloaded, memory ${memory}`, async () => {
+    answer = (request, response) => void readFile(join(UPSCALED, request.url ?? "")).then((data) => response.end(data));
+    const pipe = await Pipeline.load(url, { memory, onWarning: () => undefined });
+    await pipe("a red heart");
+    const graphs = [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER].map((graph) => `${graph}.onnx`);
+    assert.deepEqual(asked.sort(), [MANIFEST, TOKENIZER, ...graphs].map((name) => `/${name}`).sort());
+  });
+}
+
+test("low memory without a storage fetches each file once, and draws without a network", async () => {
+  const local = await Pipeline.load(TINY);
+  const expected = await local("a red heart", { seed: 1, memory: "sequential" });
+  const warnings: string[] = [];
+  const pipe = await Pipeline.load(url, { memory: "low", onWarning: (message) => warnings.push(message) });
+  answer = gone;
+  for (let i = 0; i < 2; i++) {
+    assert.deepEqual((await pipe("a red heart", { seed: 1 })).latents, expected.latents);
+  }
+  await pipe("a red heart", { memory: "parallel" });
+  assert.equal(new Set(asked).size, asked.length, asked.join(", "));
+  assert.deepEqual(warnings, ['memory: "low" keeps files in memory here, because no storage keeps them']);
+});
+
+test("a call with low memory keeps graphs whose files only the network has, with a warning", async () => {
+  const local = await Pipeline.load(TINY);
+  const expected = await local("a red heart", { seed: 1, memory: "sequential" });
+  const pipe = await Pipeline.load(url, { onWarning: () => undefined });
+  const before = asked.length;
+  answer = gone;
+  const made = await pipe("a red heart", { seed: 1, memory: "low" });
+  assert.deepEqual(made.latents, expected.latents);
+  assert.equal(made.memory, "sequential");
+  assert.match(made.warnings.join(), /^memory: "low" frees no graph here, .*: load with memory: "low"$/);
+  assert.deepEqual((await pipe("a red heart", { seed: 1 })).warnings, []);
+  assert.equal(asked.length, before);
+});
+
+test("files that a full storage does not take are read again without a network, and so are those it took", async () => {
+  const { kept, caches } = cacheStorage(1);
+  vi.stubGlobal("caches", caches);
+  const warnings: string[] = [];
+  const source = new WebSource(url, { onWarning: (message) => warnings.push(message) }, await Store.open());
+  const { files } = readManifest(await source.manifest());
+  source.hold();
+  const read = async (): Promise<Uint8Array[]> => {
+    const found: Uint8Array[] = [];
+    for (const name of [TOKENIZER, `${UNET_ENCODER}.onnx`, `${VAE_DECODER}.onnx`]) {
+      const info = files[name];
+      assert.ok(info);
+      found.push(await source.read(name, info));
+    }
+    return found;
+  };
+  const first = await read();
+  assert.equal(kept.size, 1);
+  answer = gone;
+  assert.deepEqual(await read(), first);
+  assert.ok(source.canReread);
+  assert.deepEqual(warnings, [
+    "this browser's storage is full. The model works, but it is downloaded again next time",
+    'memory: "low" keeps files in memory here, because no storage keeps them',
+  ]);
 });
 
 test("URLs of directories are made absolute", () => {

@@ -16,6 +16,10 @@ export interface Source {
   read(name: string, info: FileInfo): Promise<Uint8Array<ArrayBuffer>>;
   /** Return the path of a file, or null if it is on no disk. */
   path(name: string): string | null;
+  /** Whether files that were read can be read again without a network. */
+  readonly canReread: boolean;
+  /** Keep the files that are read from now on, if only in memory, so that they can be read again. */
+  hold?(): void;
   /** Hear which files will be read, for reports of progress. */
   expect?(infos: FileInfo[]): void;
   /** Hear that all files were read. */

@@ -20,7 +20,9 @@ export const UNET_ENCODER = "unet_encoder";
 export const UNET_DECODER = "unet_decoder";
 export const VAE_DECODER = "vae_decoder";
 export const SAFETY_CHECKER = "safety_checker";
+export const UPSCALER = "upscaler";
 const GRAPHS = [TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER];
+const OPTIONAL = [SAFETY_CHECKER, UPSCALER] as const; // graphs that this package does not run
 
 /** One problem that the generated check found, in the form of ajv. */
 interface Problem {
@@ -129,6 +131,7 @@ function checkRelations(manifest: Manifest): void {
   checkSizes(manifest);
   checkSchedules(manifest);
   checkVariants(manifest);
+  checkOptionalGraphs(manifest);
   checkFiles(manifest);
   const vaes = manifest.vaes ?? ["kl"];
   require(new Set(vaes).size === vaes.length, "vaes", "different kinds", vaes);
@@ -192,6 +195,17 @@ function checkVariants(manifest: Manifest): void {
   }
 }
 
+function checkOptionalGraphs(manifest: Manifest): void {
+  const known = graphsOf(manifest);
+  for (const graph of OPTIONAL) {
+    const about = manifest[graph];
+    const expected = `an object if variants have the graph ${graph}, else none`;
+    require(known.includes(graph) === (about !== undefined), graph, expected, about ?? "none");
+  }
+  const { resize, crop } = manifest.safety_checker ?? { resize: 0, crop: 0 };
+  require(crop <= resize, "safety_checker.crop", `at most safety_checker.resize (${resize})`, crop);
+}
+
 function checkFiles(manifest: Manifest): void {
   const names = Object.keys(manifest.files);
   for (const name of names) {
@@ -215,10 +229,11 @@ function isPortable(name: string): boolean {
   });
 }
 
-/** Return every graph of a variant: the four, further image decoders, and the safety checker if there is one. */
+/** Return every graph of a variant: the four, further image decoders, the safety checker and the upscaler, if any. */
 export function graphsOf(manifest: Manifest): string[] {
-  const checked = Object.values(manifest.variants).some((graphs) => SAFETY_CHECKER in graphs);
-  return [...new Set([...GRAPHS, ...Object.values(vaeGraphs(manifest)), ...(checked ? [SAFETY_CHECKER] : [])])];
+  const variants = Object.values(manifest.variants);
+  const optional = OPTIONAL.filter((graph) => variants.some((graphs) => graph in graphs));
+  return [...new Set([...GRAPHS, ...Object.values(vaeGraphs(manifest)), ...optional])];
 }
 
 /** Return the graph of each kind of image decoder. The first kind is the default. */

@@ -9,6 +9,7 @@ export const CHUNK = 4 * 2 ** 20; // bytes that are lost at most when a download
 
 // Keys of Cache Storage are URLs. Nothing is ever fetched from these.
 const KEYS = "https://tiue-runtime.invalid";
+const MANIFESTS = `${KEYS}/manifest?url=`;
 
 export class Store {
   private constructor(readonly cache: Cache) {}
@@ -54,6 +55,14 @@ export class Store {
     return kept ? new Uint8Array(await kept.arrayBuffer()) : null;
   }
 
+  /** Return the bundle.json of every URL for which one was kept. */
+  async manifests(): Promise<Uint8Array[]> {
+    const keys = (await this.cache.keys()).filter(({ url }) => url.startsWith(MANIFESTS));
+    const kept = await Promise.all(keys.map((key) => this.cache.match(key)));
+    const files = kept.filter((file) => file !== undefined); // another tab may have deleted one
+    return Promise.all(files.map(async (file) => new Uint8Array(await file.arrayBuffer())));
+  }
+
   async keepManifest(url: string, data: Uint8Array<ArrayBuffer>): Promise<void> {
     await this.cache.put(manifestKey(url), new Response(data));
   }
@@ -64,5 +73,5 @@ function chunkKey({ sha256 }: FileInfo, at: number): string {
 }
 
 function manifestKey(url: string): string {
-  return `${KEYS}/manifest?url=${encodeURIComponent(url)}`;
+  return `${MANIFESTS}${encodeURIComponent(url)}`;
 }

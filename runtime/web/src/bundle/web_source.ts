@@ -13,7 +13,9 @@ const PAUSE = 500; // milliseconds before the second try; each later pause is tw
 
 export class WebSource implements Source {
   readonly where: string;
-  #store: Store | null;
+  readonly #reader: Store | null; // what was kept can be read, even after the store has failed to keep more
+  #store: Store | null; // null after the first failure
+  #held: Map<string, Bytes> | null = null; // sha256 => a file that only memory keeps; null: not asked for
   #manifest: Bytes | null = null; // as fetched
   #loaded = 0;
   #total = 0;
@@ -28,7 +30,15 @@ export class WebSource implements Source {
     store: Store | null,
   ) {
     this.where = url.replace(/\/+$/, "");
-    this.#store = store;
+    this.#reader = this.#store = store;
+  }
+
+  get canReread(): boolean {
+    return this.#store !== null || this.#held !== null;
+  }
+
+  hold(): void {
+    this.#held ??= new Map();
   }
 
   /** Return bundle.json as the server has it, or as it was kept, if there is no network. */
@@ -62,6 +72,8 @@ export class WebSource implements Source {
   }
 
   async read(name: string, info: FileInfo): Promise<Bytes> {
+    const held = this.#held?.get(info.sha256);
+    if (held) return this.#done(name, info, held);
     const data = new Uint8Array(info.size);
     let at = await this.#readKept(name, info, data);
     if (at === info.size) {
@@ -85,14 +97,18 @@ export class WebSource implements Source {
     return null;
   }
 
-  /** Keep bundle.json, now that all files are here, and delete the files that only an older one named. */
+  /** Keep bundle.json, now that all files are here, and delete those of its older version that no bundle names now. */
   async complete(manifest: Manifest): Promise<void> {
     if (!this.#store || !this.#manifest) return;
     try {
       const older = await this.#store.manifest(this.where);
       await this.#store.keepManifest(this.where, this.#manifest);
+      if (!older) return;
       const needed = hashesOf(manifest);
-      for (const sha256 of older ? hashesOf(parsed(older)) : []) {
+      for (const kept of await this.#store.manifests()) {
+        for (const sha256 of hashesOf(parsed(kept))) needed.add(sha256); // bundles share equal files
+      }
+      for (const sha256 of hashesOf(parsed(older))) {
         if (!needed.has(sha256)) await this.#store.remove(sha256);
       }
     } catch (error) {
@@ -103,9 +119,9 @@ export class WebSource implements Source {
   /** Copy what the browser has of a file. Returns the number of bytes from its beginning. */
   async #readKept(name: string, info: FileInfo, data: Bytes): Promise<number> {
     try {
-      return (await this.#store?.read(info, data)) ?? 0;
+      return (await this.#reader?.read(info, data)) ?? 0;
     } catch {
-      await this.#removeDamaged(name, info);
+      if (this.#store) await this.#removeDamaged(name, info);
       return 0;
     }
   }
@@ -124,6 +140,10 @@ export class WebSource implements Source {
   }
 
   #done(name: string, info: FileInfo, data: Bytes): Bytes {
+    if (this.#held && !this.#store) {
+      if (this.#held.size === 0) this.#warn('memory: "low" keeps files in memory here, because no storage keeps them');
+      this.#held.set(info.sha256, data);
+    }
     this.#loaded += info.size;
     this.#report(name, 0);
     return data;

@@ -22,6 +22,7 @@ export async function openEngine(bundle: string, options: LoadOptions): Promise<
 /** A bundle's directory. */
 class Directory implements Source {
   readonly where: string;
+  readonly canReread = true;
 
   constructor(path: string) {
     try {

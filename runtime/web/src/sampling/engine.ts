@@ -85,7 +85,10 @@ export class LocalEngine implements Engine {
     try {
       tokenizer = new PromptTokenizer(await bundle.read(TOKENIZER), manifest.text_length);
       if (options.memory !== "low") await graphs.load(options.signal);
-      else if (source.complete) for (const file of needed) await bundle.graph(file, false); // fetch them now
+      else if (source.hold) {
+        source.hold();
+        for (const file of needed) await bundle.graph(file, false); // fetch it once, now
+      }
       await source.complete?.(manifest);
     } catch (error) {
       await graphs.free();
@@ -132,12 +135,17 @@ class Sampling {
     readonly listener: Listener,
     readonly signal: AbortSignal | undefined,
   ) {
-    this.#low = request.memory === "low";
+    this.#low = request.memory === "low" && engine.graphs.bundle.source.canReread;
   }
 
   async sample(): Promise<Sampled> {
     const { request, engine } = this;
     const [count, channels, height, width] = request.shape;
+    if (request.memory === "low" && !this.#low) {
+      this.listener.onWarning(
+        'memory: "low" frees no graph here, because its files would be downloaded again: load with memory: "low"',
+      );
+    }
     try {
       const size = channels * height * width;
       const noise = new Float32Array(count * size);

@@ -6,7 +6,7 @@ import { makeExact, type NormalizerJson, type PreTokenizerJson } from "./exact.j
 
 // A long prompt is read in windows from its beginning, because tokens cost time and all but `length` of them are cut
 // off. The first window has this many characters per token. Each later window is four times as long.
-const CHARACTERS_PER_TOKEN = 64;
+export const CHARACTERS_PER_TOKEN = 64;
 const MOST_CHARACTERS = 1_000_000; // of a prompt; later ones are always cut off
 
 /** Token ids of a list of prompts. */

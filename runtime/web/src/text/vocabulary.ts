@@ -2,20 +2,30 @@
 import type { Manifest } from "../bundle/manifest.js";
 import { clip } from "../errors.js";
 import { closest } from "./similarity.js";
+import { CHARACTERS_PER_TOKEN } from "./tokenizer.js";
 
 // Words that say nothing about a picture's content.
 const SMALL = new Set(
   ("a an and at by for from in into is it its my of on or over " + "style that the this to under with").split(" "),
 );
 const CLOSE = 0.7; // the similarity of a word that was probably meant
+const MOST_WORDS = 32; // that are compared with all words of the vocabulary, which takes time
+const SUGGESTIONS = 3;
 
-/** The words of a bundle's `prompts`. Without a vocabulary, every word counts as known. */
+/**
+ * The words of a bundle's `prompts`. Without a vocabulary, every word counts as known.
+ *
+ * Python's runtime has the same limits, so that both give the same warnings.
+ */
 export class Vocabulary {
   readonly #examples: string[];
   readonly #phrases = new Map<string, string>(); // word => the first phrase that has it
   readonly #forms = new Set<string>();
+  readonly #most: number; // characters of a prompt that are read
 
-  constructor(prompts: Manifest["prompts"]) {
+  /** Takes the manifest's prompts and text_length. */
+  constructor(prompts: Manifest["prompts"], length: number) {
+    this.#most = CHARACTERS_PER_TOKEN * length;
     this.#examples = prompts?.examples ?? [];
     for (const phrase of prompts?.vocabulary ?? []) {
       for (const word of words(phrase)) if (!this.#phrases.has(word)) this.#phrases.set(word, phrase);
@@ -25,15 +35,28 @@ export class Vocabulary {
 
   /** Return a warning about a prompt of which no word is known, else null. Plural and singular are the same word. */
   complaint(prompt: string): string | null {
-    const asked = words(prompt);
+    const asked = words(firstCharacters(prompt, this.#most));
     const known = asked.some((word) => forms(word).some((form) => this.#forms.has(form)));
     if (this.#phrases.size === 0 || asked.length === 0 || known) return null;
-    const meant = asked.flatMap((word) => closest(word, [...this.#phrases.keys()], CLOSE) ?? []);
-    const phrases = meant.map((word) => this.#phrases.get(word) ?? word);
-    const suggestions = [phrases, this.#examples, [...this.#phrases.values()]].find((list) => list.length > 0) ?? [];
-    const shown = suggestions.slice(0, 3).join(", ");
+    const candidates = [...this.#phrases.keys()];
+    const meant: string[] = [];
+    for (const word of [...new Set(asked)].slice(0, MOST_WORDS)) {
+      const close = closest(word, candidates, CLOSE);
+      if (close !== null) meant.push(this.#phrases.get(close) ?? close);
+      if (meant.length === SUGGESTIONS) break;
+    }
+    const suggestions = [meant, this.#examples, [...this.#phrases.values()]].find((list) => list.length > 0) ?? [];
+    const shown = suggestions.slice(0, SUGGESTIONS).join(", ");
     return `the model knows no word of '${clip(prompt)}'; it knows for example ${shown}`;
   }
+}
+
+/** Return the beginning of a text. It counts characters as Python does, not halves of surrogate pairs. */
+function firstCharacters(text: string, most: number): string {
+  if (text.length <= most) return text;
+  return Array.from(text.slice(0, 2 * most))
+    .slice(0, most)
+    .join("");
 }
 
 function words(text: string): string[] {

@@ -196,6 +196,20 @@ test("without a network, the kept bundle draws", async () => {
   await succeeds(page, HEART);
 });
 
+test("the storage lists every bundle.json that it keeps", async () => {
+  const page = await open();
+  await succeeds(page, HEART);
+  const sizes = await page.evaluate(async () => {
+    const path = "/inside/inside.js";
+    const { Store } = (await import(path)) as typeof Inside;
+    const store = await Store.open();
+    await store?.keepManifest("https://example.org/it's here", new TextEncoder().encode("{}"));
+    return (await store?.manifests())?.map((data) => data.length) ?? [];
+  });
+  assert.equal(sizes.length, 2);
+  assert.ok(sizes.includes(2));
+});
+
 test("low memory fetches the files once, and draws the same", async () => {
   const page = await open();
   const expected = await succeeds(page, HEART);
