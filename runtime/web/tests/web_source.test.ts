@@ -214,6 +214,23 @@ test("low memory without a storage fetches each file once, and draws without a n
   assert.deepEqual(warnings, ['memory: "low" keeps files in memory here, because no storage keeps them']);
 });
 
+test("after a load, its signal and its onProgress do not concern the files of calls", async () => {
+  const loading = new AbortController();
+  const loaded: number[] = [];
+  const onProgress = ({ loaded: bytes }: { loaded: number }): unknown => loaded.push(bytes);
+  const source = new WebSource(url, { signal: loading.signal, onProgress }, null);
+  const manifest = readManifest(await source.manifest());
+  const info = manifest.files[TOKENIZER];
+  assert.ok(info);
+  await source.read(TOKENIZER, info);
+  await source.complete(manifest);
+  const before = loaded.length;
+  loading.abort();
+  await source.read(TOKENIZER, info);
+  assert.ok(before > 0);
+  assert.equal(loaded.length, before);
+});
+
 test("a call with low memory keeps graphs whose files only the network has, with a warning", async () => {
   const local = await Pipeline.load(TINY);
   const expected = await local("a red heart", { seed: 1, memory: "sequential" });

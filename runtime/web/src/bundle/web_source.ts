@@ -16,6 +16,7 @@ export class WebSource implements Source {
   readonly #reader: Store | null; // what was kept can be read, even after the store has failed to keep more
   #store: Store | null; // null after the first failure
   #held: Map<string, Bytes> | null = null; // sha256 => a file that only memory keeps; null: not asked for
+  #options: Pick<LoadOptions, "signal" | "onProgress" | "onWarning">;
   #manifest: Bytes | null = null; // as fetched
   #loaded = 0;
   #total = 0;
@@ -24,11 +25,8 @@ export class WebSource implements Source {
    * @param url of the folder that holds bundle.json.
    * @param store where files are kept, or null.
    */
-  constructor(
-    url: string,
-    readonly options: Pick<LoadOptions, "signal" | "onProgress" | "onWarning">,
-    store: Store | null,
-  ) {
+  constructor(url: string, options: Pick<LoadOptions, "signal" | "onProgress" | "onWarning">, store: Store | null) {
+    this.#options = options;
     this.where = url.replace(/\/+$/, "");
     this.#reader = this.#store = store;
   }
@@ -99,6 +97,7 @@ export class WebSource implements Source {
 
   /** Keep bundle.json, now that all files are here, and delete those of its older version that no bundle names now. */
   async complete(manifest: Manifest): Promise<void> {
+    this.#options = { onWarning: this.#options.onWarning }; // Files of later calls are not part of the load.
     if (!this.#store || !this.#manifest) return;
     try {
       const older = await this.#store.manifest(this.where);
@@ -150,7 +149,11 @@ export class WebSource implements Source {
   }
 
   #report(file: string, here: number): void {
-    this.options.onProgress?.({ file, loaded: this.#loaded + here, total: Math.max(this.#total, this.#loaded + here) });
+    this.#options.onProgress?.({
+      file,
+      loaded: this.#loaded + here,
+      total: Math.max(this.#total, this.#loaded + here),
+    });
   }
 
   /**
@@ -244,7 +247,7 @@ export class WebSource implements Source {
 
   /** Fetch a URL. Throws Offline if there is no answer, Cancelled. */
   async #fetch(url: string, init: RequestInit): Promise<Response> {
-    const { signal } = this.options;
+    const { signal } = this.#options;
     return this.#body(url, () => fetch(url, signal ? { ...init, signal } : init));
   }
 
@@ -258,11 +261,11 @@ export class WebSource implements Source {
   }
 
   #stopIfAborted(error: unknown): void {
-    if (this.options.signal?.aborted) throw new Cancelled("cancelled while files were fetched", { cause: error });
+    if (this.#options.signal?.aborted) throw new Cancelled("cancelled while files were fetched", { cause: error });
   }
 
   #pause(milliseconds: number): Promise<void> {
-    const { signal } = this.options;
+    const { signal } = this.#options;
     return new Promise((resolve, reject) => {
       setTimeout(resolve, milliseconds);
       signal?.addEventListener("abort", () => reject(new Cancelled("cancelled while files were fetched")), {
@@ -276,7 +279,7 @@ export class WebSource implements Source {
   }
 
   #warn(message: string): void {
-    this.options.onWarning?.(message);
+    this.#options.onWarning?.(message);
   }
 }
 
