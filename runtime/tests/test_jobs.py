@@ -126,6 +126,19 @@ def test_one_job_of_a_batch_is_cancelled_and_the_others_are_drawn(gate):
         assert pixels(other.future.result(WAIT).pictures) == pixels(gate.pipeline("a red heart", seed=2).images)
 
 
+def test_a_job_that_has_ended_does_not_cancel_a_later_one_of_its_id(gate):
+    gate.open.set()
+    with JobQueue(gate) as queue:
+        first = queue.submit(Drawing("a red heart", seed=1), id="same")
+        assert first.future.result(WAIT)
+        gate.open.clear()
+        running = queue.submit(Drawing("a red heart", seed=1))
+        later = queue.submit(Drawing("a red heart", seed=1), id="same")
+        assert not queue.cancel(first) and not later.ended
+        assert (queue.position(first), queue.position(later)) == (0, 1)
+        assert queue.cancel("same") and later.ended and not running.ended
+
+
 def test_time_ends_for_jobs_that_wait_and_that_run(gate):
     with JobQueue(gate) as queue:
         jobs = [queue.submit(Drawing("a", seed=seed, timeout=0.05)) for seed in range(2)]

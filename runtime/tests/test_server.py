@@ -1,16 +1,19 @@
 """Requests and answers of the server, on Starlette's test client."""
 
+import asyncio
 import base64
 import io
 import json
 
 import pytest
+from gate import WAIT, Gate, eventually
 from PIL import Image
 from tiue_runtime import read_record
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 from tiue_runtime.serve.app import create_app
+from tiue_runtime.serve.jobs import Drawing
 from tiue_runtime.serve.server_settings import ServerSettings
 
 URL = "http://127.0.0.1:8080"
@@ -362,6 +365,46 @@ def test_jobs_are_found_by_the_id_of_their_request(client):
     assert client.delete("/v1/jobs/my-request_1").json()["cancelled"] is False
     refused(client.get("/v1/jobs/other"), 404, "id")
     refused(client.delete("/v1/jobs/other"), 404, "id")
+
+
+def test_the_end_of_a_stream_leaves_a_later_request_with_its_id_alone(pipe):
+    """A client reads nothing of its stream, tries again with the same id, and then hangs up."""
+    gate = Gate(pipe)
+    app = create_app({"tiny": gate})
+    queue = app.state.queues["tiny"]
+    headers = {"host": "localhost", "content-type": "application/json", "x-request-id": "retry-0001"}
+    scope = {
+        "type": "http", "http_version": "1.1", "scheme": "http", "method": "POST", "path": DRAW, "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }  # fmt: skip
+
+    async def draw():
+        hangs_up = asyncio.Event()
+        bodies = [json.dumps({"prompt": "a red heart", "stream": True}).encode()]
+
+        async def receive():
+            if bodies:
+                return {"type": "http.request", "body": bodies.pop()}
+            await hangs_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await hangs_up.wait()
+
+        stream = asyncio.create_task(app(scope, receive, send))
+        await asyncio.to_thread(eventually, lambda: (job := queue.job("retry-0001")) and job.ended)
+        gate.open.clear()
+        later = queue.submit(Drawing("a red heart", seed=1), id="retry-0001")
+        hangs_up.set()
+        await stream
+        gate.open.set()
+        return await asyncio.to_thread(later.future.result, WAIT)
+
+    gate.open.set()
+    try:
+        assert len(asyncio.run(draw()).pictures) == 1
+    finally:
+        queue.close()
 
 
 def test_a_time_that_is_over(client, monkeypatch):

@@ -85,7 +85,7 @@ class Endpoints:
             await asyncio.wait((drawn, gone), return_when=asyncio.FIRST_COMPLETED)
             return drawn.result() if drawn.done() else None
         finally:
-            queue.cancel(job.id)  # does nothing if the job has ended
+            queue.cancel(job)  # does nothing if the job has ended
             gone.cancel()
             drawn.cancel()
             await asyncio.wait((drawn, gone))

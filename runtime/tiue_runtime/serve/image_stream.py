@@ -50,7 +50,7 @@ class ImageStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._queue.cancel(self._job.id)  # does nothing if the job has ended
+            self._queue.cancel(self._job)  # does nothing if the job has ended
 
     def _put(self, make: Callable[[], bytes] | None) -> None:
         """Pass an event on, from any thread."""

@@ -218,10 +218,10 @@ class JobQueue:
         """Return a job or None. One that ended lately is found without its pictures: its future is cancelled."""
         return self._jobs.get(id) or self._ended.get(id)
 
-    def cancel(self, id: str) -> bool:
-        """End a job, whether it waits or runs. Says whether there was such a job."""
-        job = self._jobs.get(id)
-        return job is not None and self.finish(job, Cancelled("the request was cancelled"))
+    def cancel(self, job: Job | str) -> bool:
+        """End a job, whether it waits or runs. Says whether it had not ended. An id means its latest job."""
+        found = self._jobs.get(job) if isinstance(job, str) else job
+        return found is not None and self.finish(found, Cancelled("the request was cancelled"))
 
     @property
     def waiting(self) -> int:
@@ -235,7 +235,7 @@ class JobQueue:
 
     def position(self, job: Job) -> int:
         """Return how many jobs are drawn before this one; 0 if it runs or has ended."""
-        return next((place for place, id in enumerate(list(self._jobs)) if id == job.id), 0)
+        return next((place for place, other in enumerate(list(self._jobs.values())) if other is job), 0)
 
     def seconds_ahead(self) -> float:
         """Estimate the seconds until all pictures that are asked for are drawn, from those drawn lately."""
