@@ -128,7 +128,7 @@ def test_cancel_stops_between_graphs_and_steps(pipe):
     with pytest.raises(Cancelled, match="cancelled before unet_decoder"):
         pipe(HEART, callback=callback, cancel=event)
     assert steps == [1, 2]
-    answers = iter([False] * 4 + [True])  # asked before the noise and before each graph
+    answers = iter([False] * 5 + [True])  # asked before the noise, before the words and before each graph
     with pytest.raises(Cancelled, match="cancelled before vae_decoder"):
         pipe(HEART, cancel=lambda: next(answers))
     assert pipe(HEART, cancel=threading.Event()).images
