@@ -1,5 +1,6 @@
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -212,3 +213,20 @@ def test_two_jobs_of_one_id_are_refused(gate):
         queue.submit(Drawing("a", seed=1), id="same")
         with pytest.raises(RequestError, match="already there"):
             queue.submit(Drawing("a", seed=1), id="same")
+
+
+def test_warnings_of_drawing_belong_to_their_job(pipe, recwarn):
+    with JobQueue(pipe) as queue:
+        warnings.warn("of another thread", stacklevel=1)
+        for _ in range(2):  # Python's own filter shows a warning once.
+            drawn = queue.submit(Drawing("an elephant", seed=1)).future.result(WAIT)
+            assert len(drawn.warnings) == 1 and "knows no word of 'an elephant'" in drawn.warnings[0]
+        assert queue.submit(Drawing("a red heart", seed=1)).future.result(WAIT).warnings == ()
+    assert [str(warning.message) for warning in recwarn] == ["of another thread"]
+
+
+def test_many_queues_change_the_showing_of_warnings_once(pipe):
+    JobQueue(pipe).close()
+    show = warnings.showwarning
+    JobQueue(pipe).close()
+    assert warnings.showwarning is show

@@ -453,3 +453,10 @@ def test_a_prompt_that_does_not_fit_into_the_file_is_a_mistake_of_the_client(wit
 def test_a_server_needs_a_model():
     with pytest.raises(ValueError, match="at least one model"):
         create_app({})
+
+
+def test_warnings_are_in_the_answer_of_an_application_without_serve(pipe):
+    with TestClient(create_app({"tiny": pipe}), base_url=URL) as client:
+        for _ in range(2):
+            (warning,) = draw(client, prompt="an elephant")["tiue"]["warnings"]
+            assert "knows no word of 'an elephant'" in warning

@@ -152,7 +152,7 @@ class JobQueue:
         batch: int = 1,
         on_drawn: Callable[[Mapping[str, float], int], object] | None = None,
     ) -> None:
-        from tiue_runtime.serve.worker import Worker
+        from tiue_runtime.serve.worker import Worker, hear_warnings
 
         for name, value in (("most", most), ("batch", batch)):
             if value < 1:
@@ -167,6 +167,7 @@ class JobQueue:
         self._closing = False
         self._seconds = _FIRST_GUESS  # of a picture, a moving average
         self._on_drawn = on_drawn
+        hear_warnings()
         self._thread = threading.Thread(target=Worker(self, pipeline).work, name="tiue-worker", daemon=True)
         self._thread.start()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ _RECORD = "tiue"  # the key of a picture's record in `Image.info`
 
 
 class Heard(threading.local):
-    """Where warnings of this thread go, if `hear_warnings` was called."""
+    """Where warnings of this thread go."""
 
     sink: list[str] | None = None
 
@@ -36,15 +36,17 @@ _heard = Heard()
 def hear_warnings() -> None:
     """Give warnings of drawing to their jobs, for the rest of this process. Others are shown as before."""
     show: Any = warnings.showwarning
+    if getattr(show, "func", None) is not _hear:
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = partial(_hear, show)
 
-    def hear(message: Warning | str, *others: Any, **named: Any) -> None:
-        if _heard.sink is None:
-            show(message, *others, **named)
-        elif str(message) not in _heard.sink:
-            _heard.sink.append(str(message))
 
-    warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = hear
+def _hear(show: Callable[..., object], message: Warning | str, *others: Any, **named: Any) -> None:
+    """Keep a warning if this thread draws, else show it."""
+    if _heard.sink is None:
+        show(message, *others, **named)
+    elif str(message) not in _heard.sink:
+        _heard.sink.append(str(message))
 
 
 class Worker:
