@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 from gate import WAIT, Gate, eventually
-from tiue_runtime import Cancelled, RequestError
+from tiue_runtime import Cancelled, OutOfMemoryError, RequestError
 from tiue_runtime.serve.jobs import Drawing, JobQueue, Late, QueueClosed, QueueFull
 
 
@@ -54,6 +54,39 @@ def test_a_batch_of_several_jobs_draws_what_each_draws_alone(gate):
 
 
 WAITING = [("a red heart", 0, 2), ("a blue star", 1, 1), ("a red heart", 2**64 - 1, 1)]
+
+
+@pytest.mark.parametrize("error", [RequestError("latents: 4 pictures need 9.0 GiB"), OutOfMemoryError("no memory")])
+def test_pictures_that_fail_together_are_drawn_one_by_one(pipe, error):
+    class Narrow(Gate):
+        def __call__(self, prompt, **options):
+            result = super().__call__(prompt, **options)
+            if len(result.images) > 1:
+                raise error
+            return result
+
+    gate = Narrow(pipe)
+    with JobQueue(gate, batch=4) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        jobs = [queue.submit(Drawing(prompt, seed=seed, count=count)) for prompt, seed, count in WAITING]
+        gate.open.set()
+        drawn = [job.future.result(WAIT) for job in jobs]
+    for (prompt, seed, count), result in zip(WAITING, drawn, strict=True):
+        assert pixels(result.pictures) == pixels(pipe(prompt, seed=seed + i).images[0] for i in range(count))
+        assert result.warnings == (f"drawing 4 pictures one by one, after an error: {error}",)
+
+
+def test_a_mistake_in_a_batch_is_one_of_its_job_only(gate):
+    with JobQueue(gate, batch=4) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        wrong, right = (queue.submit(Drawing(prompt, seed=1, count=2)) for prompt in ("\ud800", "a red heart"))
+        gate.open.set()
+        with pytest.raises(RequestError, match="prompt"):
+            wrong.future.result(WAIT)
+        assert len(right.future.result(WAIT).pictures) == 2
+    assert len(gate.requests) == 5  # the first, all four together, one of the wrong job, two of the right one
 
 
 def test_other_shapes_are_not_in_a_batch_and_keep_their_turn(gate):

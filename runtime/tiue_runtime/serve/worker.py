@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tiue_runtime.errors import OutOfMemoryError
+from tiue_runtime.errors import OutOfMemoryError, RequestError
 from tiue_runtime.progress import Hearing
 from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
 
@@ -73,18 +73,19 @@ class Worker:
             self._draw(parts)
         return bool(parts)
 
-    def _draw(self, parts: list[Part]) -> None:
-        """Draw some pictures. Errors go to the jobs."""
+    def _draw(self, parts: list[Part], warned: Sequence[str] = ()) -> None:
+        """Draw some pictures. Errors and warnings go to the jobs."""
         jobs = list(dict.fromkeys(job for job, _ in parts))
-        heard: list[str] = []
+        heard = list(warned)
         _heard.sink = heard
         try:
             result = self._request(parts, jobs)
-        except OutOfMemoryError as error:
-            if len(parts) > 1:
-                warnings.warn(f"{error}; drawing the {len(parts)} pictures one by one", stacklevel=2)
+        except (OutOfMemoryError, RequestError) as error:
+            if len(parts) > 1:  # A picture alone may fit into memory.
+                warnings.warn(f"drawing {len(parts)} pictures one by one, after an error: {error}", stacklevel=2)
                 for part in parts:
-                    self._draw([part])
+                    if not part[0].ended:
+                        self._draw([part], heard)
                 return
             self._fail(jobs, error)
         except Exception as error:  # of the pipeline, or of a caller's function; the next job must be drawn
