@@ -273,6 +273,15 @@ def test_a_stream_shows_pictures_while_they_are_drawn(client, pipe):
         assert decoded(data).tobytes() == expected.tobytes() and data["tiue"]["seeds"] == [seed]
 
 
+def test_events_of_a_stream_have_the_times_so_far(client):
+    found = events(client.post(DRAW, json={"prompt": "a red heart", "stream": True, "n": 3}).text)
+    times = [data["tiue"]["timings"] for _, data in found]
+    assert all({"waiting", "text_encoder", "unet_decoder", "vae_decoder", "total"} <= set(each) for each in times)
+    totals = [each["total"] for each in times]
+    assert len(totals) == 3 and totals == sorted(set(totals))
+    assert 'tiue_wait_seconds_count{model="tiny"} 1.0' in client.get("/metrics").text
+
+
 @pytest.mark.parametrize(("steps", "asked", "shown"), [(4, 0, 0), (4, 1, 1), (4, 2, 2), (4, 3, 3), (2, 3, 2)])
 def test_as_many_partial_pictures_as_there_are_timesteps(client, steps, asked, shown):
     fields = {"prompt": "a", "stream": True, "partial_images": asked, "steps": steps, "output_format": "jpeg"}

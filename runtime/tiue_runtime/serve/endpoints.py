@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ class Endpoints:
         form = "json" not in request.headers.get("content-type", "").lower()
         wanted = read_request(content, self._manifests, settings, form=form)
         queue, name = self.queues[wanted.model], request.state.request_id
+        waited = partial(self.metrics.waited, wanted.model)
         tokens = int(self._tokenizers[wanted.model]([wanted.drawing.prompt]).attention_mask.sum())
         try:
             if wanted.stream:
-                return ImageStream(queue, name, wanted, tokens, metadata=settings.metadata)
+                return ImageStream(queue, name, wanted, tokens, metadata=settings.metadata, waited=waited)
             job = queue.submit(wanted.drawing, id=name)
             drawn = await self._result(request, queue, job)
             data = [await self._picture(request, picture, wanted) for picture in drawn.pictures] if drawn else []
@@ -74,7 +76,7 @@ class Endpoints:
             raise as_api_error(error) from error
         if drawn is None:
             return Response(status_code=_GONE)
-        self.metrics.waited(wanted.model, drawn.timings["waiting"])
+        waited(drawn.timings["waiting"])
         return JsonAnswer(answer(wanted, data, drawn.timings, tokens, list(drawn.warnings)))
 
     async def _result(self, request: Request, queue: JobQueue, job: Job) -> Drawn | None:

@@ -28,14 +28,24 @@ class ImageStream(StreamingResponse):
         wanted: the request.
         tokens: of the prompt.
         metadata: whether pictures hold their record.
+        waited: hears how long the job waited, if it ends well.
 
     Raises:
         QueueFull, QueueClosed, RequestError: as `JobQueue.submit`.
     """
 
-    def __init__(self, queue: JobQueue, name: str, wanted: ImageRequest, tokens: int, *, metadata: bool) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        name: str,
+        wanted: ImageRequest,
+        tokens: int,
+        *,
+        metadata: bool,
+        waited: Callable[[float], object],
+    ) -> None:
         self._wanted, self._tokens, self._metadata = wanted, tokens, metadata
-        self._queue = queue
+        self._queue, self._waited = queue, waited
         self._arrived: asyncio.Queue[Callable[[], bytes] | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._shown = set(partial_steps(wanted.drawing.steps or 1, wanted.partial_images))
@@ -94,7 +104,9 @@ class ImageStream(StreamingResponse):
                 return
             yield event
         failed = self._job.future.exception()
-        if failed is not None:
+        if failed is None:
+            self._waited(self._job.timings["waiting"])
+        else:
             yield error_event(as_api_error(failed).body())
 
 

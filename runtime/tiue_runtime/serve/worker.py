@@ -143,6 +143,9 @@ class Worker:
                 hears(JobProgress(job, index, progress, row))
 
     def _deliver(self, parts: list[Part], result: Result[list[Any]], heard: list[str]) -> None:
+        jobs = list(dict.fromkeys(job for job, _ in parts))
+        for job in jobs:
+            _add(job.timings, result.timings)
         for (job, index), picture in zip(parts, result.images, strict=True):
             if job.ended:
                 continue
@@ -154,8 +157,7 @@ class Worker:
                     tell(job, index, picture)
             except Exception as error:  # of the caller's function
                 self._queue.finish(job, error)
-        for job in dict.fromkeys(job for job, _ in parts):
-            _add(job.timings, result.timings)
+        for job in jobs:
             drawing = job.drawing
             if len(job.pictures) == drawing.count:
                 seeds = tuple(range(drawing.seed, drawing.seed + drawing.count))
