@@ -251,6 +251,18 @@ def test_forms(client, pipe):
     refused(client.post(DRAW, content="a", headers={"content-type": "text/plain"}), 415)
 
 
+def test_a_form_is_a_form_whatever_its_boundary(client):
+    fields = b"".join(
+        b'--xJSONx\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n' % field
+        for field in ((b"prompt", b"a red heart"), (b"n", b"2"))
+    )
+    headers = {"content-type": "multipart/form-data; boundary=xJSONx"}
+    answer = client.post(DRAW, content=fields + b"--xJSONx--\r\n", headers=headers)
+    assert answer.status_code == 200 and len(answer.json()["data"]) == 2, answer.text
+    headers = {"content-type": "application/json; charset=form"}
+    assert "integer" in refused(client.post(DRAW, content=b'{"prompt": "a", "n": "2"}', headers=headers), 400, "n")
+
+
 FORM = "application/x-www-form-urlencoded"
 
 

@@ -60,8 +60,7 @@ class Endpoints:
         """POST /v1/images/generations: draw pictures."""
         settings = self.settings
         body = await read_body(request, settings.most_body, settings.body_seconds)
-        content = await parse_body(request, body)
-        form = "json" not in request.headers.get("content-type", "").lower()
+        content, form = await parse_body(request, body)
         wanted = read_request(content, self._manifests, settings, form=form)
         queue, name = self.queues[wanted.model], request.state.request_id
         waited = partial(self.metrics.waited, wanted.model)
