@@ -360,3 +360,10 @@ def test_memory_that_ends_while_a_bundle_is_read_is_an_out_of_memory_error(tiny,
     monkeypatch.setattr("tiue_runtime.sampler.PromptTokenizer", fail)
     with pytest.raises(OutOfMemoryError, match='load with memory="low"'):
         Pipeline.load(tiny, device="cpu")
+
+
+def test_warmup_takes_embeddings_in_place_of_a_prompt(pipe):
+    seen = []
+    pipe.warmup(prompt_embeds=pipe.encode([HEART, STAR]), callback=lambda progress: seen.append(progress.stage))
+    assert seen[-1] == "vae_decoder" and "text_encoder" not in seen
+    pipe.warmup(prompt_embeds=None)

@@ -173,8 +173,9 @@ class Pipeline:
             RequestError, Cancelled, InferenceError: as `__call__`.
         """
         recording = self.graphs.cuda_graphs
+        prompt = "" if options.get("prompt_embeds") is None else None
         with recording.recording() if recording else nullcontext():
-            self("", output_type="np", **{"seed": 0, **options})
+            self(prompt, output_type="np", **{"seed": 0, **options})
 
     @overload
     def __call__(
