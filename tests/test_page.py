@@ -403,8 +403,12 @@ def test_wrong_fields_and_unknown_words_are_explained(open_page, address):
     for seed in ("-1", "1.5", "x", str(2**64)):
         draw(page, seed=seed)
         assert notice(page).startswith("The seed is a whole number") and page.locator("#gallery li").count() == 0
+    draw(page, count=2, seed=str(2**64 - 1))
+    assert notice(page) == f"The seed is a whole number from 0 to {2**64 - 2}."
+    draw(page, seed=str(2**64 - 1))
+    assert page.text_content("#gallery .seed") == f"seed {2**64 - 1}"
     draw(page, prompt="zorblax")
-    assert "knows no word of 'zorblax'" in notice(page) and page.locator("#gallery li").count() == 1
+    assert "knows no word of 'zorblax'" in notice(page) and page.locator("#gallery li").count() == 2
 
 
 def test_nothing_runs_but_the_page_s_own_scripts_and_nothing_comes_from_elsewhere(open_page, chromium, address):

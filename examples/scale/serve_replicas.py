@@ -19,7 +19,6 @@ from tiue_runtime import Bundle, Pipeline, TiueError
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.serve.app import create_app
 from tiue_runtime.serve.server_settings import KEY_VARIABLE, ServerSettings
-from tiue_runtime.serve.worker import hear_warnings
 
 MOST_WAITING = 8  # requests in a replica; further ones wait in Ray's proxies
 MOST_QUEUED = 256  # requests in a proxy; further ones are answered with 503
@@ -39,7 +38,6 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Return the application, which Ray calls for each request."""
-        hear_warnings()
         return create_app({self._pipeline.bundle.manifest.name: self._pipeline}, self._settings)
 
 

@@ -309,6 +309,16 @@ def test_a_picture_is_read_once_to_make_it_again(run, tmp_path, monkeypatch):
         np.testing.assert_array_equal(first, second)
 
 
+def test_a_picture_is_made_again_within_a_time(run, tmp_path):
+    run("a red heart", "--seed", 5, "-o", "a.png")
+    assert run("--from", "a.png", "--timeout", 60, "-o", "b.png")[0] == 0
+    code, out, err = run("--from", "a.png", "--timeout", 1e-9, "-o", "c.png")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "timeout: 1e-09 seconds were over" in err
+    code, _, err = run("--from", "a.png", "--timeout", 60, "--steps", 4)
+    assert code == 2 and "--steps: with --from, the record of the picture decides this" in err
+    assert files(tmp_path) == ["a.png", "b.png"]
+
+
 # Stops and faults.
 
 

@@ -1,10 +1,11 @@
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
 from gate import WAIT, Gate, eventually
-from tiue_runtime import Cancelled, RequestError
+from tiue_runtime import Cancelled, OutOfMemoryError, RequestError
 from tiue_runtime.serve.jobs import Drawing, JobQueue, Late, QueueClosed, QueueFull
 
 
@@ -53,6 +54,39 @@ def test_a_batch_of_several_jobs_draws_what_each_draws_alone(gate):
 
 
 WAITING = [("a red heart", 0, 2), ("a blue star", 1, 1), ("a red heart", 2**64 - 1, 1)]
+
+
+@pytest.mark.parametrize("error", [RequestError("latents: 4 pictures need 9.0 GiB"), OutOfMemoryError("no memory")])
+def test_pictures_that_fail_together_are_drawn_one_by_one(pipe, error):
+    class Narrow(Gate):
+        def __call__(self, prompt, **options):
+            result = super().__call__(prompt, **options)
+            if len(result.images) > 1:
+                raise error
+            return result
+
+    gate = Narrow(pipe)
+    with JobQueue(gate, batch=4) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        jobs = [queue.submit(Drawing(prompt, seed=seed, count=count)) for prompt, seed, count in WAITING]
+        gate.open.set()
+        drawn = [job.future.result(WAIT) for job in jobs]
+    for (prompt, seed, count), result in zip(WAITING, drawn, strict=True):
+        assert pixels(result.pictures) == pixels(pipe(prompt, seed=seed + i).images[0] for i in range(count))
+        assert result.warnings == (f"drawing 4 pictures one by one, after an error: {error}",)
+
+
+def test_a_mistake_in_a_batch_is_one_of_its_job_only(gate):
+    with JobQueue(gate, batch=4) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        wrong, right = (queue.submit(Drawing(prompt, seed=1, count=2)) for prompt in ("\ud800", "a red heart"))
+        gate.open.set()
+        with pytest.raises(RequestError, match="prompt"):
+            wrong.future.result(WAIT)
+        assert len(right.future.result(WAIT).pictures) == 2
+    assert len(gate.requests) == 5  # the first, all four together, one of the wrong job, two of the right one
 
 
 def test_other_shapes_are_not_in_a_batch_and_keep_their_turn(gate):
@@ -124,6 +158,19 @@ def test_one_job_of_a_batch_is_cancelled_and_the_others_are_drawn(gate):
         gate.open.set()
         queue.cancel(gone.id)
         assert pixels(other.future.result(WAIT).pictures) == pixels(gate.pipeline("a red heart", seed=2).images)
+
+
+def test_a_job_that_has_ended_does_not_cancel_a_later_one_of_its_id(gate):
+    gate.open.set()
+    with JobQueue(gate) as queue:
+        first = queue.submit(Drawing("a red heart", seed=1), id="same")
+        assert first.future.result(WAIT)
+        gate.open.clear()
+        running = queue.submit(Drawing("a red heart", seed=1))
+        later = queue.submit(Drawing("a red heart", seed=1), id="same")
+        assert not queue.cancel(first) and not later.ended
+        assert (queue.position(first), queue.position(later)) == (0, 1)
+        assert queue.cancel("same") and later.ended and not running.ended
 
 
 def test_time_ends_for_jobs_that_wait_and_that_run(gate):
@@ -199,3 +246,20 @@ def test_two_jobs_of_one_id_are_refused(gate):
         queue.submit(Drawing("a", seed=1), id="same")
         with pytest.raises(RequestError, match="already there"):
             queue.submit(Drawing("a", seed=1), id="same")
+
+
+def test_warnings_of_drawing_belong_to_their_job(pipe, recwarn):
+    with JobQueue(pipe) as queue:
+        warnings.warn("of another thread", stacklevel=1)
+        for _ in range(2):  # Python's own filter shows a warning once.
+            drawn = queue.submit(Drawing("an elephant", seed=1)).future.result(WAIT)
+            assert len(drawn.warnings) == 1 and "knows no word of 'an elephant'" in drawn.warnings[0]
+        assert queue.submit(Drawing("a red heart", seed=1)).future.result(WAIT).warnings == ()
+    assert [str(warning.message) for warning in recwarn] == ["of another thread"]
+
+
+def test_many_queues_change_the_showing_of_warnings_once(pipe):
+    JobQueue(pipe).close()
+    show = warnings.showwarning
+    JobQueue(pipe).close()
+    assert warnings.showwarning is show

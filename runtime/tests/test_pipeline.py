@@ -128,7 +128,7 @@ def test_cancel_stops_between_graphs_and_steps(pipe):
     with pytest.raises(Cancelled, match="cancelled before unet_decoder"):
         pipe(HEART, callback=callback, cancel=event)
     assert steps == [1, 2]
-    answers = iter([False] * 4 + [True])  # asked before the noise and before each graph
+    answers = iter([False] * 5 + [True])  # asked before the noise, before the words and before each graph
     with pytest.raises(Cancelled, match="cancelled before vae_decoder"):
         pipe(HEART, cancel=lambda: next(answers))
     assert pipe(HEART, cancel=threading.Event()).images
@@ -360,3 +360,10 @@ def test_memory_that_ends_while_a_bundle_is_read_is_an_out_of_memory_error(tiny,
     monkeypatch.setattr("tiue_runtime.sampler.PromptTokenizer", fail)
     with pytest.raises(OutOfMemoryError, match='load with memory="low"'):
         Pipeline.load(tiny, device="cpu")
+
+
+def test_warmup_takes_embeddings_in_place_of_a_prompt(pipe):
+    seen = []
+    pipe.warmup(prompt_embeds=pipe.encode([HEART, STAR]), callback=lambda progress: seen.append(progress.stage))
+    assert seen[-1] == "vae_decoder" and "text_encoder" not in seen
+    pipe.warmup(prompt_embeds=None)

@@ -294,6 +294,23 @@ def test_the_estimate_of_the_work_counts_and_may_err(heavy, monkeypatch):
     pipe("a", **shape)
 
 
+def test_latents_are_decoded_although_the_unet_could_not_draw_them_at_once(heavy, monkeypatch):
+    pipe = Pipeline.load(heavy, device="cpu")
+    latents = np.zeros((16, 4, 64, 64), np.float32)  # The UNet would need 68 MB, the image decoder 13 MB a picture.
+    monkeypatch.setattr(budget, "free_memory", lambda gpu: 30_000_000)
+    assert len(pipe.decode(latents)) == 16
+
+
+def test_the_smallest_run_of_decoding_is_a_tile_if_tiles_are_allowed(heavy, monkeypatch):
+    pipe = Pipeline.load(heavy, device="cpu")
+    latents = np.zeros((1, 4, 256, 256), np.float32)  # A whole picture needs 204 MB, the largest tile 13 MB.
+    monkeypatch.setattr(budget, "free_memory", lambda gpu: 60_000_000)
+    with pytest.raises(RequestError, match=r"latents: 1 picture of 512x512 pixels need 0\.2 GiB, and 0\.1 GiB are"):
+        pipe.decode(latents, vae_tiling=False)
+    with pytest.warns(UserWarning, match="decoding in tiles"):
+        assert len(pipe.decode(latents)) == 1
+
+
 def test_a_timeout_ends_a_request_that_draws_much_noise(pipe):
     begun = time.monotonic()
     with pytest.raises(Cancelled, match=r"timeout: 0\.2 seconds were over before the noise was drawn"):

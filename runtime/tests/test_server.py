@@ -1,16 +1,19 @@
 """Requests and answers of the server, on Starlette's test client."""
 
+import asyncio
 import base64
 import io
 import json
 
 import pytest
+from gate import WAIT, Gate, eventually
 from PIL import Image
 from tiue_runtime import read_record
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 from tiue_runtime.serve.app import create_app
+from tiue_runtime.serve.jobs import Drawing
 from tiue_runtime.serve.server_settings import ServerSettings
 
 URL = "http://127.0.0.1:8080"
@@ -248,6 +251,18 @@ def test_forms(client, pipe):
     refused(client.post(DRAW, content="a", headers={"content-type": "text/plain"}), 415)
 
 
+def test_a_form_is_a_form_whatever_its_boundary(client):
+    fields = b"".join(
+        b'--xJSONx\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n' % field
+        for field in ((b"prompt", b"a red heart"), (b"n", b"2"))
+    )
+    headers = {"content-type": "multipart/form-data; boundary=xJSONx"}
+    answer = client.post(DRAW, content=fields + b"--xJSONx--\r\n", headers=headers)
+    assert answer.status_code == 200 and len(answer.json()["data"]) == 2, answer.text
+    headers = {"content-type": "application/json; charset=form"}
+    assert "integer" in refused(client.post(DRAW, content=b'{"prompt": "a", "n": "2"}', headers=headers), 400, "n")
+
+
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -268,6 +283,15 @@ def test_a_stream_shows_pictures_while_they_are_drawn(client, pipe):
     for seed, data in zip((3, 4), done, strict=True):
         expected = pipe("a red heart", seed=seed, memory="sequential").images[0]
         assert decoded(data).tobytes() == expected.tobytes() and data["tiue"]["seeds"] == [seed]
+
+
+def test_events_of_a_stream_have_the_times_so_far(client):
+    found = events(client.post(DRAW, json={"prompt": "a red heart", "stream": True, "n": 3}).text)
+    times = [data["tiue"]["timings"] for _, data in found]
+    assert all({"waiting", "text_encoder", "unet_decoder", "vae_decoder", "total"} <= set(each) for each in times)
+    totals = [each["total"] for each in times]
+    assert len(totals) == 3 and totals == sorted(set(totals))
+    assert 'tiue_wait_seconds_count{model="tiny"} 1.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(("steps", "asked", "shown"), [(4, 0, 0), (4, 1, 1), (4, 2, 2), (4, 3, 3), (2, 3, 2)])
@@ -364,6 +388,46 @@ def test_jobs_are_found_by_the_id_of_their_request(client):
     refused(client.delete("/v1/jobs/other"), 404, "id")
 
 
+def test_the_end_of_a_stream_leaves_a_later_request_with_its_id_alone(pipe):
+    """A client reads nothing of its stream, tries again with the same id, and then hangs up."""
+    gate = Gate(pipe)
+    app = create_app({"tiny": gate})
+    queue = app.state.queues["tiny"]
+    headers = {"host": "localhost", "content-type": "application/json", "x-request-id": "retry-0001"}
+    scope = {
+        "type": "http", "http_version": "1.1", "scheme": "http", "method": "POST", "path": DRAW, "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }  # fmt: skip
+
+    async def draw():
+        hangs_up = asyncio.Event()
+        bodies = [json.dumps({"prompt": "a red heart", "stream": True}).encode()]
+
+        async def receive():
+            if bodies:
+                return {"type": "http.request", "body": bodies.pop()}
+            await hangs_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await hangs_up.wait()
+
+        stream = asyncio.create_task(app(scope, receive, send))
+        await asyncio.to_thread(eventually, lambda: (job := queue.job("retry-0001")) and job.ended)
+        gate.open.clear()
+        later = queue.submit(Drawing("a red heart", seed=1), id="retry-0001")
+        hangs_up.set()
+        await stream
+        gate.open.set()
+        return await asyncio.to_thread(later.future.result, WAIT)
+
+    gate.open.set()
+    try:
+        assert len(asyncio.run(draw()).pictures) == 1
+    finally:
+        queue.close()
+
+
 def test_a_time_that_is_over(client, monkeypatch):
     answer = client.post(DRAW, json={"prompt": "a", "timeout": 1e-9})
     assert "timeout" in refused(answer, 504, "timeout")
@@ -410,3 +474,10 @@ def test_a_prompt_that_does_not_fit_into_the_file_is_a_mistake_of_the_client(wit
 def test_a_server_needs_a_model():
     with pytest.raises(ValueError, match="at least one model"):
         create_app({})
+
+
+def test_warnings_are_in_the_answer_of_an_application_without_serve(pipe):
+    with TestClient(create_app({"tiny": pipe}), base_url=URL) as client:
+        for _ in range(2):
+            (warning,) = draw(client, prompt="an elephant")["tiue"]["warnings"]
+            assert "knows no word of 'an elephant'" in warning

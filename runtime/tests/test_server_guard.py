@@ -116,6 +116,14 @@ def test_named_origins_draw_and_read_errors_too(served):
     )
 
 
+def test_origins_are_named_in_small_or_capital_letters(served):
+    origin = "https://draw.example.org"  # as browsers send it
+    client = served(origins=("HTTPS://Draw.Example.org",))
+    answer = client.options(DRAW, headers={"origin": origin, "access-control-request-method": "POST"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+    assert client.post(DRAW, json={"prompt": "a"}, headers={"origin": origin}).status_code == 200
+
+
 @pytest.mark.parametrize(
     "given",
     [None, "", "secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secrett", "Basic secret", "Bearer sécret"],

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from tiue_runtime.bundle import CUDA, PORTABLE, UNET_DECODER, Manifest
+from tiue_runtime.bundle import CUDA, PORTABLE, Manifest
 from tiue_runtime.errors import OutOfMemoryError, RequestError
 from tiue_runtime.host.forks import ForkSafeLock
 from tiue_runtime.host.memory import free_memory
@@ -107,12 +107,15 @@ class Budget:
                 return mode
         return "sequential"
 
-    def refuse_excess(self, shape: tuple[int, ...], fields: str, enlarged: int = 1) -> None:
+    def refuse_excess(
+        self, shape: tuple[int, ...], fields: str, smallest: tuple[str, int, int], enlarged: int = 1
+    ) -> None:
         """Refuse a request that fits into memory in no mode.
 
         Args:
             shape: of its latents, (B, C, h, w).
             fields: names of the options that the shape comes from, for the message.
+            smallest: graph, rows and latents of the smallest run that can do the work.
             enlarged: the factor of the upscaler.
 
         Raises:
@@ -124,7 +127,7 @@ class Budget:
         pixels = count * height * width * scale**2
         # Bytes of a pixel: z_T and z_0; then the decoder's image, the same in [0, 1], and the picture.
         arrays = pixels * (2 * 4 * channels / scale**2 + 3 * (4 + 4 + 1) * enlarged**2)
-        work = max(self._more(UNET_DECODER, count, height * width), 0)  # one timestep
+        work = max(self._more(*smallest), 0)
         if arrays + work <= LITTLE:
             return
         needs = [(arrays, free_memory(None), 1.0)]

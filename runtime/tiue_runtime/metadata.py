@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tiue_runtime import __version__
 from tiue_runtime.errors import RequestError, clip, shorten
+from tiue_runtime.host.forks import FILTERS
 from tiue_runtime.record import MOST_BYTES, Record, parse_record
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -124,12 +125,11 @@ def read_metadata(data: bytes) -> Record:
 def _fields(data: bytes) -> tuple[dict[Any, Any], str]:
     """Return the metadata that Pillow finds, and the text of EXIF's UserComment."""
     try:
-        with warnings.catch_warnings():
-            # Pixels are not decoded, so their number does no harm. Pillow also warns of damaged tags.
-            warnings.simplefilter("ignore")
-            with open_image(io.BytesIO(data), formats=FORMATS) as image:
-                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-                return dict(image.info), _decoded(comment)
+        # Pixels are not decoded, so their number does no harm. Pillow also warns of damaged tags.
+        quiet = warnings.catch_warnings(action="ignore")
+        with FILTERS.hold(), quiet, open_image(io.BytesIO(data), formats=FORMATS) as image:
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            return dict(image.info), _decoded(comment)
     except (DecompressionBombError, DecompressionBombWarning) as error:
         raise RequestError(f"expected a picture of a size that can be decoded, {clip(str(error))}") from error
     except UnidentifiedImageError as error:

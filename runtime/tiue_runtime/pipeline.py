@@ -173,8 +173,9 @@ class Pipeline:
             RequestError, Cancelled, InferenceError: as `__call__`.
         """
         recording = self.graphs.cuda_graphs
+        prompt = "" if options.get("prompt_embeds") is None else None
         with recording.recording() if recording else nullcontext():
-            self("", output_type="np", **{"seed": 0, **options})
+            self(prompt, output_type="np", **{"seed": 0, **options})
 
     @overload
     def __call__(
@@ -362,7 +363,8 @@ class Pipeline:
         low, tiling = self._check_memory(given["memory"] or self.memory) == "low", given["vae_tiling"]
         with self._remedies(sampler, run, low=low, tiles=tiling is not False):
             upscale = check_upscale(given["upscale"], self.bundle.manifest)
-            checked = check_latents(latents, self.bundle.manifest, sampler.graphs.budget, upscale)
+            graphs = sampler.graphs
+            checked = check_latents(latents, self.bundle.manifest, graphs.budget, graphs.vae_name, tiling, upscale)
             return sampler.decode(checked, output_type, tiling, upscale, run, low=low)
 
     @contextmanager

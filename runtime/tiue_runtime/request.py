@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiue_runtime.budget import Budget
-from tiue_runtime.bundle import Manifest
+from tiue_runtime.bundle import UNET_DECODER, Manifest
 from tiue_runtime.choices import OutputType
 from tiue_runtime.errors import RequestError, clip, shorten
 from tiue_runtime.modes import Memory
 from tiue_runtime.noise import check_seed, gaussian
 from tiue_runtime.options import one_of
 from tiue_runtime.run import Run
+from tiue_runtime.tiling import plans
 
 Float32 = NDArray[np.float32]
 LARGEST = 2**20  # pictures of a prompt, and pixels of a side
@@ -90,7 +91,8 @@ class Request:
         if upscale and output_type == "latent":
             raise RequestError('upscale: pictures are enlarged, not latents: ask for output_type="pil" or "np"')
         if budget is not None:
-            budget.refuse_excess(shape, fields, upscale or 1)
+            one_timestep = UNET_DECODER, count, height * width
+            budget.refuse_excess(shape, fields, one_timestep, upscale or 1)
         embeds = None if embeds is None else _finite("prompt_embeds", embeds)
         latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]
@@ -152,10 +154,13 @@ def check_upscale(upscale: int | None, manifest: Manifest) -> int | None:
     return upscale
 
 
-def check_latents(latents: Any, manifest: Manifest, budget: Budget, upscale: int | None = None) -> Float32:
+def check_latents(
+    latents: Any, manifest: Manifest, budget: Budget, vae_graph: str, tiling: bool | None, upscale: int | None
+) -> Float32:
     """Return z_0 as finite float32 (B, C, h, w), of sizes that the bundle allows. Raises RequestError."""
     array = _latents(latents, None, manifest)
-    budget.refuse_excess(array.shape, "latents", upscale or 1)
+    least = plans(manifest, array.shape, tiling)[-1]
+    budget.refuse_excess(array.shape, "latents", (vae_graph, least.rows, least.height * least.width), upscale or 1)
     return _finite("latents", array)
 
 

@@ -38,7 +38,7 @@ from tiue_runtime.preview import Previews
 from tiue_runtime.request import Request
 from tiue_runtime.run import Run
 from tiue_runtime.safety import blurred, flag
-from tiue_runtime.tokenizer import PromptTokenizer
+from tiue_runtime.tokenizer import CHARACTERS_PER_TOKEN, PromptTokenizer
 from tiue_runtime.upscale import enlarge
 from tiue_runtime.vocabulary import Vocabulary
 
@@ -151,9 +151,13 @@ class Sampler:
 
     def _encode(self, prompts: list[str], turns: Turns) -> Float32:
         """Return text embeddings (B, L, D), one row per prompt."""
-        for complaint in filter(None, map(self._vocabulary.complaint, prompts)):
-            warnings.warn(complaint, stacklevel=4)
-        tokens, length = self._tokenizer(prompts), self._manifest.text_length
+        length = self._manifest.text_length
+        for prompt in prompts:
+            turns.run.check("the words of the prompts were looked up")
+            complaint = self._vocabulary.complaint(prompt[: CHARACTERS_PER_TOKEN * length])  # Later words are cut off.
+            if complaint:
+                warnings.warn(complaint, stacklevel=4)
+        tokens = self._tokenizer(prompts)
         for cut in filter(None, tokens.cut):
             warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=4)
         graph = self.graphs.text_encoder

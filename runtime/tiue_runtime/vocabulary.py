@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from itertools import islice
 
 from tiue_runtime.bundle import Prompts
 from tiue_runtime.errors import clip
@@ -12,6 +13,8 @@ _SMALL = {
     *("style", "that", "the", "this", "to", "under", "with"),
 }
 _CLOSE = 0.7  # the similarity of a word that was probably meant, as difflib measures it
+_LOOKED_UP = 32  # unknown words at most; each takes 2 ms with the default model
+_SHOWN = 3  # suggestions
 
 
 class Vocabulary:
@@ -34,12 +37,13 @@ class Vocabulary:
 
         Plural and singular are the same word. A prompt without words of content has none that could be unknown.
         """
-        words = _words(prompt)
+        words = list(dict.fromkeys(_words(prompt)))
         if not self._phrases or not words or any(_forms(word) & self._forms for word in words):
             return None
-        meant = [close for word in words for close in difflib.get_close_matches(word, self._phrases, 1, _CLOSE)]
-        suggestions = [self._phrases[word] for word in meant] or list(self._examples) or list(self._phrases.values())
-        return f"the model knows no word of {clip(prompt)!r}; it knows for example {', '.join(suggestions[:3])}"
+        looked_up = (difflib.get_close_matches(word, self._phrases, 1, _CLOSE) for word in words[:_LOOKED_UP])
+        meant = islice((self._phrases[close] for found in looked_up for close in found), _SHOWN)
+        suggestions = list(meant) or list(self._examples) or list(self._phrases.values())
+        return f"the model knows no word of {clip(prompt)!r}; it knows for example {', '.join(suggestions[:_SHOWN])}"
 
 
 def _words(text: str) -> list[str]:

@@ -33,6 +33,9 @@ class ForkSafeLock:
 
 _locks: WeakSet[ForkSafeLock] = WeakSet()  # of this process
 
+FILTERS = ForkSafeLock()
+"""Whoever ignores warnings for a while holds it, because all threads share their filters."""
+
 
 def _renew_all() -> None:
     for lock in list(_locks):

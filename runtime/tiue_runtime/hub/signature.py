@@ -19,6 +19,7 @@ from tiue_runtime.bundle import MANIFEST, Bundle
 from tiue_runtime.bundle.directory import SIGNATURE
 from tiue_runtime.bundle.replacing import replacing
 from tiue_runtime.errors import BundleError, clip
+from tiue_runtime.host.forks import FILTERS
 
 KEY_VARIABLE = "TIUE_KEY"
 
@@ -135,8 +136,7 @@ def _hashing(hashing: Any, bundle: Bundle) -> Any:
 def _library(module: str) -> Any:
     """Import a module of model-signing when it is needed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with FILTERS.hold(), warnings.catch_warnings(action="ignore"):
             return importlib.import_module(f"model_signing.{module}")
     except ImportError as error:
         raise BundleError(f"signatures need model-signing ({error}): pip install model-signing pyopenssl") from error

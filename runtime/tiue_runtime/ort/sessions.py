@@ -168,14 +168,14 @@ def start_session(model: str | bytes, device: Device, settings: Settings, *, mus
     ort, kind = load_onnxruntime(), device.row
     options = _session_options(ort, device, settings, must_take_all)
     providers: list[tuple[str, dict[str, str]]] | None = provider_options(device, settings)
-    # ONNX Runtime prints loading failures of libraries to stdout. Redirect only here: redirecting is not thread-safe.
-    with contextlib.redirect_stdout(sys.stderr) if kind.library or kind.plugin else contextlib.nullcontext():
-        if device.is_gpu:
+    if device.is_gpu:
+        # ONNX Runtime prints loading failures of libraries to stdout, which is the same for all threads.
+        with _loading.hold(), contextlib.redirect_stdout(sys.stderr):
             preload_libraries(ort, device)
-        if kind.plugin and device.provider not in ort.get_available_providers():
-            options.add_provider_for_devices([_plugin_device(ort, device)], providers[0][1])
-            providers = None
-        session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=False)
+    if kind.plugin and device.provider not in ort.get_available_providers():
+        options.add_provider_for_devices([_plugin_device(ort, device)], providers[0][1])
+        providers = None
+    session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=False)
     session.disable_fallback()  # A run that fails must not move to the CPU.
     return session
 
@@ -211,12 +211,12 @@ def preload_libraries(ort: Any, device: Device) -> None:
                     ctypes.CDLL(str(library))
 
 
-_registering = ForkSafeLock()
+_loading = ForkSafeLock()
 
 
 def _plugin_device(ort: Any, device: Device) -> Any:
     """Return ONNX Runtime's handle of a plugin's device. Register the plugin at its first use. Raises DeviceError."""
-    with _registering.hold():
+    with _loading.hold():
         if not _plugin_devices(ort, device):
             plugin = importlib.import_module(device.row.plugin)
             ort.register_execution_provider_library(device.provider, plugin.get_library_path())

@@ -126,7 +126,7 @@ def _layers(settings: ServerSettings, metrics: ServeMetrics) -> list[Middleware]
         layers.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=settings.origins,
+                allow_origins=[origin.lower() for origin in settings.origins],  # as browsers send them
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["authorization", "content-type", "x-request-id"],
                 expose_headers=["x-request-id", "retry-after"],

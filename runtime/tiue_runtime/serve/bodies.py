@@ -54,19 +54,19 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     return bytes(body)
 
 
-async def parse_body(request: Request, body: bytes) -> dict[str, Any]:
-    """Return the fields of a body: JSON, or a form, whose values are strings.
+async def parse_body(request: Request, body: bytes) -> tuple[dict[str, Any], bool]:
+    """Return the fields of a body, and whether it is a form, whose values are strings. Otherwise it is JSON.
 
     Raises:
         ApiError: the body is of another type, or damaged.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _JSON:
-        return _json(body)
+        return _json(body), False
     if kind in _FORMS:
         if body.lstrip().startswith(b"{"):
             raise ApiError(415, f"the body looks like JSON: send it with content-type: {_JSON}", code="content_type")
-        return await _form(request, body, kind)
+        return await _form(request, body, kind), True
     expected = ", ".join((_JSON, *_FORMS))
     message = f"content-type: expected one of {expected}, got {shorten(kind)}"
     raise ApiError(415, message, code="content_type")

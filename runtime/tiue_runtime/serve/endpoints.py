@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,14 @@ class Endpoints:
         """POST /v1/images/generations: draw pictures."""
         settings = self.settings
         body = await read_body(request, settings.most_body, settings.body_seconds)
-        content = await parse_body(request, body)
-        form = "json" not in request.headers.get("content-type", "").lower()
+        content, form = await parse_body(request, body)
         wanted = read_request(content, self._manifests, settings, form=form)
         queue, name = self.queues[wanted.model], request.state.request_id
+        waited = partial(self.metrics.waited, wanted.model)
         tokens = int(self._tokenizers[wanted.model]([wanted.drawing.prompt]).attention_mask.sum())
         try:
             if wanted.stream:
-                return ImageStream(queue, name, wanted, tokens, metadata=settings.metadata)
+                return ImageStream(queue, name, wanted, tokens, metadata=settings.metadata, waited=waited)
             job = queue.submit(wanted.drawing, id=name)
             drawn = await self._result(request, queue, job)
             data = [await self._picture(request, picture, wanted) for picture in drawn.pictures] if drawn else []
@@ -74,7 +75,7 @@ class Endpoints:
             raise as_api_error(error) from error
         if drawn is None:
             return Response(status_code=_GONE)
-        self.metrics.waited(wanted.model, drawn.timings["waiting"])
+        waited(drawn.timings["waiting"])
         return JsonAnswer(answer(wanted, data, drawn.timings, tokens, list(drawn.warnings)))
 
     async def _result(self, request: Request, queue: JobQueue, job: Job) -> Drawn | None:
@@ -85,7 +86,7 @@ class Endpoints:
             await asyncio.wait((drawn, gone), return_when=asyncio.FIRST_COMPLETED)
             return drawn.result() if drawn.done() else None
         finally:
-            queue.cancel(job.id)  # does nothing if the job has ended
+            queue.cancel(job)  # does nothing if the job has ended
             gone.cancel()
             drawn.cancel()
             await asyncio.wait((drawn, gone))

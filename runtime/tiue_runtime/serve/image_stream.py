@@ -28,14 +28,24 @@ class ImageStream(StreamingResponse):
         wanted: the request.
         tokens: of the prompt.
         metadata: whether pictures hold their record.
+        waited: hears how long the job waited, if it ends well.
 
     Raises:
         QueueFull, QueueClosed, RequestError: as `JobQueue.submit`.
     """
 
-    def __init__(self, queue: JobQueue, name: str, wanted: ImageRequest, tokens: int, *, metadata: bool) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        name: str,
+        wanted: ImageRequest,
+        tokens: int,
+        *,
+        metadata: bool,
+        waited: Callable[[float], object],
+    ) -> None:
         self._wanted, self._tokens, self._metadata = wanted, tokens, metadata
-        self._queue = queue
+        self._queue, self._waited = queue, waited
         self._arrived: asyncio.Queue[Callable[[], bytes] | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._shown = set(partial_steps(wanted.drawing.steps or 1, wanted.partial_images))
@@ -50,7 +60,7 @@ class ImageStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._queue.cancel(self._job.id)  # does nothing if the job has ended
+            self._queue.cancel(self._job)  # does nothing if the job has ended
 
     def _put(self, make: Callable[[], bytes] | None) -> None:
         """Pass an event on, from any thread."""
@@ -94,7 +104,9 @@ class ImageStream(StreamingResponse):
                 return
             yield event
         failed = self._job.future.exception()
-        if failed is not None:
+        if failed is None:
+            self._waited(self._job.timings["waiting"])
+        else:
             yield error_event(as_api_error(failed).body())
 
 

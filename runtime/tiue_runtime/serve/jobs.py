@@ -152,7 +152,7 @@ class JobQueue:
         batch: int = 1,
         on_drawn: Callable[[Mapping[str, float], int], object] | None = None,
     ) -> None:
-        from tiue_runtime.serve.worker import Worker
+        from tiue_runtime.serve.worker import Worker, hear_warnings
 
         for name, value in (("most", most), ("batch", batch)):
             if value < 1:
@@ -167,6 +167,7 @@ class JobQueue:
         self._closing = False
         self._seconds = _FIRST_GUESS  # of a picture, a moving average
         self._on_drawn = on_drawn
+        hear_warnings()
         self._thread = threading.Thread(target=Worker(self, pipeline).work, name="tiue-worker", daemon=True)
         self._thread.start()
 
@@ -218,10 +219,10 @@ class JobQueue:
         """Return a job or None. One that ended lately is found without its pictures: its future is cancelled."""
         return self._jobs.get(id) or self._ended.get(id)
 
-    def cancel(self, id: str) -> bool:
-        """End a job, whether it waits or runs. Says whether there was such a job."""
-        job = self._jobs.get(id)
-        return job is not None and self.finish(job, Cancelled("the request was cancelled"))
+    def cancel(self, job: Job | str) -> bool:
+        """End a job, whether it waits or runs. Says whether it had not ended. An id means its latest job."""
+        found = self._jobs.get(job) if isinstance(job, str) else job
+        return found is not None and self.finish(found, Cancelled("the request was cancelled"))
 
     @property
     def waiting(self) -> int:
@@ -235,7 +236,7 @@ class JobQueue:
 
     def position(self, job: Job) -> int:
         """Return how many jobs are drawn before this one; 0 if it runs or has ended."""
-        return next((place for place, id in enumerate(list(self._jobs)) if id == job.id), 0)
+        return next((place for place, other in enumerate(list(self._jobs.values())) if other is job), 0)
 
     def seconds_ahead(self) -> float:
         """Estimate the seconds until all pictures that are asked for are drawn, from those drawn lately."""

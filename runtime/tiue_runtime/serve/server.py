@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from tiue_runtime.errors import RequestError
 from tiue_runtime.serve.app import create_app
 from tiue_runtime.serve.server_settings import ServerSettings
-from tiue_runtime.serve.worker import hear_warnings
 
 try:
     import uvicorn
@@ -55,7 +54,6 @@ def serve(
     """
     listening = listen(host, port)
     try:
-        hear_warnings()
         server = new_server(create_app(pipelines, settings), settings.grace)
         if started:
             address, number = listening.getsockname()[:2]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tiue_runtime.errors import OutOfMemoryError
+from tiue_runtime.errors import OutOfMemoryError, RequestError
 from tiue_runtime.progress import Hearing
 from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
 
@@ -25,7 +25,7 @@ _RECORD = "tiue"  # the key of a picture's record in `Image.info`
 
 
 class Heard(threading.local):
-    """Where warnings of this thread go, if `hear_warnings` was called."""
+    """Where warnings of this thread go."""
 
     sink: list[str] | None = None
 
@@ -36,15 +36,17 @@ _heard = Heard()
 def hear_warnings() -> None:
     """Give warnings of drawing to their jobs, for the rest of this process. Others are shown as before."""
     show: Any = warnings.showwarning
+    if getattr(show, "func", None) is not _hear:
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = partial(_hear, show)
 
-    def hear(message: Warning | str, *others: Any, **named: Any) -> None:
-        if _heard.sink is None:
-            show(message, *others, **named)
-        elif str(message) not in _heard.sink:
-            _heard.sink.append(str(message))
 
-    warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = hear
+def _hear(show: Callable[..., object], message: Warning | str, *others: Any, **named: Any) -> None:
+    """Keep a warning if this thread draws, else show it."""
+    if _heard.sink is None:
+        show(message, *others, **named)
+    elif str(message) not in _heard.sink:
+        _heard.sink.append(str(message))
 
 
 class Worker:
@@ -71,18 +73,19 @@ class Worker:
             self._draw(parts)
         return bool(parts)
 
-    def _draw(self, parts: list[Part]) -> None:
-        """Draw some pictures. Errors go to the jobs."""
+    def _draw(self, parts: list[Part], warned: Sequence[str] = ()) -> None:
+        """Draw some pictures. Errors and warnings go to the jobs."""
         jobs = list(dict.fromkeys(job for job, _ in parts))
-        heard: list[str] = []
+        heard = list(warned)
         _heard.sink = heard
         try:
             result = self._request(parts, jobs)
-        except OutOfMemoryError as error:
-            if len(parts) > 1:
-                warnings.warn(f"{error}; drawing the {len(parts)} pictures one by one", stacklevel=2)
+        except (OutOfMemoryError, RequestError) as error:
+            if len(parts) > 1:  # A picture alone may fit into memory.
+                warnings.warn(f"drawing {len(parts)} pictures one by one, after an error: {error}", stacklevel=2)
                 for part in parts:
-                    self._draw([part])
+                    if not part[0].ended:
+                        self._draw([part], heard)
                 return
             self._fail(jobs, error)
         except Exception as error:  # of the pipeline, or of a caller's function; the next job must be drawn
@@ -140,6 +143,9 @@ class Worker:
                 hears(JobProgress(job, index, progress, row))
 
     def _deliver(self, parts: list[Part], result: Result[list[Any]], heard: list[str]) -> None:
+        jobs = list(dict.fromkeys(job for job, _ in parts))
+        for job in jobs:
+            _add(job.timings, result.timings)
         for (job, index), picture in zip(parts, result.images, strict=True):
             if job.ended:
                 continue
@@ -151,8 +157,7 @@ class Worker:
                     tell(job, index, picture)
             except Exception as error:  # of the caller's function
                 self._queue.finish(job, error)
-        for job in dict.fromkeys(job for job, _ in parts):
-            _add(job.timings, result.timings)
+        for job in jobs:
             drawing = job.drawing
             if len(job.pictures) == drawing.count:
                 seeds = tuple(range(drawing.seed, drawing.seed + drawing.count))

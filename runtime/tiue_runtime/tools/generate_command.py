@@ -72,7 +72,7 @@ def generate(arguments: argparse.Namespace, loading: LoadOptions, request: Reque
     target = Target(arguments.out, arguments.overwrite)
     save = saver(arguments)
     if arguments.source:
-        return _repeat(arguments, loading, target, save)
+        return _repeat(arguments, loading, target, save, request.get("timeout"))
     plan = _plan(arguments, request, target)
     bar = bar_for(arguments, len(plan.values))
     with bar or nullcontext(), _loaded(arguments, loading, request) as pipeline:
@@ -103,8 +103,9 @@ def _check_sources(arguments: argparse.Namespace, request: RequestOptions) -> No
             "prompt: expected either a description of the picture, --prompts FILE or --from PICTURE, "
             f"got {'both ' if len(given) > 1 else ''}{got}"
         )
-    if arguments.source and request:
-        raise RequestError(f"{next(iter(request))}: with --from, the record of the picture decides this")
+    decided = [name for name in request if name != "timeout"]
+    if arguments.source and decided:
+        raise RequestError(f"{decided[0]}: with --from, the record of the picture decides this")
     if arguments.source and arguments.grid:
         raise RequestError("grid: with --from, there is one picture only; leave out --grid")
 
@@ -217,7 +218,9 @@ class _Output:
             write(f"{path}  {sheet.columns}x{sheet.rows} pictures, {which}")
 
 
-def _repeat(arguments: argparse.Namespace, loading: LoadOptions, target: "Target", save: "Save") -> int:
+def _repeat(
+    arguments: argparse.Namespace, loading: LoadOptions, target: "Target", save: "Save", timeout: float | None
+) -> int:
     """Make a saved picture again. Its file is read once."""
     from tiue_runtime.repeating import load_for, repeat
     from tiue_runtime.saving import read_record
@@ -229,7 +232,7 @@ def _repeat(arguments: argparse.Namespace, loading: LoadOptions, target: "Target
     with bar or nullcontext(), load_for(record, arguments.bundle, **loading) as pipeline:
         if bar:
             bar.begin(1)
-        result = repeat(pipeline, record, arguments.source, callback=bar)
+        result = repeat(pipeline, record, arguments.source, callback=bar, timeout=timeout)
         path = _save_to(target, save, result.images[0], path)
         _say_saved(arguments, path, result.images[0], result.seeds[0], record.prompt)
         _say_time(arguments, result, result.timings["total"])

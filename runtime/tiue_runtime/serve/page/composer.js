@@ -46,8 +46,9 @@ export class Composer {
     const seed = at("seed").value.trim();
     const n = Number(document.querySelector("#counts input:checked").value);
     if (!prompt) throw refused("prompt", "Say what the picture shows, for example: a red heart");
-    if (seed && (!/^\d+$/.test(seed) || BigInt(seed) + BigInt(n) > LARGEST_SEED)) {
-      throw refused("seed", `The seed is a whole number from 0 to ${LARGEST_SEED}.`);
+    const largest = LARGEST_SEED - BigInt(n) + 1n; // Picture j has seed + j.
+    if (seed && (!/^\d+$/.test(seed) || BigInt(seed) > largest)) {
+      throw refused("seed", `The seed is a whole number from 0 to ${largest}.`);
     }
     return { prompt, n, size: at("size").value, seed: seed ? String(BigInt(seed)) : null };
   }
