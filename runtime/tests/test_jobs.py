@@ -74,7 +74,7 @@ def test_pictures_that_fail_together_are_drawn_one_by_one(pipe, error):
         drawn = [job.future.result(WAIT) for job in jobs]
     for (prompt, seed, count), result in zip(WAITING, drawn, strict=True):
         assert pixels(result.pictures) == pixels(pipe(prompt, seed=seed + i).images[0] for i in range(count))
-        assert result.warnings == (f"drawing 4 pictures one by one, after an error: {error}",)
+        assert result.warnings == ("4 pictures cannot be drawn together, but one by one",)
 
 
 def test_a_mistake_in_a_batch_is_one_of_its_job_only(gate):
@@ -85,7 +85,9 @@ def test_a_mistake_in_a_batch_is_one_of_its_job_only(gate):
         gate.open.set()
         with pytest.raises(RequestError, match="prompt"):
             wrong.future.result(WAIT)
-        assert len(right.future.result(WAIT).pictures) == 2
+        drawn = right.future.result(WAIT)
+    assert len(drawn.pictures) == 2
+    assert drawn.warnings == ("4 pictures cannot be drawn together, but one by one",)
     assert len(gate.requests) == 5  # the first, all four together, one of the wrong job, two of the right one
 
 
@@ -256,6 +258,38 @@ def test_warnings_of_drawing_belong_to_their_job(pipe, recwarn):
             assert len(drawn.warnings) == 1 and "knows no word of 'an elephant'" in drawn.warnings[0]
         assert queue.submit(Drawing("a red heart", seed=1)).future.result(WAIT).warnings == ()
     assert [str(warning.message) for warning in recwarn] == ["of another thread"]
+
+
+def test_warnings_that_quote_a_prompt_belong_to_its_job_alone(gate):
+    """Also in a batch, since two clients may have asked."""
+    long = [word + f" {word}" * 500 for word in ("heart", "star")]
+    asked = ["an elephant", "a red heart", "a walrus", *long]
+    with JobQueue(gate, batch=8) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        jobs = [queue.submit(Drawing(prompt, seed=1)) for prompt in asked]
+        gate.open.set()
+        found = [job.future.result(WAIT).warnings for job in jobs]
+    assert [len(prompt) if isinstance(prompt, list) else 1 for prompt, _ in gate.requests] == [1, len(asked)]
+    unknown, known, other, *cut = found
+    assert len(unknown) == 1 and "'an elephant'" in unknown[0] and known == ()
+    assert len(other) == 1 and "'a walrus'" in other[0]
+    assert [len(one) for one in cut] == [1, 1]
+    assert "cut off: 'heart heart" in cut[0][0] and "cut off: 'star star" in cut[1][0]
+
+
+def test_an_error_of_one_listener_ends_its_job_alone(gate):
+    def fails(progress):
+        raise KeyError("of the listener")
+
+    with JobQueue(gate, batch=4) as queue:
+        queue.submit(Drawing("a red heart", seed=9))
+        assert gate.entered.wait(WAIT)
+        first = queue.submit(Drawing("a red heart", seed=1), on_progress=fails)
+        second = queue.submit(Drawing("a blue star", seed=2), on_progress=lambda _: None)
+        gate.open.set()
+        assert len(second.future.result(WAIT).pictures) == 1
+        assert isinstance(first.future.exception(WAIT), KeyError)
 
 
 def test_many_queues_change_the_showing_of_warnings_once(pipe):

@@ -40,7 +40,7 @@ from tiue_runtime.run import Run
 from tiue_runtime.safety import blurred, flag
 from tiue_runtime.tokenizer import CHARACTERS_PER_TOKEN, PromptTokenizer
 from tiue_runtime.upscale import enlarge
-from tiue_runtime.vocabulary import Vocabulary
+from tiue_runtime.vocabulary import PromptWarning, Vocabulary
 
 Float32 = NDArray[np.float32]
 Tile = tuple[int, int]
@@ -156,10 +156,12 @@ class Sampler:
             turns.run.check("the words of the prompts were looked up")
             complaint = self._vocabulary.complaint(prompt[: CHARACTERS_PER_TOKEN * length])  # Later words are cut off.
             if complaint:
-                warnings.warn(complaint, stacklevel=4)
+                warnings.warn(PromptWarning(complaint, prompt), stacklevel=4)
         tokens = self._tokenizer(prompts)
-        for cut in filter(None, tokens.cut):
-            warnings.warn(f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}", stacklevel=4)
+        for prompt, cut in zip(prompts, tokens.cut, strict=True):
+            if cut:
+                text = f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}"
+                warnings.warn(PromptWarning(text, prompt), stacklevel=4)
         graph = self.graphs.text_encoder
         feed = {INPUT_IDS: tokens.input_ids, ATTENTION_MASK: tokens.attention_mask}
         text = cast(Float32, turns(TEXT_ENCODER, graph, feed)[TEXT])

@@ -17,6 +17,14 @@ _LOOKED_UP = 32  # unknown words at most; each takes 2 ms with the default model
 _SHOWN = 3  # suggestions
 
 
+class PromptWarning(UserWarning):
+    """A warning that quotes a prompt. Other requests of a batch must not hear it."""
+
+    def __init__(self, message: str, prompt: str) -> None:
+        super().__init__(message)
+        self.prompt = prompt
+
+
 class Vocabulary:
     """The words of a bundle's `prompts`.
 

@@ -34,7 +34,7 @@ class ForkSafeLock:
 _locks: WeakSet[ForkSafeLock] = WeakSet()  # of this process
 
 FILTERS = ForkSafeLock()
-"""Whoever ignores warnings for a while holds it, because all threads share their filters."""
+"""Whoever changes the filters of warnings holds it, because all threads share them."""
 
 
 def _renew_all() -> None:

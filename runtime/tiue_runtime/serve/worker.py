@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.errors import OutOfMemoryError, RequestError
+from tiue_runtime.host.forks import FILTERS
 from tiue_runtime.progress import Hearing
 from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
 
@@ -24,29 +25,25 @@ Part = tuple[Job, int]
 _RECORD = "tiue"  # the key of a picture's record in `Image.info`
 
 
-class Heard(threading.local):
-    """Where warnings of this thread go."""
-
-    sink: list[str] | None = None
-
-
-_heard = Heard()
+_heard = threading.local()  # its `sink` gets the warnings of a thread, if there is one
 
 
 def hear_warnings() -> None:
     """Give warnings of drawing to their jobs, for the rest of this process. Others are shown as before."""
-    show: Any = warnings.showwarning
-    if getattr(show, "func", None) is not _hear:
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = partial(_hear, show)
+    with FILTERS.hold():
+        show: Any = warnings.showwarning
+        if getattr(show, "func", None) is not _hear:
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = partial(_hear, show)
 
 
 def _hear(show: Callable[..., object], message: Warning | str, *others: Any, **named: Any) -> None:
     """Keep a warning if this thread draws, else show it."""
-    if _heard.sink is None:
+    sink = getattr(_heard, "sink", None)
+    if sink is None:
         show(message, *others, **named)
-    elif str(message) not in _heard.sink:
-        _heard.sink.append(str(message))
+    else:
+        sink.append(message)
 
 
 class Worker:
@@ -73,7 +70,7 @@ class Worker:
             self._draw(parts)
         return bool(parts)
 
-    def _draw(self, parts: list[Part], warned: Sequence[str] = ()) -> None:
+    def _draw(self, parts: list[Part], warned: Sequence[Warning | str] = ()) -> None:
         """Draw some pictures. Errors and warnings go to the jobs."""
         jobs = list(dict.fromkeys(job for job, _ in parts))
         heard = list(warned)
@@ -82,7 +79,7 @@ class Worker:
             result = self._request(parts, jobs)
         except (OutOfMemoryError, RequestError) as error:
             if len(parts) > 1:  # A picture alone may fit into memory.
-                warnings.warn(f"drawing {len(parts)} pictures one by one, after an error: {error}", stacklevel=2)
+                warnings.warn(f"{len(parts)} pictures cannot be drawn together, but one by one", stacklevel=2)
                 for part in parts:
                     if not part[0].ended:
                         self._draw([part], heard)
@@ -139,10 +136,13 @@ class Worker:
             job.stage = progress.stage
             job.fraction = max(job.fraction, (index + progress.fraction) / job.drawing.count)
             hears = job.on_progress
-            if hears is not None:
-                hears(JobProgress(job, index, progress, row))
+            if hears is not None and not job.ended:
+                try:
+                    hears(JobProgress(job, index, progress, row))
+                except Exception as error:  # of the caller's function
+                    self._queue.finish(job, error)
 
-    def _deliver(self, parts: list[Part], result: Result[list[Any]], heard: list[str]) -> None:
+    def _deliver(self, parts: list[Part], result: Result[list[Any]], heard: Sequence[Warning | str]) -> None:
         jobs = list(dict.fromkeys(job for job, _ in parts))
         for job in jobs:
             _add(job.timings, result.timings)
@@ -150,7 +150,10 @@ class Worker:
             if job.ended:
                 continue
             job.pictures.append(picture)
-            job.warnings += [text for text in heard if text not in job.warnings]
+            for one in heard:
+                own = getattr(one, "prompt", job.drawing.prompt) == job.drawing.prompt
+                if own and str(one) not in job.warnings:
+                    job.warnings.append(str(one))
             tell = job.on_picture
             try:
                 if tell is not None:
