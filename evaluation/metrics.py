@@ -140,9 +140,9 @@ def precision_recall_intervals(
         if name in ("precision", "density"):
             found[name] = bootstrap(np.mean, value, groups=(group,), samples=samples, seed=seed)
         else:
-            near = _any_of(around_made if name == "recall" else around_real, of_made)
-            again = (of_real * near).sum(axis=1) / of_real.sum(axis=1)
-            found[name] = _interval(float(value.mean()), again, biased=True)  # fewer different pictures cover less
+            again = _shares(around_made if name == "recall" else around_real, of_real, of_made)
+            own = _interval(float(value.mean()), again, biased=True)  # fewer different pictures cover less
+            found[name] = Interval(own.value, max(own.low, 0.0), min(own.high, 1.0))
     return found
 
 
@@ -277,8 +277,9 @@ def _drawn(
 def _neighborhoods(real: Features, made: Features, k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Say which made pictures lie in the neighborhood of each real one, and the other way round, both (n, m)."""
     _check(real, made, least=k + 1)
+    of_real, of_made = _radii(real, k), _radii(made, k)  # first, since each needs a matrix of its own
     distances = cdist(real, made)
-    return distances < _radii(real, k)[:, None], distances < _radii(made, k)[None, :]
+    return distances < of_real[:, None], distances < of_made[None, :]
 
 
 def _of_pictures(
@@ -292,11 +293,15 @@ def _of_pictures(
     }
 
 
-def _any_of(inside: NDArray[np.bool_], of_made: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Say for each sample (S, m) of made pictures which rows of `inside` (n, m) hold any of them, (S, n)."""
-    there = (of_made > 0).astype(np.float32)
-    parts = range(0, len(inside), _ROWS)
-    return np.hstack([there @ inside[start : start + _ROWS].T.astype(np.float32) > 0 for start in parts])
+def _shares(
+    around: NDArray[np.bool_], of_real: NDArray[np.float64], of_made: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Compute for each sample the share of its real pictures that have any of its made pictures around them, (S,)."""
+    there, total = (of_made > 0).astype(np.float32), np.zeros(len(of_made))
+    for start in range(0, len(around), _ROWS):
+        part = slice(start, start + _ROWS)
+        total += (of_real[:, part] * (there @ around[part].T.astype(np.float32) > 0)).sum(axis=1)
+    return total / of_real.sum(axis=1)
 
 
 def _scaled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -333,7 +338,9 @@ def _kernel_distances(
 
 def _radii(features: Features, k: int) -> NDArray[np.float64]:
     """Distances to the k-th neighbor, not counting the picture itself."""
-    return np.partition(cdist(features, features), k, axis=1)[:, k]
+    distances = cdist(features, features)
+    distances.partition(k, axis=1)
+    return distances[:, k].copy()  # A view would keep the whole matrix.
 
 
 def _check(real: Features, made: Features, least: int) -> None:
