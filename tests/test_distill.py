@@ -26,9 +26,10 @@ from tiue.distill import runs
 from tiue.distill.average import Average
 from tiue.distill.cli import main
 from tiue.distill.clip import ClipScore
+from tiue.distill.command import status_of
 from tiue.distill.config import DistillConfig
 from tiue.distill.draws import Draws, SharedDraws
-from tiue.distill.loop import StoppedError, train
+from tiue.distill.loop import DivergedError, StoppedError, train
 from tiue.distill.vsd import Vsd, prepare
 from tiue.losses import kl_loss
 from tiue.schedule import closed_form
@@ -538,6 +539,24 @@ def test_a_report_ends_the_run(tmp_path):
     assert "4 updates" in text and "| mu_751 |" in text and "samples/step-000004.png" in text
     with Image.open(tmp_path / "losses.png") as plot:
         assert plot.size == (1300, 700)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("`keep` is wrong"), 2, "--keep is wrong"),
+        (OSError("x"), 2, "x"),
+        (DivergedError("x"), 1, "x"),
+        (StoppedError("x", 15), 143, "x"),
+        (KeyboardInterrupt(), 2, "interrupted"),
+    ],
+)
+def test_a_command_ends_with_a_status_and_one_line(error, status, said, capsys):
+    def fails():
+        raise error
+
+    assert status_of("program", fails, DistillConfig) == status and status_of("program", lambda: None) == 0
+    assert capsys.readouterr().err == f"program: {said}\n"
 
 
 def test_a_short_run_that_draws_few_numbers_of_steps_has_a_report(tmp_path):

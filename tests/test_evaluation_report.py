@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -400,7 +402,10 @@ def test_a_run_does_not_resume_on_other_drawings(tmp_path, archive, capsys):
 def test_a_finished_encoder_is_not_taken_for_another(tmp_path, archive, capsys):
     command = ["--out", str(tmp_path / "run"), *SMALL, "--iterations", "1", "--drawings", str(archive)]
     assert encoder_main([*command, "--mixed-precision", "no"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")  # as in a process that has trained something else
     assert encoder_main([*command, "--mixed-precision", "bf16"]) == 0  # finished, so nothing is computed
+    assert encoder_main([*command, "--mixed-precision", "no"]) == 0
     assert encoder_main([*command, "--seed", "9"]) == 2
     assert "another configuration: seed" in capsys.readouterr().err
 

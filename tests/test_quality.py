@@ -12,7 +12,7 @@ from evaluation.painters import torch_painter
 from recipes.baselines import lcm
 from recipes.baselines.config import LcmConfig
 from recipes.baselines.pictures import CaptionedPictures
-from recipes.command import claim, status_of
+from recipes.directory import claim
 from recipes.emoji.__main__ import main as main_of_emoji
 from recipes.quality.__main__ import main
 from recipes.quality.contest import Contest
@@ -21,7 +21,7 @@ from recipes.quality.material import Material
 from recipes.quality.rows import PRESETS, ROWS
 from tiue.checkpoint import load_student
 from tiue.distill.config import DistillConfig
-from tiue.distill.loop import DivergedError, StoppedError, train
+from tiue.distill.loop import train
 from tiue.distill.vsd import prepare
 
 BUNDLE = Path(__file__).parents[1] / "models/emoji/tiue_emoji"
@@ -45,27 +45,17 @@ def test_unknown_rows_and_a_missing_source_are_named(tmp_path, capsys):
 
 
 def test_the_results_of_one_preset_are_not_taken_for_those_of_another(tmp_path, capsys):
-    claim(tmp_path, {"name": "smoke", "passes": 1, "rates": (1, 2)})
-    claim(tmp_path, {"name": "smoke", "passes": 1, "rates": (1, 2)})
-    with pytest.raises(ValueError, match="has results of other settings: name 'smoke' -> 'cpu', passes 1 -> 30000"):
-        claim(tmp_path, {"name": "cpu", "passes": 30_000, "rates": (1, 2)})
+    smoke = {"name": "smoke", "rates": (1, 2), "judge": {"seed": 0, "width": 8}}
+    claim(tmp_path, smoke)
+    claim(tmp_path, smoke | {"new": 1})  # a setting of a later version
+    expected = 'has results of other settings: name "smoke" -> "cpu", judge.seed 0 -> 9$'
+    with pytest.raises(ValueError, match=expected):
+        claim(tmp_path, {"name": "cpu", "rates": [1, 2], "judge": {"seed": 9, "width": 8}})
     (tmp_path / "data").mkdir()
     (tmp_path / "data/captions.json").write_text("[]")
     assert main(["--source", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert main_of_emoji(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("has results of other settings") == 2
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(ValueError("x"), 2), (OSError("x"), 2), (DivergedError("x"), 1), (StoppedError("x", 15), 143)],
-)
-def test_an_error_of_a_recipe_is_one_line(error, status, capsys):
-    def fails():
-        raise error
-
-    assert status_of("program", fails) == status and status_of("program", lambda: None) == 0
-    assert capsys.readouterr().err == "program: x\n"
 
 
 def test_a_student_of_several_steps_runs_its_graphs_in_a_loop(tmp_path, monkeypatch):

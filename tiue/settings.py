@@ -128,7 +128,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 def given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
     """Return the settings whose flags were given: name of the field => value."""
     values = {name: getattr(arguments, name) for name, _, _ in _rules(settings)}
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_flags(message: str, settings: type) -> str:

@@ -14,9 +14,8 @@ from evaluation.encoder.contrastive import EncoderTraining
 from evaluation.encoder.encoder_config import EncoderConfig
 from evaluation.encoder.retrieval import train_encoder
 from evaluation.reference import load_reference
-from tiue.distill.loop import DivergedError, StoppedError
-from tiue.files import one_line
-from tiue.settings import add_flags, given, with_flags
+from tiue.distill.command import status_of
+from tiue.settings import add_flags, given
 
 
 def fastest_precision() -> str:
@@ -46,24 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if the training diverged; 2 if it cannot run; 128 plus the number of the signal that stopped it.
     """
     arguments = parser().parse_args(argv)
-    try:
-        config = EncoderConfig(**{"mixed_precision": fastest_precision()} | given(arguments, EncoderConfig))
-        report = train_encoder(load_reference(arguments.drawings), arguments.out, config)
-    except StoppedError as stopped:
-        print(f"python -m evaluation.encoder: {one_line(stopped)}", file=sys.stderr)
-        return 128 + stopped.signal
-    except DivergedError as diverged:
-        print(f"python -m evaluation.encoder: {one_line(diverged)}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"python -m evaluation.encoder: {with_flags(one_line(error), EncoderConfig)}", file=sys.stderr)
-        return 2
+    return status_of("python -m evaluation.encoder", lambda: _train(arguments), EncoderConfig)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = EncoderConfig(**{"mixed_precision": fastest_precision()} | given(arguments, EncoderConfig))
+    report = train_encoder(load_reference(arguments.drawings), arguments.out, config)
     top1 = report["top1"]
     print(
         f"retrieval of the concept of {report['drawings']} held-out drawings among {report['concepts']}: "
         f"{top1['value']:.3f} ({top1['low']:.3f} to {top1['high']:.3f}); {arguments.out / EncoderTraining.result}"
     )
-    return 0
 
 
 if __name__ == "__main__":

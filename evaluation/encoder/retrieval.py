@@ -18,6 +18,7 @@ from evaluation.metrics import bootstrap, rank_of_asked, unit
 from evaluation.reference import Reference
 from tiue.distill.loop import train
 from tiue.distill.method import Run
+from tiue.distill.runs import check_same_run
 from tiue.files import digest, write_text
 
 
@@ -41,12 +42,13 @@ def train_encoder(reference: Reference, out: Path, config: EncoderConfig, texts:
     if not held_out(reference).any():
         raise ValueError(f"no drawing would be held out of {len(reference.pictures)}: give more drawings")
     path, weights = out / "report.json", out / EncoderTraining.result
+    captions = digest([text for variants in reference.captions for text in variants])
     if path.exists():  # A finished encoder serves machines of another precision, too.
-        trained = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        config = replace(config, mixed_precision=trained["mixed_precision"])
-    run = Run(out, config)
-    run.identify(captions=digest([text for variants in reference.captions for text in variants]))
-    if not path.exists():
+        precision = json.loads(path.read_text(encoding="utf-8"))["settings"]["mixed_precision"]
+        check_same_run(out, replace(config, mixed_precision=precision), {"captions": captions})
+    else:
+        run = Run(out, config)
+        run.identify(captions=captions)
         texts = texts or Texts(reference, Sentences(run.accelerator.device))
         begun = time.process_time()
         train(run, EncoderTraining(run, config, reference, texts))

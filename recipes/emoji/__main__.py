@@ -24,13 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     arguments = parser.parse_args(argv)
 
-    from recipes.command import status_of  # Imported late: --help does not need it.
+    from tiue.distill.command import status_of  # Imported late: --help does not need it.
 
     return status_of(parser.prog, lambda: _make(PRESETS[arguments.preset], arguments.out, arguments.until))
 
 
 def _make(preset: Preset, out: Path, until: str) -> None:
-    from recipes.command import claim
+    from recipes.directory import claim
     from recipes.emoji import data
 
     claim(out, asdict(preset))

@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         preset = replace(preset, seeds=arguments.seeds)
 
-    from recipes.command import status_of  # Imported late: --help does not need it.
+    from tiue.distill.command import status_of  # Imported late: --help does not need it.
 
     return status_of(parser.prog, lambda: _compare(preset, names or known, arguments.source, arguments.out))
 
 
 def _compare(preset: Preset, names: Collection[str], source: Path, out: Path) -> None:
-    from recipes.command import claim
+    from recipes.directory import claim
     from recipes.emoji import data
     from recipes.quality.contest import Contest
     from recipes.quality.material import Material

@@ -147,7 +147,7 @@ class Contest:
         run, method = self._prepared(row, {**settings, "iterations": 1, "seed": 0}, probe)
         teacher = load_components(self.material.teacher)
         text = encode_text(teacher, [""]).detach().to(device())
-        cost = update_cost(run, method, teacher.unet.to(device()), text)
+        cost = update_cost(run, method, teacher.unet.to(device()), teacher.geometry.latent_shape, text)
         shutil.rmtree(probe, ignore_errors=True)
         return cost
 

@@ -21,18 +21,19 @@ class Cost:
     operations: float
 
 
-def update_cost(run: Run, method: Method, unet: UNet2DConditionModel, text: torch.Tensor) -> Cost:
+def update_cost(
+    run: Run, method: Method, unet: UNet2DConditionModel, shape: tuple[int, int, int], text: torch.Tensor
+) -> Cost:
     """Count the cost of an update. This changes the method's weights, so the method is not used any more.
 
     Args:
         run: the run.
         method: the method.
         unet: the teacher's, to count one pass.
+        shape: of its latents, (C, h, w).
         text: a text embedding, (1, L, D).
     """
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    latents = torch.zeros(1, unet.config.in_channels, height, width, device=text.device)
+    latents = torch.zeros(1, *shape, device=text.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(latents, torch.zeros(1, dtype=torch.int64, device=text.device), text)
     one = counter.get_total_flops()

@@ -132,7 +132,7 @@ class Judging:
             flags += ["--guidance", str(self._preset.teacher_guidance)]
         out.mkdir(parents=True, exist_ok=True)
         if status := export(["--ckpt", str(result), *flags]):
-            raise RuntimeError(f"the export of {result} ended with status {status}")
+            raise ValueError(f"the export of {result} ended with status {status}")
         return bundle
 
 

@@ -59,7 +59,8 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
     Raises:
         DivergedError: a value is not finite. Nothing of that update is saved.
         StoppedError: SIGTERM or SIGINT arrived. A checkpoint is written first.
-        ValueError: the directory holds another run or more updates, or the processes do not see the same checkpoints.
+        ValueError: the directory holds another run, or more updates than `iterations`; or the processes do not see the
+            same checkpoints.
     """
     config, out, accelerator = run.config, run.out, run.accelerator
     main = accelerator.is_main_process

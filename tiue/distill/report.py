@@ -64,7 +64,10 @@ def _lines(name: str, columns: Mapping[str, Any], settings: Mapping[str, Any], s
 
 
 def _results(columns: Mapping[str, Any]) -> list[str]:
-    """List the columns that have values, without speed and learning rates. A short run may lack a number of steps."""
+    """List the columns that have values, without speed and learning rates.
+
+    A short run may not have drawn every number of steps.
+    """
     return [n for n in columns if n not in _SPEED and not n.endswith("_lr") and np.isfinite(columns[n]).any()]
 
 
