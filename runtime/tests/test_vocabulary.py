@@ -81,10 +81,11 @@ def test_only_the_beginning_of_a_prompt_is_looked_up(pipe, monkeypatch):
 
 
 def test_a_request_is_cancelled_between_the_words_of_two_prompts(pipe, monkeypatch):
-    stop = threading.Event()
-    monkeypatch.setattr(Vocabulary, "complaint", lambda self, prompt: stop.set())
-    with pytest.raises(Cancelled, match="before the words of the prompts were looked up"):
-        pipe(["a zeppelin", "a zeppelin"], cancel=stop)
+    stop, asked = threading.Event(), []
+    monkeypatch.setattr(Vocabulary, "complaint", lambda self, prompt: asked.append(prompt) or stop.set())
+    with pytest.raises(Cancelled, match="before text_encoder"):
+        pipe(["a zeppelin", "an airship"], cancel=stop)
+    assert asked == ["a zeppelin"]
 
 
 def test_the_pipeline_warns_where_it_was_called(copy):

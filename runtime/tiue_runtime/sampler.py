@@ -153,7 +153,7 @@ class Sampler:
         """Return text embeddings (B, L, D), one row per prompt."""
         length = self._manifest.text_length
         for prompt in prompts:
-            turns.run.check("the words of the prompts were looked up")
+            turns.run.check(TEXT_ENCODER)
             complaint = self._vocabulary.complaint(prompt[: CHARACTERS_PER_TOKEN * length])  # Later words are cut off.
             if complaint:
                 warnings.warn(PromptWarning(complaint, prompt), stacklevel=4)
