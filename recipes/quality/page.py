@@ -127,8 +127,10 @@ def plot_latency(entries: Sequence[Entry], path: Path) -> None:
     for entry in entries:
         if entry.latency is not None:
             timed.setdefault(entry.row.name, []).append(entry)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), dpi=100)
+    colors = plt.get_cmap("tab20").colors  # twenty, since the usual ten would repeat
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5), dpi=100, layout="constrained")
     for axis, (title, network, name) in zip(axes, _PLOTTED, strict=True):
+        axis.set_prop_cycle(color=colors)
         for row, of_row in timed.items():
             at = [entry.latency["median"] * 1000 for entry in of_row if entry.latency is not None]
             values, lows, highs = np.transpose([entry.value(network, name) for entry in of_row])
@@ -138,8 +140,7 @@ def plot_latency(entries: Sequence[Entry], path: Path) -> None:
                 axis.annotate(str(entry.steps), (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
         axis.set(title=title, xlabel="milliseconds a picture, two cores")
     if timed:
-        axes[0].legend(fontsize=7)
-    figure.tight_layout()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
