@@ -127,7 +127,7 @@ def plot_latency(entries: Sequence[Entry], path: Path) -> None:
     for entry in entries:
         if entry.latency is not None:
             timed.setdefault(entry.row.name, []).append(entry)
-    colors = plt.get_cmap("tab20").colors  # twenty, since the usual ten would repeat
+    colors = matplotlib.color_sequences["tab20"]  # twenty, since the usual ten would repeat
     figure, axes = plt.subplots(1, 3, figsize=(14, 5), dpi=100, layout="constrained")
     for axis, (title, network, name) in zip(axes, _PLOTTED, strict=True):
         axis.set_prop_cycle(color=colors)
