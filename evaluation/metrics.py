@@ -277,9 +277,9 @@ def _drawn(
 def _neighborhoods(real: Features, made: Features, k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Say which made pictures lie in the neighborhood of each real one, and the other way round, both (n, m)."""
     _check(real, made, least=k + 1)
-    of_real, of_made = _radii(real, k), _radii(made, k)  # first, since each needs a matrix of its own
+    real_radii, made_radii = _radii(real, k), _radii(made, k)  # first, since each needs a matrix of its own
     distances = cdist(real, made)
-    return distances < of_real[:, None], distances < of_made[None, :]
+    return distances < real_radii[:, None], distances < made_radii[None, :]
 
 
 def _of_pictures(

@@ -89,7 +89,7 @@ class Worker:
             self._fail(jobs, error)
         else:
             self._queue.drawn(result.timings, len(parts))
-            self._deliver(parts, result, heard)
+            self._deliver(parts, jobs, result, heard)
         finally:
             _heard.sink = None
 
@@ -142,8 +142,9 @@ class Worker:
                 except Exception as error:  # of the caller's function
                     self._queue.finish(job, error)
 
-    def _deliver(self, parts: list[Part], result: Result[list[Any]], heard: Sequence[Warning | str]) -> None:
-        jobs = list(dict.fromkeys(job for job, _ in parts))
+    def _deliver(
+        self, parts: list[Part], jobs: list[Job], result: Result[list[Any]], heard: Sequence[Warning | str]
+    ) -> None:
         for job in jobs:
             _add(job.timings, result.timings)
         for (job, index), picture in zip(parts, result.images, strict=True):
