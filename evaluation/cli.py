@@ -19,9 +19,10 @@ from evaluation.features import KINDS, Embeddings, Extractor, load_extractors
 from evaluation.figures import Asked, ask, compare, retrieve, styles_of
 from evaluation.painters import Painter, bundle_painter, pipeline_painter, student_painter
 from evaluation.reference import Reference, load_reference
-from tiue.files import one_line, write_text
+from tiue.distill.command import status_of
+from tiue.files import write_text
 from tiue.prompts import load_prompts
-from tiue.settings import add_flags, check, given, setting, with_flags
+from tiue.settings import add_flags, check, given, setting
 
 _DESCRIPTION = """\
 Say how good the pictures of a bundle, a pipeline or a student are: how near to reference pictures, how varied, and
@@ -218,23 +219,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 if it cannot run.
     """
     arguments = parser().parse_args(argv)
-    try:
-        config = EvaluationConfig(**given(arguments, EvaluationConfig))
-        prompts = load_prompts(arguments.prompts)
-        if arguments.out.is_dir():
-            raise ValueError(f"--out: {arguments.out} is a directory, expected a file")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        reference = load_reference(arguments.reference, config.reference_size)
-        painter, judges = _painter(arguments, config), load_judges(reference, config.features)
-        report = evaluate(painter, prompts, reference, judges, config, arguments.save)
-        judged = arguments.bundle or arguments.pipeline or arguments.student
-        files = {"judged": str(judged), "prompt file": str(arguments.prompts), "reference": str(arguments.reference)}
-        print(table(report))
-        write_text(arguments.out, json.dumps(files | report, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"python -m evaluation: {with_flags(one_line(error), EvaluationConfig)}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of("python -m evaluation", lambda: _judge(arguments), EvaluationConfig)
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    config = EvaluationConfig(**given(arguments, EvaluationConfig))
+    prompts = load_prompts(arguments.prompts)
+    if arguments.out.is_dir():
+        raise ValueError(f"--out: {arguments.out} is a directory, expected a file")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    reference = load_reference(arguments.reference, config.reference_size)
+    painter, judges = _painter(arguments, config), load_judges(reference, config.features)
+    report = evaluate(painter, prompts, reference, judges, config, arguments.save)
+    judged = arguments.bundle or arguments.pipeline or arguments.student
+    files = {"judged": str(judged), "prompt file": str(arguments.prompts), "reference": str(arguments.reference)}
+    print(table(report))
+    write_text(arguments.out, json.dumps(files | report, indent=2) + "\n")
 
 
 def _device() -> torch.device:

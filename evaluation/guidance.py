@@ -21,10 +21,10 @@ from tqdm import tqdm
 from evaluation.painters import sample_ddim
 from tiue.components import Components, load_components
 from tiue.diffusion import Diffusion
+from tiue.distill.command import status_of
 from tiue.distill.scores import guided
-from tiue.files import one_line
 from tiue.prompts import load_prompts
-from tiue.settings import add_flags, check, given, setting, with_flags
+from tiue.settings import add_flags, check, given, setting
 from tiue.text_encoder import encode_text
 
 _EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.95)  # of ranges of timesteps, as parts of all
@@ -125,22 +125,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_flags(parser, GuidanceConfig)
     arguments = parser.parse_args(argv)
-    try:
-        config = GuidanceConfig(**given(arguments, GuidanceConfig))
-        teacher, prompts = load_components(arguments.pipeline), load_prompts(arguments.prompts)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher.unet.to(device)
-        teacher.text_encoder.to(device)
-        found = compare_guidance(teacher, prompts, config)
-    except (ValueError, OSError) as error:
-        print(f"python -m evaluation.guidance: {with_flags(one_line(error), GuidanceConfig)}", file=sys.stderr)
-        return 2
+    return status_of(parser.prog, lambda: _compare(arguments), GuidanceConfig)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    config = GuidanceConfig(**given(arguments, GuidanceConfig))
+    teacher, prompts = load_components(arguments.pipeline), load_prompts(arguments.prompts)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.unet.to(device)
+    teacher.text_encoder.to(device)
+    found = compare_guidance(teacher, prompts, config)
     print("| timesteps | " + " | ".join(f"guidance {scale:g}" for scale in config.scales) + " |")
     print("|---" * (1 + len(config.scales)) + "|")
     for timesteps, errors in found.items():
         cells = [f"**{error:.3f}**" if error == min(errors) else f"{error:.3f}" for error in errors]
         print(f"| {timesteps.start} to {timesteps.stop - 1} | " + " | ".join(cells) + " |")
-    return 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from tiue.distill.clip import ClipScore
 from tiue.distill.command import status_of
 from tiue.distill.config import DistillConfig
 from tiue.distill.draws import Draws, SharedDraws
-from tiue.distill.loop import DivergedError, StoppedError, train
+from tiue.distill.errors import DivergedError, StoppedError
+from tiue.distill.loop import train
 from tiue.distill.vsd import Vsd, prepare
 from tiue.losses import kl_loss
 from tiue.schedule import closed_form
@@ -546,6 +547,7 @@ def test_a_report_ends_the_run(tmp_path):
     [
         (ValueError("`keep` is wrong"), 2, "--keep is wrong"),
         (OSError("x"), 2, "x"),
+        (OSError(), 2, "OSError"),
         (DivergedError("x"), 1, "x"),
         (StoppedError("x", 15), 143, "x"),
         (KeyboardInterrupt(), 2, "interrupted"),
@@ -556,7 +558,7 @@ def test_a_command_ends_with_a_status_and_one_line(error, status, said, capsys):
         raise error
 
     assert status_of("program", fails, DistillConfig) == status and status_of("program", lambda: None) == 0
-    assert capsys.readouterr().err == f"program: {said}\n"
+    assert capsys.readouterr().err == f"program: error: {said}\n"
 
 
 def test_a_short_run_that_draws_few_numbers_of_steps_has_a_report(tmp_path):

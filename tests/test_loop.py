@@ -14,7 +14,7 @@ from tolerances import ALMOST_ZERO, SHARED_LOSSES
 from tiue.distill import runs
 from tiue.distill.config import RunConfig
 from tiue.distill.draws import Batch
-from tiue.distill.loop import DivergedError, StoppedError
+from tiue.distill.errors import DivergedError, StoppedError
 
 
 def test_a_method_of_a_few_lines_learns(tmp_path):

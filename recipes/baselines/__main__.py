@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.baselines.config import PRESETS, SWIFTBRUSH, SWIFTBRUSH_V2, AddConfig, LcmConfig, SwiftBrushV2Config
+from tiue.distill.command import status_of
 from tiue.distill.config import DistillConfig, RunConfig, preset_names, read_preset
-from tiue.files import one_line
-from tiue.settings import add_flags, given, with_flags
+from tiue.settings import add_flags, given
 
 _EPILOG = """\
 examples:
@@ -98,22 +98,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="python -m recipes.baselines: %(message)s")
     logging.getLogger("tiue").setLevel(logging.INFO)
     command = METHODS.get(arguments.method)
-    try:
-        if command is None:
-            return _merge(arguments)
-        preset = read_preset(arguments.preset, command.config, PRESETS) if arguments.preset else {}
-        config = command.config(**command.defaults | preset | given(arguments, command.config))
-        return _dry_run(arguments, config) if arguments.dry_run else _distill(arguments, config)
-    except (ValueError, OSError) as error:
-        return _fail(with_flags(str(error), command.config) if command else str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 2)
+    settings = command.config if command else None
+    return status_of("python -m recipes.baselines", lambda: _run(arguments, command), settings)
 
 
-def _distill(arguments: argparse.Namespace, config: Any) -> int:
+def _run(arguments: argparse.Namespace, command: _Command | None) -> None:
+    if command is None:
+        _merge(arguments)
+        return
+    preset = read_preset(arguments.preset, command.config, PRESETS) if arguments.preset else {}
+    config = command.config(**command.defaults | preset | given(arguments, command.config))
+    if arguments.dry_run:
+        _dry_run(arguments, config)
+    else:
+        _distill(arguments, config)
+
+
+def _distill(arguments: argparse.Namespace, config: Any) -> None:
     from recipes.baselines.few_steps import load_unet
     from tiue.components import load_components
-    from tiue.distill.loop import DivergedError, StoppedError, train
+    from tiue.distill.loop import train
     from tiue.prompts import load_prompts
 
     for flag in (*METHODS[arguments.method].needs, "out"):
@@ -123,13 +127,7 @@ def _distill(arguments: argparse.Namespace, config: Any) -> int:
     samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
     initial = load_unet(arguments.init) if arguments.init else None
     run, method = _PREPARE[arguments.method](arguments, teacher, config, initial, samples)
-    try:
-        print(f"result written to {train(run, method)}")
-    except DivergedError as error:
-        return _fail(str(error), 1)
-    except StoppedError as error:
-        return _fail(str(error), 128 + error.signal)
-    return 0
+    print(f"result written to {train(run, method)}")
 
 
 def _prepare_lcm(arguments: argparse.Namespace, teacher: Any, config: Any, initial: Any, samples: Any) -> Any:
@@ -190,7 +188,7 @@ def _pictures(arguments: argparse.Namespace, teacher: Any) -> Any:
     return CaptionedPictures(arguments.pictures, teacher.geometry.height * teacher.geometry.pixels_per_latent)
 
 
-def _merge(arguments: argparse.Namespace) -> int:
+def _merge(arguments: argparse.Namespace) -> None:
     from recipes.baselines.swiftbrushv2 import merge
     from tiue.checkpoint import load_student, save_student
 
@@ -199,10 +197,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     merged = merge(load_student(arguments.full), load_student(arguments.lora), arguments.share)
     save_student(arguments.out, merged)
     print(f"student written to {arguments.out}")
-    return 0
 
 
-def _dry_run(arguments: argparse.Namespace, config: RunConfig) -> int:
+def _dry_run(arguments: argparse.Namespace, config: RunConfig) -> None:
     from recipes.baselines.memory import memory
 
     for name, value in dataclasses.asdict(config).items():
@@ -210,12 +207,6 @@ def _dry_run(arguments: argparse.Namespace, config: RunConfig) -> int:
     parts = memory(arguments.method, arguments.teacher, config)
     print(f"\n{'memory of the GPU, GB':24} {sum(parts.values()) / 1e9:.1f}: ", end="")
     print(", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items()))
-    return 0
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"python -m recipes.baselines: error: {one_line(message, 2000)}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

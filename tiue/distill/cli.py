@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tiue.distill.command import status_of
 from tiue.distill.config import DistillConfig, preset_names, read_preset
-from tiue.files import one_line
-from tiue.settings import add_flags, given, with_flags
+from tiue.settings import add_flags, given
 
 _DESCRIPTION = """\
 Distill a text-to-image diffusion model into a student that makes a picture in one pass: its encoder runs once, its
@@ -97,17 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tiue").setLevel(logging.INFO)
     # At import, diffusers reports that optimum-onnx shares a namespace with optimum.
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
-    try:
-        settings = read_preset(arguments.preset) if arguments.preset else {}
-        config = DistillConfig(**settings | given(arguments, DistillConfig))
-        return _dry_run(arguments, config) if arguments.dry_run else _distill(arguments, config)
-    except (ValueError, OSError) as error:
-        return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 2)
+    return status_of("python -m tiue", lambda: _run(arguments), DistillConfig)
 
 
-def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> int:
+def _run(arguments: argparse.Namespace) -> None:
+    settings = read_preset(arguments.preset) if arguments.preset else {}
+    config = DistillConfig(**settings | given(arguments, DistillConfig))
+    if arguments.dry_run:
+        _dry_run(arguments, config)
+    else:
+        _distill(arguments, config)
+
+
+def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> None:
     from tiue.components import read_configs
     from tiue.distill.estimate import estimate
     from tiue.distill.prompt_store import Prompts, store_prompts
@@ -136,15 +137,14 @@ def _dry_run(arguments: argparse.Namespace, config: DistillConfig) -> int:
     print(", ".join(f"{name} {value / 1e9:.1f}" for name, value in gigabytes.items()))
     print(f"{'updates':24} {config.iterations:,} of {batch:,} samples (processes: {processes}): ", end="")
     print(f"{config.iterations * batch / prompts:.2f} epochs of {prompts:,} prompts")
-    return 0
 
 
-def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
+def _distill(arguments: argparse.Namespace, config: DistillConfig) -> None:
     # Imported late: importing torch and diffusers takes seconds, for which --help should not wait.
     from tiue.checkpoint import load_student
     from tiue.components import load_components
     from tiue.distill.clip import load_clip
-    from tiue.distill.loop import DivergedError, StoppedError, train
+    from tiue.distill.loop import train
     from tiue.distill.vsd import prepare
     from tiue.prompts import load_prompts, read_prompts
 
@@ -158,19 +158,8 @@ def _distill(arguments: argparse.Namespace, config: DistillConfig) -> int:
     initial = load_student(arguments.init) if arguments.init else None
     prompts = read_prompts(arguments.prompts, arguments.prompt_field)
     run, method = prepare(teacher, prompts, arguments.out, config, initial=initial, sample_prompts=samples, clip=clip)
-    try:
-        print(f"student written to {train(run, method)}")
-    except DivergedError as error:
-        return _fail(str(error), 1)
-    except StoppedError as error:
-        return _fail(str(error), 128 + error.signal)
-    return 0
+    print(f"student written to {train(run, method)}")
 
 
 def _comma_separated(values: Sequence[object]) -> str:
     return ",".join(map(str, values))
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"python -m tiue: error: {one_line(with_flags(message, DistillConfig), 2000)}", file=sys.stderr)
-    return status

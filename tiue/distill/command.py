@@ -1,13 +1,15 @@
-"""The end of a command that trains: its status, and its error as one line."""
+"""The end of a command: its status, and its error as one line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from tiue.distill.loop import DivergedError, StoppedError
+from tiue.distill.errors import DivergedError, StoppedError
 from tiue.files import one_line
 from tiue.settings import with_flags
+
+_LONGEST = 2000  # characters of a message: some list all settings that changed
 
 
 def status_of(program: str, work: Callable[[], object], settings: type | None = None) -> int:
@@ -22,18 +24,19 @@ def status_of(program: str, work: Callable[[], object], settings: type | None = 
         0; 1 if a training diverged; 2 if the work cannot be done; 128 plus the number of the signal that stopped it.
     """
 
-    def failed(message: str, status: int) -> int:
-        print(f"{program}: {with_flags(message, settings) if settings else message}", file=sys.stderr)
+    def failed(error: BaseException | str, status: int) -> int:
+        message = one_line(error, _LONGEST)
+        print(f"{program}: error: {with_flags(message, settings) if settings else message}", file=sys.stderr)
         return status
 
     try:
         work()
     except StoppedError as error:
-        return failed(one_line(error), 128 + error.signal)
+        return failed(error, 128 + error.signal)
     except DivergedError as error:
-        return failed(one_line(error), 1)
+        return failed(error, 1)
     except (ValueError, OSError) as error:
-        return failed(one_line(error), 2)
+        return failed(error, 2)
     except KeyboardInterrupt:
         return failed("interrupted", 2)
     return 0

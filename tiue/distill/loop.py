@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tiue.distill import runs
 from tiue.distill.average import Average
 from tiue.distill.config import RunConfig
+from tiue.distill.errors import DivergedError, StoppedError
 from tiue.distill.method import Method, Run
 from tiue.distill.report import write_report
 from tiue.distill.samples import save_grid
@@ -26,23 +27,6 @@ from tiue.distill.signals import StopSignals
 from tiue.files import one_line, shortened
 
 _log = logging.getLogger(__name__)
-
-
-class DivergedError(RuntimeError):
-    """A loss or a gradient is not finite. The message names the step, the batch and the last checkpoint."""
-
-
-class StoppedError(RuntimeError):
-    """A signal stopped the run. It is saved, and the message says where it resumes.
-
-    Args:
-        message: the message.
-        number: the number of the signal.
-    """
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
 
 
 def train(run: Run, method: Method, progress: bool = True) -> Path:
