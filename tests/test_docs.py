@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -10,6 +11,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tiue_runtime.bundle import Manifest
+from tiue_runtime.record import Record
+from tiue_runtime.tools import batch_lines, serve_command
 from tiue_runtime.tools import cli as runtime_cli
 
 from website.pages import navigation
@@ -150,6 +154,39 @@ def test_flags_that_are_named_exist(document):
     for words in code_words(document):
         if words.startswith("--"):
             assert {word for word in words.split() if word.startswith("--")} <= known, words
+
+
+def found(folder, pattern):
+    """What a pattern finds in the files of a folder, or in one file."""
+    files = [folder] if folder.is_file() else folder.rglob("*.py")
+    return {name for file in files for name in re.findall(pattern, file.read_text(encoding="utf-8"), re.M)}
+
+
+def modules(folder):
+    return {path.stem for path in (ROOT / folder).glob("[!_]*.py")}
+
+
+# The names that a document must have, because it is the place that describes them.
+COMPLETE = {
+    "architecture": lambda: modules("tiue") | modules("tiue/distill") | modules("export"),
+    "bundle": lambda: {field.name for field in dataclasses.fields(Manifest)},
+    "command-line": lambda: {
+        *found(ROOT / "runtime/tiue_runtime", r'"(TIUE_\w+)"'),
+        *re.findall(r"^    (\w+) ", help_of("tiue-runtime", ""), re.M),
+        *batch_lines.FIELDS,
+    },
+    "server": lambda: {"--" + name.replace("_", "-") for name in serve_command.NAMES},
+    "traceability": lambda: {field.name for field in dataclasses.fields(Record)},
+    "web": lambda: found(ROOT / "runtime/web/src/options.ts", r"^  (\w+)\?:"),
+}
+
+
+@pytest.mark.parametrize("document", COMPLETE)
+def test_a_document_has_every_name_of_the_code(document):
+    text = (ROOT / f"docs/{document}.md").read_text(encoding="utf-8")
+    names = COMPLETE[document]()
+    assert names
+    assert not {name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)}
 
 
 @every_document

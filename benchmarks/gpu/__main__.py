@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=_positive, default=1500, help="time limit of the whole (default: 1500)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="results, at most 8 files (default: runs/gpu, or runs/gpu-dry)"
+        "--out", type=Path, metavar="DIR", help="results, at most 7 files (default: runs/gpu, or runs/gpu-dry)"
     )
     parser.add_argument(
         "--work", type=Path, default=Path("runs/benchmarks"), help="pipelines and bundles, which are made once"
