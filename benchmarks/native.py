@@ -121,8 +121,8 @@ class StableDiffusionCpp:
     """stable-diffusion.cpp on the CPU, through stable-diffusion-cpp-python, which reads diffusers directories itself.
 
     Its Euler method, in its units, is DDIM. It gets the noise levels of our timesteps, and makes the same noise from
-    the seed. Its pictures differ from DDIM's all the same: it starts from pure noise, where DDIM takes the noise itself
-    as z_t, and it ends at noise 0. It hides its predictions.
+    the seed. Its pictures differ from DDIM's all the same. It starts from pure noise, where DDIM takes the noise itself
+    as z_t. It ends at noise 0. It hides its predictions.
     """
 
     def __init__(self, directory: Path, threads: int, *, sigmas: Sequence[float], seed: int, precision: str = "fp32"):

@@ -85,8 +85,8 @@ def retrieve(extractor: Extractor, made: Embeddings, prompt: NDArray[np.int64], 
     """Measure how well pictures show what was asked.
 
     Returns:
-        "top 1" and "top 5", how often the text nearest to a picture is the one that was asked for, or one of five; and
-        "text score", the mean cosine of a picture and its own prompt.
+        "top 1" and "top 5", how often the text that was asked for is the nearest to its picture, or among the nearest
+        five. "text score", the mean cosine of a picture and its own prompt.
     """
     texts = extractor.texts([text for texts in asked.candidates for text in texts])
     owner = np.repeat(np.arange(len(asked.candidates)), [len(texts) for texts in asked.candidates])
@@ -109,8 +109,8 @@ def styles_of(
     A picture has the style whose word, added to its prompt, is nearest to it.
 
     Returns:
-        Pictures by style; and the figures "styles", how many different ones a prompt has, and "evenness", 1 if all are
-        as frequent, both means over prompts. Nothing where no prompt is free or the reference has no styles.
+        Pictures by style, and two figures, which are means over prompts. "styles" is how many different ones a prompt
+        has. "evenness" is 1 if all are as frequent. Nothing where no prompt is free or the reference has no styles.
     """
     chosen = np.flatnonzero(asked.free)
     if not len(chosen) or len(asked.styles) < 2:

@@ -4,9 +4,8 @@ Features are float arrays (n, D), one row a picture. "Real" features are those o
 those of the pictures that are judged.
 
 Intervals are of bootstrap samples, which hold some pictures twice. Figures that look at pairs of pictures would take
-the two for near neighbors, so those are written as means over pictures (precision, density, novelty), with
-neighborhoods that are not drawn again (recall, coverage), or with weights that leave such pairs out (the kernel
-distance).
+the two for near neighbors. Precision, density and novelty are therefore means over pictures. Recall and coverage have
+neighborhoods that are not drawn again. The kernel distance has weights that leave such pairs out.
 """
 
 from __future__ import annotations
@@ -188,8 +187,8 @@ def diversity(made: Features, prompt: NDArray[np.integer]) -> NDArray[np.float64
 def novelty(made: Features, training: Features) -> NDArray[np.float64]:
     """Compute the distance of each picture to the nearest training picture, (n,).
 
-    The unit is the median distance of a training picture to the nearest other one: 1 is as far as training pictures
-    are from each other, 0 is a copy.
+    The unit is the median distance of a training picture to the nearest other one. 1 is as far as training pictures
+    are from each other, and 0 is a copy.
     """
     _check(training, made, least=1)
     if len(training) < 2:

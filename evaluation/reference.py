@@ -102,7 +102,7 @@ def load_reference(path: Path, size: int = 512) -> Reference:
     """Read reference pictures.
 
     Args:
-        path: a folder of PNG, JPEG or WebP files, also in subfolders; or an NPZ with `images`, uint8 (n, H, W, 3), and
+        path: a folder of PNG, JPEG or WebP files, also in subfolders. Or an NPZ with `images`, uint8 (n, H, W, 3), and
             perhaps `concept` and `style`, int64 (n,). Beside the NPZ, captions.json has the captions of each concept,
             the label first, and styles.json the words of the styles.
         size: height and width that pictures of files get, pixels.

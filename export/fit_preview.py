@@ -1,7 +1,7 @@
 """Fitting the preview of a bundle: a matrix that turns latents into small pictures.
 
-Most of the color of a picture is linear in its latents. The fit compares latents that the student makes of prompts and
-noise with the VAE's pictures of them, averaged over the pixels of each latent pixel.
+Most of the color of a picture is linear in its latents. The student makes latents of prompts and noise. The fit
+compares them with the VAE's pictures of them, averaged over the pixels of each latent pixel.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Rewriting a graph for int8: convolutions and matrix products between QuantizeLinear and DequantizeLinear.
 
-Ranges of activations are measured once, on prompts and noise, and become constants of the graph, so a picture does not
+Ranges of activations are measured once, on prompts and noise. They become constants of the graph, so a picture does not
 depend on the rest of its batch. Weights have a scale per output channel. Layers that would lose most stay in float.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """

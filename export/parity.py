@@ -24,7 +24,7 @@ from export.working_memory import GraphRun
 from tiue.text_encoder import tokenize
 
 # max |diff| over the standard deviation of the output. ONNX Runtime and PyTorch add float32 numbers in different
-# orders, through hundreds of layers: 1e-5 is usual, a wrong weight or constant gives 1e-1, and no eye sees 1e-3.
+# orders, through hundreds of layers. 1e-5 is usual, a wrong weight or constant gives 1e-1, and no eye sees 1e-3.
 FLOAT32_TOLERANCE = 1e-3
 # Stands for the standard deviation and the range of scores, of which a batch has too few. Most lie that near to 0.
 SCORES = 0.1

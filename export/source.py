@@ -38,8 +38,8 @@ def load_source(
     """Load the model to export, and choose its schedules.
 
     Args:
-        path_or_id: a student.safetensors; a diffusers pipeline directory; with `base`, a safetensors file of UNet
-            weights or a single file in the original layout (A1111's); or, where there is no such path, the Hugging Face
+        path_or_id: a student.safetensors, or a diffusers pipeline directory. With `base`, a safetensors file of UNet
+            weights, or a single file in the original layout (A1111's). Where there is no such path, the Hugging Face
             Hub id (owner/name) of a pipeline to download.
         steps: the wanted step counts. By default, a student keeps all its schedules, and a pipeline gets DDIM's
             schedule of 4 steps. A pipeline's encoder runs at the first timestep of its longest schedule. A pipeline
@@ -48,8 +48,8 @@ def load_source(
         shared_up_blocks: number of up blocks that run once, of a model that does not declare it. 0 by default.
         loras: to merge into the model, in this order. Pickles are refused.
         choice: how a one-step student of another method makes its step, where its pipeline does not say so.
-        safety_checker: whether to load the pipeline's or base's, if it has one; or the pipeline, or Hub id, to take it
-            from.
+        safety_checker: whether to load that of the pipeline or of base, if there is one. Or the pipeline, or Hub id, to
+            take it from.
 
     Raises:
         ValueError: (CheckpointError, ComponentsError, ExportError) in one line.

@@ -33,8 +33,8 @@ def store_int8(graph: ir.Model) -> int:
 
     Only weights are quantized. The default model's pictures then have a PSNR of 36 to 49 dB against float32 if that is
     done to the text encoder. With quantized activations (ONNX Runtime's dynamic quantization) they had 19 to 28 dB. A
-    weight stays in float32 if the length of its rows is no multiple of 32, or if its scales would be too small or too
-    large for float16.
+    weight stays in float32 if the length of its rows is no multiple of 32. So does one whose scales would be too small
+    or too large for float16.
 
     Returns:
         How many weights were changed.

@@ -84,8 +84,8 @@ def load_upscaler(path: Path) -> LoadedUpscaler:
 def _spandrel() -> Generator[Any]:
     """Import spandrel, also without torchvision.
 
-    spandrel 0.4 imports two functions of torchvision for two architectures that are no upscalers (LaMa and
-    RestoreFormer). pip would install torchvision together with another torch and gigabytes of CUDA.
+    Version 0.4 imports two functions of torchvision, for two architectures that are no upscalers (LaMa and
+    RestoreFormer). With torchvision, pip would install another torch and gigabytes of CUDA.
     """
     if importlib.util.find_spec("spandrel") is None:
         raise ExportError("`upscaler` needs spandrel: pip install --no-deps spandrel==0.4.2 einops")

@@ -245,8 +245,8 @@ def load_student(path: str | Path) -> Student:
     """Read a student: modules in float32, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not a student, or of a newer format; its metadata describe no
-            model or schedule; or its tensors are not exactly those of its configurations.
+        CheckpointError: the file is missing, damaged, not a student, or of a newer format. Or its metadata describe no
+            model or schedule. Or its tensors are not exactly those of its configurations.
     """
     path = Path(path)
     if not is_file(path):

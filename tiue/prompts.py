@@ -53,8 +53,8 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
         The captions.
 
     Raises:
-        ValueError: a file is missing or in another format or encoding; a record is malformed or has no caption; a
-            caption has more than LONGEST characters; or no caption is left. The message names file and line.
+        ValueError: a file is missing or in another format or encoding. A record is malformed or has no caption. A
+            caption has more than LONGEST characters, or no caption is left. The message names file and line.
     """
     counts: Skipped = Counter() if skipped is None else skipped
     none = True

@@ -68,8 +68,8 @@ def measure_updates(teacher: Components, setting: Setting, **options: Any) -> di
         **options: settings of DistillConfig.
 
     Returns:
-        Median, least and most milliseconds of an update, updates and samples in a second, the peak memory of torch's
-        allocator on a GPU in GB, and the options.
+        Median, least and most milliseconds of an update, and updates and samples in a second. On a GPU, the peak memory
+        of torch's allocator in GB. Also the options.
 
     Raises:
         FloatingPointError: a loss is not finite.

@@ -4,8 +4,8 @@ The texts are those of a fixed text encoder, so all concepts are negatives of ev
 
     loss = CE(e . w_k / tau over all concepts k) + lambda CE(e . w_{concept, s} / tau over all styles s)
 
-with e a drawing's embedding, w_k the embedding of a random caption of concept k, and w_{k, s} that of its label with
-the word of style s. Convolutions and matrices are trained with Muon, all else with AdamW.
+Here e is a drawing's embedding, and w_k the embedding of a random caption of concept k. w_{k, s} is that of its label
+with the word of style s. Convolutions and matrices are trained with Muon, all else with AdamW.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Texts:
     """The text encoder's vectors of all captions, and of all labels with all styles.
 
     Attributes:
-        captions: float32 (captions, 384), concept by concept; the first of a concept is its label.
+        captions: float32 (captions, 384), concept by concept. The first of a concept is its label.
         first, count: int64 (K,), where each concept's captions begin, and how many there are.
         styled: float32 (K, styles, 384).
     """

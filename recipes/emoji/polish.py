@@ -1,8 +1,8 @@
 """Further training of the image decoder. The encoder does not change, so all latents stay valid.
 
 The teacher and the student need only latents. The look of pictures depends on the image decoder as well. `polish` makes
-it better at drawings. `fit` then teaches it the errors of a student's latents, so that it draws what the teacher meant:
-a student's errors show most in plain backgrounds, as faint clouds.
+it better at drawings. `fit` then teaches it the errors of a student's latents, so that it draws what the teacher meant.
+A student's errors show most in plain backgrounds, as faint clouds.
 """
 
 from __future__ import annotations

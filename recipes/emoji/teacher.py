@@ -25,8 +25,8 @@ Choose = Callable[[Path, UNet2DConditionModel, AutoencoderKL], None]
 TEXT_LENGTH = 32  # tokens
 STYLE_PROBABILITY = 0.6  # probability that a caption names its style
 
-# Stable Diffusion's schedule with zero terminal SNR and v prediction (arXiv 2305.08891): the last timestep is noise
-# alone, sampling starts there, and the network decides the colors of a picture at its first step.
+# Stable Diffusion's schedule with zero terminal SNR and v prediction (arXiv 2305.08891). The last timestep is noise
+# alone, and sampling starts there. So the network decides the colors of a picture at its first step.
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -121,8 +121,8 @@ def denoising(
 ) -> Loss:
     """Make the loss of `unet`, on its device: the mean squared error of v, or of epsilon, at uniform timesteps.
 
-    v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512) is the noise where there is almost none of it,
-    and the picture where there is almost nothing else. Its error therefore needs no weights by timestep.
+    v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512). Where there is almost no noise, it is the noise.
+    Where there is almost nothing else, it is minus the picture. Its error therefore needs no weights by timestep.
     """
     scheduler = DDIMScheduler.from_config(dict(scheduler_config))
     velocity = scheduler.config.prediction_type == "v_prediction"

@@ -58,8 +58,8 @@ def make_muon(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a new network: Muon for convolutions and matrices, AdamW for vectors and numbers.
 
-    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so that all directions
-    of a weight are learned at the same pace. A convolution counts as a matrix with one row per output channel.
+    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one. All directions of a
+    weight are then learned at the same pace. A convolution counts as a matrix with one row per output channel.
 
     Args:
         network: the network. All its parameters that require gradients are trained.

@@ -68,7 +68,7 @@ class Vsd(Method):
         self._null = captions.encode([""])
 
         # `TiUE` and `Predictor` are views of the student's `unet`. accelerate wraps the predictor, so that processes
-        # exchange its gradients; the weighted sum stays outside, in float32.
+        # exchange its gradients. The weighted sum stays outside, in float32.
         unet = self._trainable(student.components.unet)
         self.tiue = TiUE(unet, self._most_steps, student.encoder_timestep, config.shared_up_blocks).to(device)
         predictor = Predictor(self.tiue, config.share_encoder)

@@ -1,7 +1,8 @@
 """`python -m recipes.emoji.studies.drift`: the effect of the KL term on the noise that a student predicts.
 
-A teacher is made from the shipped student: its UNet learns to denoise the drawings again. Two students then start from
-that teacher's weights and are distilled, one with the KL term and one without. All else is equal.
+A teacher is made from models/emoji/student.safetensors, the student of the 64-pixel model. Its UNet learns
+to denoise the drawings again. Two students then start from that teacher's weights and are distilled, one with the KL
+term and one without. All else is equal.
 
 Writes drift.json (the last losses, and the figures of the recipe's judge) and drift.png (mean and variance of the
 predicted noise over the iterations). Also writes pictures.png and the directories of both runs.

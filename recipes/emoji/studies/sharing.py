@@ -1,8 +1,8 @@
 """`python -m recipes.emoji.studies.sharing`: the cost of `shared_up_blocks` in quality, and the time that it saves.
 
-The shipped default model is trained further to reproduce its own pictures from the same captions and noise. This is
-done twice: unchanged, and with one up block shared. The first is the control, because bfloat16 and averaging also have
-a cost.
+models/emoji/student.safetensors, the student of the 64-pixel model, is trained further to reproduce its own pictures
+from the same captions and noise. This is done twice: unchanged, and with one up block shared. The first is the control,
+because bfloat16 and averaging also have a cost.
 Writes sharing.json and sharing.png: distances to the shipped student's latents, and the judge's figures as in the
 recipe's report.
 """
