@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,14 @@ from recipes.emoji.autoencoder import encode, to_pixels, whiten
 from recipes.emoji.best import load_best
 from recipes.emoji.presets import PRESETS
 from recipes.emoji.stage import autocast, minimize, spaced
+from recipes.emoji.student import bundle
 from recipes.emoji.studies import drift
 from recipes.emoji.teacher import SCHEDULER, with_mirrored
 from recipes.quality.__main__ import main as compare
 from recipes.quality.rows import PRESETS as COMPARISONS
 from tiue.checkpoint import load_student
 from tiue.components import load_components
+from tiue.distill.command import status_of
 from tiue.schedule import NoiseSchedule
 from tiue.text_encoder import encode_text
 
@@ -274,6 +277,14 @@ def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings, monkeypatc
     assert (tmp_path / "drift.png").exists() and (tmp_path / "pictures.png").exists()
     assert {"mu_751", "v_751", "mu_1", "v_1", "kl"} < figures["with KL"].keys() == figures["without KL"].keys()
     assert figures["with KL"]["v_1"] != figures["without KL"]["v_1"] > 0
+
+
+def test_an_export_that_fails_ends_the_command_in_one_line(drawings, tmp_path, monkeypatch, capsys):
+    for name, result in {"load_student": None, "save_student": None, "export": 1}.items():
+        monkeypatch.setattr(f"recipes.emoji.student.{name}", lambda *_, result=result: result)
+    work = partial(bundle, drawings, tmp_path / "fitted.safetensors", tmp_path)
+    assert status_of("python -m recipes.emoji", work) == 2
+    assert capsys.readouterr().err == "python -m recipes.emoji: the export ended with status 1\n"
 
 
 def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):

@@ -152,12 +152,16 @@ def vocabulary(drawings: Drawings) -> tuple[str, ...]:
 
 
 def bundle(drawings: Drawings, student: Path, out: Path) -> None:
-    """Make the shipped files (once): `<out>/student.safetensors` in float16, and its bundle `<out>/bundle`."""
+    """Make the shipped files (once): `<out>/student.safetensors` in float16, and its bundle `<out>/bundle`.
+
+    Raises:
+        ValueError: the export failed. It has printed why.
+    """
     if not (out / "bundle").exists():
         save_student(out / "student.safetensors", load_student(student), torch.float16)
         flags = ["--weights", "fp16", "--text-encoder", "int8", "--out", str(out / "bundle")]
         if status := export(["--ckpt", str(out / "student.safetensors"), *flags]):
-            raise RuntimeError(f"the export ended with status {status}")
+            raise ValueError(f"the export ended with status {status}")
         made = Bundle.load(out / "bundle")
         write_bundle(made.directory, replace(made.manifest, prompts=Prompts(EXAMPLES, vocabulary(drawings))))
 
