@@ -189,6 +189,9 @@ def novelty(made: Features, training: Features) -> NDArray[np.float64]:
 
     The unit is the median distance of a training picture to the nearest other one. 1 is as far as training pictures
     are from each other, and 0 is a copy.
+
+    Raises:
+        ValueError: there are fewer than two training pictures, no made ones, or features of different lengths.
     """
     _check(training, made, least=1)
     if len(training) < 2:

@@ -94,7 +94,10 @@ def pipeline_painter(
 def sample_ddim(
     predict: Predict, schedule: NoiseSchedule, timesteps: Sequence[int], noise: torch.Tensor
 ) -> torch.Tensor:
-    """Turn noise z_T (B, C, h, w) into latents z_0 by DDIM, at descending timesteps."""
+    """Turn noise z_T (B, C, h, w) into latents z_0 by DDIM, at descending timesteps.
+
+    `predict` takes z (B, C, h, w) and t int64 (B,), and returns eps or v, as the schedule says.
+    """
     z = noise
     for t, (a, b) in zip(timesteps, schedule.ddim_steps(timesteps), strict=True):
         z = a * z + b * predict(z, torch.full((len(z),), t, device=z.device))

@@ -19,7 +19,7 @@ class GraphWriter:
     """Writes the graphs of one bundle.
 
     The weights of a graph go to `<graph>.data` beside it if they are larger than a file may be, or if the graphs are
-    deduplicated. What does not fit into that file goes to `<graph>.2.data` and so on.
+    deduplicated. Weights that do not fit into that file go to `<graph>.2.data` and so on.
     """
 
     def __init__(self, directory: Path, deduplicate: bool, file_limit: int | None = None):

@@ -56,7 +56,7 @@ def augment(pixels: Tensor, mirror: Tensor, generator: torch.Generator) -> Tenso
 
 
 def _move(pixels: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, zoom, stretch, turn and shift. What comes into view is white."""
+    """Mirror, zoom, stretch, turn and shift. Pixels that come into view are white."""
     count = len(pixels)
     side = torch.where(mirror & (torch.rand(count, generator=generator) < 0.5), -1.0, 1.0)
     zoom = 1 + _signed(ZOOM, (count,), generator)
@@ -81,7 +81,7 @@ def _recolor(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _on_paper(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Put drawings on paper of a pale color. What is drawn keeps its colors, but for white."""
+    """Put drawings on paper of a pale color. The drawing keeps its colors, but for white."""
     paper = 2 * (1 - (1 - DARKEST_PAPER) * torch.rand(len(pixels), 3, 1, 1, generator=generator)) - 1
     drawn = (6 * (1 - pixels.amin(dim=1, keepdim=True))).clamp(0, 1)
     return drawn * pixels + (1 - drawn) * paper

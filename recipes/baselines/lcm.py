@@ -93,14 +93,17 @@ class Lcm(FewSteps):
         return pseudo_huber(estimate, target, config.huber_c)
 
     def teacher_step(self, z: Tensor, t: Tensor, landing: Tensor, text: Tensor, w: Tensor) -> Tensor:
-        """Make one guided DDIM step (eq. 12 of arXiv 2010.02502) from timesteps t to timesteps `landing`."""
+        """Make one guided DDIM step (eq. 12 of arXiv 2010.02502) of z (B, C, h, w).
+
+        Timesteps t and `landing` are int64 (B,), text is (B, L, D), and w, the guidance scales, is (B,).
+        """
         predicted = guided(self.teacher, z, t, text, self.null, w.view(-1, 1, 1, 1))
         return self.diffusion.noised(
             self.diffusion.picture(predicted, z, t), self.diffusion.noise(predicted, z, t), landing
         )
 
     def consistency(self, network: Callable[..., Any], z: Tensor, t: Tensor, text: Tensor, w: Tensor) -> Tensor:
-        """Compute f(z, w, t) of a network, float32 (B, C, h, w)."""
+        """Compute f(z, w, t) of a network, float32 (B, C, h, w). Shapes are those of `teacher_step`."""
         predicted = network(z, t, text, None, embed_guidance(w, _GUIDANCE_SIZE)).sample.float()
         c_skip, c_out = boundary_conditions(t, self.config.sigma_data, self.config.timestep_scaling)
         return c_skip * z + c_out * self.diffusion.picture(predicted, z, t)
@@ -123,7 +126,11 @@ def pseudo_huber(estimate: Tensor, target: Tensor, c: float) -> Tensor:
 
 
 def guided_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Copy a UNet into one that takes a guidance scale as an input, too. At first, the scale changes nothing."""
+    """Copy a UNet into one that takes a guidance scale as an input, too. At first, the scale changes nothing.
+
+    Raises:
+        ValueError: the UNet cannot take one.
+    """
     copied = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=_GUIDANCE_SIZE)
     missing, unexpected = copied.load_state_dict(unet.state_dict(), strict=False)
     if unexpected or missing != ["time_embedding.cond_proj.weight"]:

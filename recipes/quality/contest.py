@@ -53,7 +53,7 @@ class Contest:
         self._judging = Judging(material)
 
     def run(self, row: Row) -> None:
-        """Train, draw, judge and time a row with each of its seeds. What is there is not made again."""
+        """Train, draw, judge and time a row with each of its seeds. Results that exist are not made again."""
         results, outs = self.results(row), self.outs(row)
         for steps in row.steps:
             for result, out in zip(results, outs, strict=True):

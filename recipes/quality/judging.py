@@ -85,7 +85,7 @@ class Judging:
 
     @cached_property
     def _judges(self) -> list[Judge]:
-        """The judges. What they see in the reference is kept, because it takes longer than a student's pictures."""
+        """The judges. Their features of the reference are kept, which take longer than a student's pictures."""
         path, known = self._material.out / "reference.npz", None
         if path.exists():
             with np.load(path, allow_pickle=False) as arrays:
