@@ -39,6 +39,27 @@ def test_window_messages_and_process(application):
     run(application, "application", "tiny")
 
 
+def test_the_main_module_ends_before_electron_is_ready(application):
+    """Electron waits for the end of that module. So the module must not wait for Electron."""
+    electron = application / "node_modules" / "electron"
+    electron.mkdir()
+    (electron / "package.json").write_text('{"type": "module", "exports": "./index.js"}')
+    (electron / "index.js").write_text(
+        'import { FakeElectron } from "../../tests/stand_in.mjs";\n'
+        "export const { app, BrowserWindow, ipcMain, utilityProcess } = new FakeElectron();\n"
+    )
+    program = """
+        import { app } from "electron";
+        let isReady;
+        app.whenReady = () => new Promise((resolve) => (isReady = resolve));
+        await import("./main.js");
+        isReady();
+    """
+    command = ["node", "--input-type=module", "--eval", program]
+    done = subprocess.run(command, cwd=application, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
 def test_the_page_with_its_process(application):

@@ -1,6 +1,9 @@
 // The application without Electron: BUNDLE=... node --test
 import assert from "node:assert/strict";
-import { on, once } from "node:events";
+import { on } from "node:events";
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { after, test } from "node:test";
 import { pathToFileURL } from "node:url";
 import { Pipeline } from "tiue-runtime";
@@ -111,12 +114,38 @@ test("a process that dies is reported, and the next request starts another", asy
   assert.equal(electron.processes.length, count + 1);
 });
 
-test("a bundle that is none is named", async () => {
+/** Start another application. Returns a function that sends a message, and returns the answer that is no progress. */
+async function another(bundle) {
   const other = new FakeElectron();
-  await start(other, "/nowhere");
-  other.ipcMain.emit(CHANNEL, PAGE_FRAME, { kind: "hello" });
-  const [message] = await once(other.sent, CHANNEL);
-  other.app.quit();
-  assert.equal(message.kind, "failed");
-  assert.match(message.message, /nowhere is not a bundle/);
+  after(() => other.app.quit());
+  await start(other, bundle);
+  const answers = on(other.sent, CHANNEL);
+  return async (message) => {
+    other.ipcMain.emit(CHANNEL, PAGE_FRAME, message);
+    for (;;) {
+      const [answer] = (await answers.next()).value;
+      if (answer.kind !== "progress") return answer;
+    }
+  };
+}
+
+test("a bundle that is none is named, also to a later request", async () => {
+  const ask = await another("/nowhere");
+  for (const message of [{ kind: "hello" }, { kind: "draw", id: 1, prompt: "a cat", seed: 1 }]) {
+    const answer = await ask(message);
+    assert.deepEqual([answer.kind, answer.id], ["failed", message.id]);
+    assert.match(answer.message, /nowhere is not a bundle/);
+  }
+});
+
+test("a bundle without a matrix for previews is drawn without", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "bundle-"));
+  after(() => rmSync(folder, { recursive: true }));
+  cpSync(BUNDLE, folder, { recursive: true });
+  const { preview, ...manifest } = JSON.parse(readFileSync(join(folder, "bundle.json"), "utf8"));
+  assert.ok(preview);
+  writeFileSync(join(folder, "bundle.json"), JSON.stringify(manifest));
+  const ask = await another(folder);
+  const answer = await ask({ kind: "draw", id: 1, prompt: "a red heart", seed: 1 });
+  assert.equal(answer.kind, "done", answer.message);
 });
