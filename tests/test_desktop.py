@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -218,6 +219,16 @@ def test_a_full_disk_is_explained(window, tmp_path, monkeypatch, code):
     assert read_record(tmp_path / "heart.png").seed == 5
 
 
+def test_a_name_without_an_ending_replaces_nothing(window, tmp_path):
+    (tmp_path / "heart.png").write_text("an earlier picture")
+    draw(window)
+    idle(window)
+    window.save_pictures(shown(window), tmp_path / "heart")  # The dialog has asked about this name.
+    until(lambda: notice(window))
+    assert notice(window) == "Heart.png exists already: choose another name"
+    assert (tmp_path / "heart.png").read_text() == "an earlier picture"
+
+
 def test_several_pictures_are_saved_with_numbers_and_replace_nothing(window, tmp_path):
     draw(window, count=3)
     idle(window)
@@ -271,6 +282,14 @@ def test_the_event_loop_answers_while_pictures_are_drawn(window):
     window.draw.click()
     idle(window)
     assert len(delays) > 50 and sorted(delays)[len(delays) // 2] < 0.05
+
+
+def test_delays_without_a_model_are_not_measured(tmp_path):
+    variables = {"QT_QPA_PLATFORM": "offscreen", "TIUE_BUNDLE": str(tmp_path / "bundle")}
+    command = [sys.executable, "-m", "examples.desktop.latency", "--seconds", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("latency: error: ")
 
 
 @pytest.mark.skipif(bool(why_no_screen()), reason=why_no_screen() or "-")

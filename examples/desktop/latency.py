@@ -54,7 +54,7 @@ class Delays(QObject):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the delays."""
+    """Print the delays. Return 2 after one line on stderr if there is no model."""
     parser = argparse.ArgumentParser(description="Measure the delay of events, idle and while pictures are drawn.")
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement (default 30)")
     parser.add_argument("--count", type=int, default=9, help="pictures of each wish (default 9)")
@@ -65,10 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     window = Window(artist)
     window.resize(760, 780)
     window.show()
-    loaded = QEventLoop()
+    loaded, problems = QEventLoop(), list[str]()
     artist.loaded.connect(loaded.quit)
+    artist.unavailable.connect(lambda reason: problems.append(reason))
     artist.unavailable.connect(loaded.quit)
     loaded.exec()
+    if problems:
+        print(f"latency: error: {problems[0]}", file=sys.stderr)
+        return 2
     drawn: list[int] = []
     artist.finished.connect(lambda pictures, _: drawn.append(len(pictures)))
     print("idle:   ", Delays().measure(given.seconds).describe())

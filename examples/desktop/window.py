@@ -162,7 +162,6 @@ class Window(QWidget):
 
     def save_pictures(self, pictures: list[Image], path: Path) -> None:
         """Save pictures on another thread, because a disk may be slow. `saved` follows."""
-        path = path if path.suffix else path.with_suffix(".png")
         QThreadPool.globalInstance().start(lambda: self.saved.emit(*_save(pictures, path)))
 
     def dragEnterEvent(self, event: QDragEnterEvent) -> None:
@@ -278,14 +277,16 @@ def _file_name(picture: Image) -> str:
     return f"{words}-{record.seed}.png"
 
 
-def _save(pictures: list[Image], path: Path) -> tuple[str, bool]:
+def _save(pictures: list[Image], asked: Path) -> tuple[str, bool]:
     """Save pictures. Returns a message, and whether it is an error. Several pictures get numbers."""
+    path = asked if asked.suffix else asked.with_suffix(".png")
     names = [path]
-    if len(pictures) > 1:  # The dialog has asked whether to replace `path` only.
+    if len(pictures) > 1:
         names = [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(pictures) + 1)]
-        taken = [name.name for name in names if name.exists()]
-        if taken:
-            return f"{taken[0]} exists already: choose another name", True
+    # The dialog has asked whether to replace `asked`, and no other file.
+    taken = [name.name for name in names if name != asked and name.exists()]
+    if taken:
+        return f"{taken[0]} exists already: choose another name", True
     try:
         for picture, name in zip(pictures, names, strict=True):
             picture.save(name)
