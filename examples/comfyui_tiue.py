@@ -13,6 +13,7 @@ MOST_PICTURES = 64
 @lru_cache(1)
 def load(bundle):
     """Load a bundle, and keep it until another one is asked for."""
+    load.cache_clear()  # The one before frees its memory first.
     return Pipeline.load(bundle)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -135,3 +136,18 @@ def test_one_bundle_stays_loaded(node, monkeypatch):
     for _ in range(3):
         node(bundle=str(TINY))
     assert loaded == [str(TINY)]
+
+
+def test_a_bundle_is_freed_before_the_next_one_is_loaded(node, monkeypatch):
+    before, load = [], Pipeline.load.__func__
+
+    def counted(bundle):
+        assert not any(pipeline() for pipeline in before)
+        pipeline = load(Pipeline, bundle)
+        before.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "load", counted)
+    for bundle in (str(TINY), "emoji", str(TINY)):
+        node(bundle=bundle)
+    assert len(before) == 3
