@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure time and memory of a TiUE bundle beside other programs that run the same UNet.",
     )
     parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
-    parser.add_argument("--size", type=int, help="pixels, height and width (default: the model's)")
+    parser.add_argument("--size", type=positive, help="pixels, height and width (default: the model's)")
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -152,9 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"contenders of the kinds {', '.join(KINDS)} (default on the CPU: {_ON_CPU}; on cuda: {ON_CUDA})",
     )
     add_places(parser)
-    parser.add_argument("--steps", type=int, default=4, help="timesteps (default: 4)")
-    parser.add_argument("--batches", type=int, nargs="+", help="pictures per request (default: 1; on cuda: 1 and 4)")
-    parser.add_argument("--runs", type=int, default=3, help="rounds of timed requests, after the first (default: 3)")
+    parser.add_argument("--steps", type=positive, default=4, help="timesteps (default: 4)")
+    parser.add_argument("--batches", type=positive, nargs="+", help="pictures per request (default: 1; on cuda: 1, 4)")
+    parser.add_argument("--runs", type=positive, default=3, help="timed rounds, after a first one (default: 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of contenders that name none")
     parser.add_argument("--apart", action="store_true", help="keep only one contender in memory at a time")
     parser.add_argument(
@@ -184,7 +184,14 @@ def add_places(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="the interpreter of a contender, or of all contenders of a kind (default: this one)",
     )
-    parser.add_argument("--threads", type=int, default=thread_count(), help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=positive, default=thread_count(), help="CPU threads (default: all)")
+
+
+def positive(text: str) -> int:
+    """Read a number of a flag. Raises ArgumentTypeError."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected an integer above 0, got {text!r}")
+    return int(text)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from tiue_runtime.host.machine import thread_count
 
+from benchmarks.latency import positive
 from benchmarks.machine import Memory, cpu_name, gpu_query, watching
 from benchmarks.pipelines import random_teacher
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task = pool.submit(measure, arguments.model, arguments.work, changes, settings, arguments.threads)
             found = task.result()
         print(f"| `{name}` | {found.peak / 1e9:.2f} | {found.estimated / 1e9:.2f} | {found.seconds:.1f} |", flush=True)
-    print(f"\n{gpu_query('name') if arguments.gpu else cpu_name()}, {arguments.threads} threads")
+    print(f"\n{gpu_query('name') if found.device == 'cuda' else cpu_name()}, {arguments.threads} threads")
     return 0
 
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Found:
     """The cost of one option."""
 
+    device: str  # "cuda" or "cpu"
     peak: int  # bytes
     estimated: int  # bytes
     seconds: float  # of the second update
@@ -76,7 +78,7 @@ def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mappin
     """
     import torch
 
-    from tiue.distill.average import Average
+    from benchmarks.training import method_update
     from tiue.distill.config import DistillConfig
     from tiue.distill.estimate import estimate
     from tiue.distill.vsd import prepare
@@ -88,16 +90,15 @@ def measure(model: str, work: Path, changes: Mapping[str, Any], settings: Mappin
     with tempfile.TemporaryDirectory() as out, watching(os.getpid(), peak):
         teacher = random_teacher(model, work, changes)
         run, method = prepare(teacher, ["a lighthouse", "a lake"], Path(out), config)
-        average = Average(run.accelerator, method.model, config)
+        update = method_update(run, method)  # It ends when the losses are here, so a GPU has finished, too.
         for step in range(2):
             begun = time.perf_counter()
-            method.update(step, run.batch(step))
-            average.follow()
+            update(step)
             seconds = time.perf_counter() - begun
     device = run.accelerator.device.type
     taken = torch.cuda.max_memory_allocated() if device == "cuda" else peak.anonymous - before.anonymous
     estimated = estimate(teacher.unet.config, teacher.scheduler_config, config, device)
-    return Found(taken, estimated.total_bytes, seconds)
+    return Found(device, taken, estimated.total_bytes, seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--widths", type=_numbers, default=(160, 320, 640, 640), help="of the blocks (default: 160,320,640,640)"
     )
-    parser.add_argument("--latents", type=int, default=32, help="height and width of latents (default: 32)")
-    parser.add_argument("--batch", type=int, default=4, help="samples of an update (default: 4)")
+    parser.add_argument("--latents", type=positive, default=32, help="height and width of latents (default: 32)")
+    parser.add_argument("--batch", type=positive, default=4, help="samples of an update (default: 4)")
     parser.add_argument("--gpu", action="store_true", help="also measure options that matter only on a GPU")
-    parser.add_argument("--threads", type=int, default=thread_count(), help="default: all")
+    parser.add_argument("--threads", type=positive, default=thread_count(), help="default: all")
     return parser
 
 

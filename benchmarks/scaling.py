@@ -2,7 +2,8 @@
 
 Three series go through one point: batch 1, 4 timesteps, --size. They vary the batch, N and the resolution. Each point
 has a process of its own, so that its peak memory is measured alone. The time is that of the UNet. Beside it stands a
-predicted time: the time of the common point, in proportion to floating point operations (see `flops`).
+predicted time: the time of the common point, in proportion to floating point operations (see `flops`). The files are
+written after each point.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from benchmarks.agreement import BenchmarkError
 from benchmarks.comparing import CannotRun, Conditions, Measured, compare
 from benchmarks.flops import unet_flops
 from benchmarks.kinds import Spec
-from benchmarks.latency import add_places, progress, surroundings, workplace
+from benchmarks.latency import add_places, positive, progress, surroundings, workplace
 from benchmarks.pipelines import PIPELINES
 from benchmarks.report import png, stages, write
 
@@ -78,17 +79,19 @@ def _run(arguments: argparse.Namespace) -> int:
         entry = place.entry(spec, conditions, tiny=spec.options.get("vae") == "tiny", steps=series["steps"])
         progress(f"batch {point.batch}, {point.steps} timesteps, {point.size} pixels")
         done = compare({spec.name: entry}, conditions, apart=False, progress=progress)
-        if spec.name not in done.measured:
+        if spec.name in done.measured:
+            flops = unet_flops(place.pipeline, shape, point.batch, point.steps)
+            costs[point] = Cost(done.measured[spec.name], *flops)
+            now = surroundings(conditions, done.measured)
+            about = about or {"contender": spec.name, "model": arguments.model, **now}
+        else:
             skipped[str(point)] = (done.skipped | done.wrong)[spec.name]
-            continue
-        costs[point] = Cost(done.measured[spec.name], *unet_flops(place.pipeline, shape, point.batch, point.steps))
-        about = about or {"contender": spec.name, "model": arguments.model, **surroundings(conditions, done.measured)}
-    if base not in costs:
-        raise BenchmarkError(f"{base}: {skipped[str(base)]}")
-    rows = [asdict(p) | {"unet_seconds": c.unet_seconds(p)} | asdict(c) for p, c in costs.items()]
-    content = {"schema": SCHEMA, "about": about, "base": asdict(base), "points": rows, "skipped": skipped}
-    write(arguments.out.with_name(f"{arguments.out.name}.json"), (json.dumps(content, indent=2) + "\n").encode())
-    write(arguments.out.with_name(f"{arguments.out.name}.png"), png(_panels(about, costs, base, series)))
+        if base not in costs:
+            raise BenchmarkError(f"{base}: {skipped[str(base)]}")
+        rows = [asdict(p) | {"unet_seconds": c.unet_seconds(p)} | asdict(c) for p, c in costs.items()]
+        content = {"schema": SCHEMA, "about": about, "base": asdict(base), "points": rows, "skipped": skipped}
+        write(arguments.out.with_name(f"{arguments.out.name}.json"), (json.dumps(content, indent=2) + "\n").encode())
+        write(arguments.out.with_name(f"{arguments.out.name}.png"), png(_panels(about, costs, base, series)))
     print(_table(costs, base))
     for what, why in skipped.items():
         print(f"Left out: {what}: {why}")
@@ -150,20 +153,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=PIPELINES, default="sd21-base", help="tiny takes seconds")
     parser.add_argument("--contender", default="tiue", help="a contender as in benchmarks.latency (default: tiue)")
     add_places(parser)
-    parser.add_argument("--size", type=int, help="pixels of the common point (default: the model's)")
+    parser.add_argument("--size", type=positive, help="pixels of the common point (default: the model's)")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="pictures per request (default: 1 2 4 8)"
+        "--batches", type=positive, nargs="+", default=[1, 2, 4, 8], help="pictures per request (default: 1 2 4 8)"
     )
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="timesteps (default: 1 2 4 8)")
+    parser.add_argument("--steps", type=positive, nargs="+", default=[1, 2, 4, 8], help="timesteps (default: 1 2 4 8)")
     parser.add_argument(
         "--sizes",
-        type=int,
+        type=positive,
         nargs="+",
         default=[256, 384, 512, 640, 768],
         help="pixels, height and width (default: 256 384 512 640 768)",
     )
     parser.add_argument(
-        "--runs", type=int, default=2, help="timed requests at each point, after a first one (default: 2)"
+        "--runs", type=positive, default=2, help="timed requests at each point, after a first one (default: 2)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="write PREFIX.json and PREFIX.png")
     return parser

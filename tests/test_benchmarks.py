@@ -16,10 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks import latency, memory, pipelines, scaling, training
 from benchmarks import report as report_
-from benchmarks.comparing import Conditions, Entry, compare
+from benchmarks.comparing import Comparison, Conditions, Entry, Measured, compare
 from benchmarks.contender import Tiue
 from benchmarks.flops import unet_flops
-from benchmarks.installed import measure
+from benchmarks.installed import Installed, measure
 from export.onnx import main as export_main
 from tiue.checkpoint import load_student
 from tiue.components import load_components
@@ -69,7 +69,7 @@ def test_taesd_is_an_autoencoder_alone(tmp_path):
     assert sum(p.numel() for p in vae.parameters()) == TAESD_PARAMETERS
 
 
-def test_the_default_model_as_a_pipeline_has_its_weights(tmp_path, capsys):
+def test_the_64_pixel_model_as_a_pipeline_has_its_weights(tmp_path, capsys):
     written = load_components(pipelines.write_pipeline("emoji", tmp_path / "emoji"))
     shipped = load_student(pipelines.EMOJI).components
     assert written.license == shipped.license
@@ -231,6 +231,31 @@ def test_scaling_end_to_end(work, tmp_path, capsys):
         assert figure.format == "PNG" and figure.size[0] > 1000
 
 
+@pytest.mark.parametrize("failing", [0, 2])
+def test_scaling_writes_each_point_and_ends_at_once_without_the_first(work, tmp_path, monkeypatch, capsys, failing):
+    calls = []
+
+    def compare(entries, conditions, **_):
+        calls.append(conditions)
+        if len(calls) == 1 and not failing:
+            return Comparison({}, {"tiue": "memory ran out"}, {})
+        if len(calls) == failing:
+            raise OSError("the disk is full")
+        [batch] = conditions.batches
+        seconds = {"seconds": {batch: [2.0]}, "stages": {batch: [{"unet": 1.0}]}}
+        return Comparison({"tiue": Measured("cpu", Installed(), 1, peak_bytes=1, **seconds)}, {}, {})
+
+    monkeypatch.setattr(scaling, "compare", compare)
+    flags = flags_for(work, "--batches", 2, "--steps", 4, "--sizes", 64, "--out", tmp_path / "scaling")
+    assert scaling.main([*flags, "--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]) == 2
+    said = capsys.readouterr().err
+    if failing:
+        [point] = json.loads((tmp_path / "scaling.json").read_text())["points"]
+        assert (point["batch"], point["size"]) == (1, 128) and "the disk is full" in said
+    else:
+        assert len(calls) == 1 and "memory ran out" in said and not any(tmp_path.iterdir())
+
+
 def test_cuda_graphs_record_each_shape_once(monkeypatch):
     calls = []
 
@@ -263,6 +288,10 @@ def test_a_measurement_that_is_impossible_is_refused_in_one_line(work, capsys, m
     ):
         assert latency.main([*flags, *more]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
+    for main, flag in ((latency, "--runs"), (scaling, "--batches"), (memory, "--threads"), (training, "--updates")):
+        with pytest.raises(SystemExit):
+            main.main([flag, "0"])
+        assert f"argument {flag}: expected an integer above 0, got '0'" in capsys.readouterr().err
     monkeypatch.setenv("CXX", "absent-compiler")
     assert latency.main([*flags, "--contenders", "torch:compile=true"]) == 2
     assert "needs a C++ compiler: expected absent-compiler" in capsys.readouterr().err

@@ -175,11 +175,15 @@ def test_parts_run_as_processes_on_a_gpu(tmp_path, monkeypatch, own_parts):
     assert "which is too little for this part" in read(tmp_path, "third")["reason"]
 
 
-def test_results_of_another_gpu_are_not_continued(tmp_path):
-    done = results.Result("network", "", "H200", "done")
-    done.write(tmp_path)
+def test_results_of_another_gpu_are_neither_continued_nor_overwritten(tmp_path, monkeypatch, capsys):
+    results.Result("network", "", "H200", "done").write(tmp_path)
+    written = (tmp_path / "network.json").read_bytes()
     assert results.resumed(tmp_path, results.Result("network", "", "H200")).status == "done"
-    assert results.resumed(tmp_path, results.Result("network", "", "L4")).status == "unfinished"
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--parts", "network"]) == 2
+    assert "network.json holds the results of H200: name another --out" in capsys.readouterr().err
+    monkeypatch.setattr(parts, "gpu_field", lambda field: "L4")
+    assert gpu.main(["--out", str(tmp_path), "--parts", "network"]) == 2
+    assert (tmp_path / "network.json").read_bytes() == written
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):

@@ -23,8 +23,8 @@ def cases(setting: Setting) -> dict[str, Measure]:
     check_torch(setting.device)
     large = _LARGE_DRY if setting.dry_run else _LARGE
     return {
-        "default model, student": partial(_student, setting, "default model", large),
-        "default model, update": partial(_update, setting, large),
+        "64-pixel model, student": partial(_student, setting, "64-pixel model", large),
+        "64-pixel model, update": partial(_update, setting, large),
         "SD 2.1, student": partial(_student, setting, "SD 2.1", large),
     }
 

@@ -88,16 +88,18 @@ def resumed(out: Path, fresh: Result) -> Result:
         fresh: the result of a part that begins now.
 
     Returns:
-        That of an earlier call on a GPU of the same name, or `fresh`.
+        That of an earlier call, or `fresh`.
 
     Raises:
-        BenchmarkError, OSError: as `read`.
+        BenchmarkError, OSError: as `read`, or the earlier call ran on another GPU. Its results are not overwritten.
     """
     path = path_of(out, fresh.part)
     if not path.exists():
         return fresh
     found = read(path)
-    return found if found.gpu == fresh.gpu else fresh
+    if found.gpu != fresh.gpu:
+        raise BenchmarkError(f"{path} holds the results of {found.gpu or 'a dry run'}: name another --out")
+    return found
 
 
 def write_summary(out: Path) -> None:

@@ -98,7 +98,7 @@ def measure_updates(teacher: Components, setting: Setting, **options: Any) -> di
 
 
 def small_teacher(setting: Setting) -> Components:
-    """Load the default model as a teacher; in a dry run, a smaller one."""
+    """Load the 64-pixel model as a teacher; in a dry run, a smaller one."""
     return _tiny_teacher(setting) if setting.dry_run else load_student(EMOJI).components
 
 
