@@ -3,6 +3,7 @@
 import ast
 import html
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiue_runtime
@@ -100,6 +101,17 @@ def test_faults_of_built_pages_are_found(tmp_path, html, said):
 def test_stylesheets_load_nothing_from_elsewhere(tmp_path):
     (tmp_path / "a.css").write_text("@font-face{src:url('https://fonts.example.org/a.woff2')} b{background:url(c.png)}")
     assert list(problems(tmp_path)) == ["a.css: a browser would load https://fonts.example.org/a.woff2"]
+
+
+def test_a_document_may_link_to_files_of_the_site(repository, monkeypatch):
+    (repository / "website").mkdir()
+    (repository / "website/site.css").write_text("")
+    (repository / "README.md").write_text("[style](website/site.css)")
+    (repository / "mkdocs.yml").write_text("nav: [README.md]")
+    monkeypatch.setattr(website, "ROOT", repository)
+    monkeypatch.setattr(website.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    assert website.main() == 1  # Here, the generator fails.
+    assert (repository / "build/pages/website/site.css.md").exists()
 
 
 def test_the_site_builds(capfd):

@@ -20,7 +20,7 @@ def main() -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    (pages / "website").mkdir()
+    (pages / "website").mkdir(exist_ok=True)  # It is there if a document links into it.
     shutil.copyfile(ROOT / STYLE, pages / STYLE)
     built = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT)
     if built.returncode:
