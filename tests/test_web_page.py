@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiue_runtime.bundle import Bundle, write_bundle
 
 pytest.importorskip("playwright")
 
@@ -16,6 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "examples" / "web" / "build.mjs"
+TINY = ROOT / "runtime" / "tests" / "data" / "tiny"
 FILES = json.loads((ROOT / "models" / "emoji" / "tiue_emoji" / "bundle.json").read_text())["files"]
 SIZE = f"{round(sum(file['size'] for file in FILES.values()) / 1e6)} MB"
 PATIENCE = 120_000  # milliseconds
@@ -140,6 +143,30 @@ def test_a_server_that_fails_is_named_and_tried_again(site, visit):
         page.context.unroute("**/model/vae_decoder.onnx")
         get_the_model(page)
         assert not page.locator("#problem").inner_text()
+
+
+def test_code_that_does_not_arrive_is_explained(site, visit):
+    with served(site) as url:
+        page = visit("about:blank")
+        page.add_init_script("delete Navigator.prototype.serviceWorker")  # A service worker would keep the code.
+        page.route("**/lib/tiue-runtime.js", lambda route: route.fulfill(status=404))
+        page.goto(url)
+        page.get_by_role("button", name="Get the model").click()
+        page.get_by_role("alert").filter(has_text="tiue-runtime.js").wait_for()
+        assert page.get_by_role("button", name="Get the model").is_enabled()
+        visit.problems.clear()  # The browser itself reports the answer.
+
+
+def test_a_bundle_without_a_matrix_for_previews_in_a_browser_that_keeps_nothing(visit, tmp_path):
+    bundle = shutil.copytree(TINY, tmp_path / "bundle")
+    write_bundle(bundle, replace(Bundle.load(bundle).manifest, preview=None))
+    assert build(tmp_path / "site", bundle).returncode == 0
+    with served(tmp_path / "site") as url:
+        page = visit("about:blank")
+        page.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('denied'); } })")
+        page.goto(url)
+        get_the_model(page)
+        draw(page, "a red heart")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -13,6 +13,15 @@ let drawing = null; // the AbortController of the request that runs
 
 const megabytes = (bytes) => `${Math.round(bytes / 1e6)} MB`;
 
+/** Return localStorage, or undefined in a browser that keeps nothing for this page. */
+function storage() {
+  try {
+    return localStorage;
+  } catch {
+    return undefined;
+  }
+}
+
 function complain(error) {
   part("problem").textContent = error.message;
 }
@@ -23,11 +32,11 @@ function showProgress(fraction) {
 }
 
 async function load() {
-  const { Pipeline } = await import("./lib/tiue-runtime.js");
   part("load").disabled = true;
   part("problem").textContent = "";
   status.textContent = "Getting the model …";
   try {
+    const { Pipeline } = await import("./lib/tiue-runtime.js");
     pipeline = await Pipeline.load(BUNDLE, {
       wasmPaths: new URL("lib/", location.href),
       onProgress: ({ loaded, total }) => {
@@ -45,7 +54,7 @@ async function load() {
   } finally {
     showProgress(null);
   }
-  localStorage.setItem(KEPT, "yes");
+  storage()?.setItem(KEPT, "yes");
   part("start").hidden = true;
   part("form").hidden = false;
   const { device, threads, manifest } = pipeline;
@@ -93,7 +102,8 @@ async function draw(prompt, seed) {
       onProgress: (progress) => {
         if (!current()) return;
         showProgress(progress.fraction);
-        for (let i = 0; i < COUNT && progress.latents; i++) show(i, progress.preview(i));
+        const count = pipeline.manifest.preview && progress.latents ? COUNT : 0;
+        for (let i = 0; i < count; i++) show(i, progress.preview(i));
       },
     });
     if (!current()) return;
@@ -132,7 +142,7 @@ part("load").addEventListener("click", () => void load());
 
 if (await underServiceWorker()) {
   part("load").disabled = false;
-  if (localStorage.getItem(KEPT)) {
+  if (storage()?.getItem(KEPT)) {
     part("start").hidden = true;
     await load();
   } else {
