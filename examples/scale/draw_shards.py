@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _draw(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out.resolve()
-    prompts = [line for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = arguments.prompts.read_text(encoding="utf-8-sig")  # Some editors put a mark at the beginning.
+    prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{arguments.prompts}: expected a prompt in each line, got no lines")
     check_seed(arguments.seed, len(prompts))

@@ -244,6 +244,19 @@ def test_a_directory_holds_the_pictures_of_one_plan(start, prompts, tmp_path, op
     assert sorted(path.name for path in out.iterdir()) == ["plan.json"]
 
 
+def test_a_line_is_one_prompt_whatever_it_holds(start, tmp_path):
+    """Only line feeds end a line, and an editor's mark at the beginning belongs to no prompt."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
+    prompts.write_bytes("\ufeffa red\u2028heart\r\na\x0crocket\n\n".encode())
+    out.mkdir()
+    expected = hashlib.sha256("a red\u2028heart\na\x0crocket".encode()).hexdigest()
+    plan = {"prompts_sha256": expected, "bundle_sha256": "another"}
+    (out / "plan.json").write_text(json.dumps(plan | {"seed": 0, "shard_size": 1000, "batch": 1}))
+    job = start("examples.scale.draw_shards", prompts, out, "--bundle", TINY)
+    assert job.wait() == 2
+    assert "the pictures there have another bundle_sha256; choose" in job.said
+
+
 @pytest.fixture
 def serve(start):
     """Start a server of the default model, and return it with a client, when it answers."""
