@@ -80,6 +80,13 @@ def test_ids_noise_latents_and_picture_are_those_of_the_runtime(generate, direct
     assert levels.max() <= GOLDEN_IMAGE_LEVELS
 
 
+def test_a_safety_checker_is_said_not_to_run(generate, tmp_path):
+    command = [generate, "--bundle", TINY.with_name("checked"), "--out", tmp_path / "picture.bmp", "a red heart"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == "generate: warning: this example does not run the safety checker of the bundle\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -338,6 +338,8 @@ void write_bmp(const Path& path, const float* image, uint32_t height, uint32_t w
 void draw(const Options& options) {
   const Json manifest = read_json(options.bundle / "bundle.json");
   if (manifest.value("format", 0) != 1) throw Error("bundle.json: expected \"format\": 1");
+  if (manifest.contains("safety_checker"))
+    std::cerr << "generate: warning: this example does not run the safety checker of the bundle\n";
   const Json& variants = manifest["variants"];
   const Json& files = variants.contains("cpu") ? variants["cpu"] : variants.at("portable");
   const auto graph = [&](const char* name) { return options.bundle / files[name].get<std::string>(); };
