@@ -90,7 +90,6 @@ def test_another_provider_is_one_row(monkeypatch, tiny, close, closed_form):
         "Another",
         "another",
         gives_back="by reloading",
-        loads="one by one",
         options=lambda device, settings: {},
         session_entries={"session.set_denormal_as_zero": "1"},
     )

@@ -81,9 +81,14 @@ _REMEDIES = {
 }
 
 
-def remedy(error: OSError) -> str:
+def remedy(error: Exception) -> str:
     """Say what to do about an error of writing a file. Returns "" if that is not known."""
-    return _REMEDIES.get(error.errno or 0, "")
+    return _REMEDIES.get(getattr(error, "errno", 0), "")
+
+
+def reason(error: Exception) -> str:
+    """Return the operating system's words for an error, or the error's own."""
+    return getattr(error, "strerror", "") or str(error)
 
 
 _repr = reprlib.Repr()

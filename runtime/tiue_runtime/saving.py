@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tiue_runtime.bundle.directory import read_limited
 from tiue_runtime.bundle.replacing import check_writable, replacing
-from tiue_runtime.errors import BundleError, RequestError, clip, remedy, shorten
+from tiue_runtime.errors import BundleError, RequestError, clip, reason, remedy, shorten
 from tiue_runtime.images import RECORD
 from tiue_runtime.metadata import FORMATS, options_for, read_metadata
 from tiue_runtime.record import Record
@@ -39,12 +39,11 @@ def check_picture_path(path: str | os.PathLike[str], name: str = "out") -> None:
         if path.is_dir():
             raise RequestError(f"{name}: expected a file name, but {path} is a directory")
         check_writable(path)
+    except RequestError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        advice = f": {remedy(error)}" if isinstance(error, OSError) and remedy(error) else ""
-        raise RequestError(f"{name}: cannot write {clip(str(path), _SHOWN)}: {reason}{advice}") from error
+        said = ": ".join(filter(None, (reason(error), remedy(error))))
+        raise RequestError(f"{name}: cannot write {clip(str(path), _SHOWN)}: {said}") from error
 
 
 def numbered(path: Path, count: int) -> Iterator[Path]:

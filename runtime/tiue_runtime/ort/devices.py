@@ -16,24 +16,15 @@ from tiue_runtime.errors import DeviceError, shorten
 from tiue_runtime.host.machine import thread_count
 
 GivesBack = Literal["on request", "after each run", "by reloading", "never"]
-Loads = Literal["side by side", "one by one"]
-Proof = Literal["session", "product"]
-
-_AT_ONCE: dict[Loads, int] = {"side by side": 2, "one by one": 1}
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of device, as data.
 
-    Three policies tell how the rest of the package treats it:
-
     gives_back: how a session gives back the memory that a run took. "on request": by an option of that run.
         "after each run": by the same option, on every run. "by reloading": only by loading the graph again.
         "never": not at all.
-    loads: how the graphs of a bundle are loaded. "side by side": two at a time. "one by one": each alone.
-    proof: how the device is proven. "session": a session of one node must start on it. "product": a matrix product
-        must also show the precision in which it computes.
     """
 
     provider: str  # ONNX Runtime's name
@@ -41,14 +32,13 @@ class Kind:
     extra: str  # the extra of tiue-runtime that installs it
     gives_back: GivesBack = "never"
     forks: bool = False  # whether a forked process can load graphs again
-    loads: Loads = "one by one"
-    proof: Proof = "session"
+    loads_at_once: int = 1  # how many graphs of a bundle are loaded at the same time
     variants: tuple[str, ...] = (PORTABLE,)  # the variants of a bundle that it can run, the best first
     memory: str = "cpu"  # ONNX Runtime's name of the memory that holds its tensors
     options: "Callable[[Device, Settings], dict[str, str]] | None" = None  # None: the provider takes no options
     # Whether a caller's provider options replace those that follow from precision and threads.
     takes_over: Callable[[Mapping[str, object]], bool] = lambda given: False
-    precisions: tuple[Precision, ...] = ()  # a caller's choices; (): it computes in the types of the graph
+    precisions: tuple[Precision, ...] = ()  # choices, proven by a product; (): it computes in the types of the graph
     cuda_graphs: bool = False  # whether runs can be recorded
     session_entries: Mapping[str, str] = field(default_factory=dict[str, str])  # entries of the session options
     probe_options: Mapping[str, object] = field(default_factory=dict[str, object])  # provider options of the probe
@@ -65,11 +55,6 @@ class Kind:
     def is_gpu(self) -> bool:
         """Whether it has its own memory. Devices of such a kind are numbered."""
         return self.memory != "cpu"
-
-    @property
-    def loads_at_once(self) -> int:
-        """How many graphs of a bundle are loaded at the same time."""
-        return _AT_ONCE[self.loads]
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ KINDS = {
         "cpu",
         gives_back="on request",
         forks=True,
-        loads="side by side",  # Loading a graph keeps mostly one thread busy.
+        loads_at_once=2,  # Loading a graph keeps mostly one thread busy.
         variants=(CPU, PORTABLE, WEB),
         remedy="Install ONNX Runtime again",
     ),
@@ -195,7 +180,6 @@ KINDS = {
         "OpenVINO",
         "openvino",
         gives_back="by reloading",
-        proof="product",
         options=_openvino,
         takes_over=_configures_openvino,
         precisions=("bf16", "fp32"),

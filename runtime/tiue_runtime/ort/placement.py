@@ -222,7 +222,7 @@ def _settle_precision(device: Device, settings: Settings) -> Settings:
         DeviceError: bf16 was requested, but the device computes in float32.
     """
     takes_over = device.row.takes_over(settings.provider_options)
-    if device.row.proof != "product" or takes_over or settings.precision == "fp32":
+    if not device.row.precisions or takes_over or settings.precision == "fp32":
         return settings
     asked = settings.precision == "bf16"
     granted = (asked or machine.has_bf16()) and _rounds(device, replace(settings, precision="bf16"))

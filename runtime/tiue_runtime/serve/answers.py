@@ -26,7 +26,7 @@ class JsonAnswer(Response):
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return _json(content)
 
 
 def encoded(picture: Image, wanted: ImageRequest, *, metadata: bool) -> bytes:

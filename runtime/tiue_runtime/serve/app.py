@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.errors import Cancelled, RequestError
+from tiue_runtime.serve.server_settings import ServerSettings, missing
 
 try:
     import prometheus_client as _prometheus  # pyright: ignore[reportUnusedImport]  # noqa: F401
@@ -22,10 +23,7 @@ try:
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
 except ImportError as error:
-    raise RequestError(
-        f"the server needs the package {str(error.name).partition('.')[0]}: "
-        "pip install starlette uvicorn python-multipart prometheus-client"
-    ) from error
+    raise missing(error) from error
 
 from tiue_runtime.ort.devices import parse_device
 from tiue_runtime.serve.api_errors import LOG, ApiError
@@ -33,7 +31,6 @@ from tiue_runtime.serve.endpoints import PAGE, Endpoints
 from tiue_runtime.serve.guard import Inner, Outer, error_answer
 from tiue_runtime.serve.jobs import Drawing, JobQueue
 from tiue_runtime.serve.serve_metrics import ServeMetrics
-from tiue_runtime.serve.server_settings import ServerSettings
 
 if TYPE_CHECKING:
     from tiue_runtime.pipeline import Pipeline

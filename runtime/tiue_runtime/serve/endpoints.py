@@ -26,12 +26,9 @@ from tiue_runtime.tokenizer import PromptTokenizer
 
 PAGE = Path(__file__).parent / "page"
 # The page loads its own files only, and no other page may frame it.
-_POLICY = "; ".join(
-    (
-        *("default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' blob:"),
-        *("connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
-        "require-trusted-types-for 'script'",
-    )
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 _GONE = 499  # the status in figures of a client that hung up; nobody receives it
 

@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from tiue_runtime.errors import clip, shorten
 from tiue_runtime.options import LESSONS
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from tiue_runtime.serve.server_settings import ServerSettings
 
 Format = Literal["png", "jpeg", "webp"]
-_FORMATS = ("png", "jpeg", "webp")
 _AUTO = "auto"
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.ASCII)
-_NUMBER = re.compile(r"-?[0-9]{1,20}", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]{1,20}", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 _SEEDS = 2**64
 
 # Fields of OpenAI's models that a student has no use for. They are accepted with these values, and change nothing.
@@ -76,7 +76,7 @@ def read_request(
     seed = fields.integer("seed", 0, _SEEDS - count, secrets.randbits(32))
     size = _size(fields, manifest, settings.most_pixels)
     drawn = nearest(made_for(manifest), size)
-    format = cast(Format, fields.choice("output_format", _FORMATS, "png"))
+    format = cast(Format, fields.choice("output_format", get_args(Format), "png"))
     stream = fields.boolean("stream", False)
     partial_images = fields.integer("partial_images", 0, 3, 0)
     if partial_images and not stream:
@@ -232,7 +232,7 @@ class _Fields:
 
     def _parsed(self, name: str, kind: Callable[[str], float]) -> Any:
         value = self.get(name)
-        pattern = _NUMBER if kind is int else re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
+        pattern = _INTEGER if kind is int else _NUMBER
         return kind(value) if self._form and isinstance(value, str) and pattern.fullmatch(value) else value
 
     @staticmethod

@@ -304,16 +304,16 @@ class JobQueue:
                 return False
             error = result if isinstance(result, BaseException) else None
             job.state = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
+            job.fraction = 1.0 if error is None else job.fraction
+            job.on_progress = job.on_picture = None  # They may hold much of their caller.
             del self._jobs[job.id]
             self._ended[job.id] = _without_result(job)
             while len(self._ended) > _ENDED:
                 self._ended.popitem(last=False)
-            job.on_progress = job.on_picture = None  # They may hold much of their caller.
             self._changed.notify_all()
         if isinstance(result, BaseException):
             job.future.set_exception(result)
         else:
-            job.fraction = 1.0
             job.future.set_result(result)
         return True
 
@@ -327,9 +327,7 @@ def _without_result(job: Job) -> Job:
     ended = copy.copy(job)
     ended.future = Future()
     ended.future.cancel()
-    ended.on_progress = ended.on_picture = None
     ended.pictures = []
-    ended.fraction = 1.0 if job.state == "done" else job.fraction
     return ended
 
 

@@ -23,8 +23,7 @@ class Size(NamedTuple):
 
 def made_for(manifest: Manifest) -> list[Size]:
     """Return the sizes that a model was trained for, the default first."""
-    sizes = [(manifest.default_height, manifest.default_width), *manifest.sizes]
-    return list(dict.fromkeys(Size(width, height) for height, width in sizes))
+    return [Size(width, height) for height, width in manifest.made_for]
 
 
 def nearest(sizes: list[Size], wanted: Size) -> Size:

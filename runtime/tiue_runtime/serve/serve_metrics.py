@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -24,21 +25,14 @@ class ServeMetrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        names = ["endpoint", "status"]
-        self._requests = Counter("tiue_requests", "Answered requests.", names, registry=self._registry)
-        self._seconds = Histogram(
-            "tiue_request_seconds", "From a request to its answer's end.", names[:1], buckets=_BUCKETS,
-            registry=self._registry,
-        )  # fmt: skip
-        self._stages = Histogram(
-            "tiue_stage_seconds", "Each graph, and total; one request of the pipeline.", ["model", "stage"],
-            buckets=_BUCKETS, registry=self._registry,
-        )  # fmt: skip
-        self._waited = Histogram(
-            "tiue_wait_seconds", "In the queue, of finished requests.", ["model"], buckets=_BUCKETS,
-            registry=self._registry,
-        )  # fmt: skip
-        self._pictures = Counter("tiue_pictures", "Drawn pictures.", ["model"], registry=self._registry)
+        counter = partial(Counter, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry, buckets=_BUCKETS)
+        self._requests = counter("tiue_requests", "Answered requests.", ["endpoint", "status"])
+        self._seconds = histogram("tiue_request_seconds", "From a request to its answer's end.", ["endpoint"])
+        stages = "Each graph, and total; one request of the pipeline."
+        self._stages = histogram("tiue_stage_seconds", stages, ["model", "stage"])
+        self._waited = histogram("tiue_wait_seconds", "In the queue, of finished requests.", ["model"])
+        self._pictures = counter("tiue_pictures", "Drawn pictures.", ["model"])
 
     def watch(self, queues: Mapping[str, JobQueue]) -> None:
         """Report the lengths of queues, by model."""
@@ -70,10 +64,7 @@ class _Queues(Collector):
     def __init__(self, queues: Mapping[str, JobQueue]) -> None:
         self._queues = queues
 
-    def collect(self) -> Iterable[Metric]:
-        return self._families()
-
-    def _families(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily("tiue_queue_waiting", "Requests that wait.", labels=["model"])
         running = GaugeMetricFamily("tiue_queue_running", "Requests that are drawn.", labels=["model"])
         for name, queue in self._queues.items():

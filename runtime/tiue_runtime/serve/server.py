@@ -10,16 +10,14 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tiue_runtime.errors import RequestError
+from tiue_runtime.errors import RequestError, reason
 from tiue_runtime.serve.app import create_app
-from tiue_runtime.serve.server_settings import ServerSettings
+from tiue_runtime.serve.server_settings import ServerSettings, missing
 
 try:
     import uvicorn
 except ImportError as error:
-    raise RequestError(
-        "the server needs the package uvicorn: pip install starlette uvicorn python-multipart prometheus-client"
-    ) from error
+    raise missing(error) from error
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -102,8 +100,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(f"host, port: cannot listen at {host}, port {port}: {reason}; choose others") from error
+        said = reason(error)
+        raise RequestError(f"host, port: cannot listen at {host}, port {port}: {said}; choose others") from error
     return listening
 
 

@@ -38,10 +38,9 @@ class ServerSettings:
     metadata: bool = True  # whether pictures hold their record
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and not (self.api_key.strip() and self.api_key.isascii()):
-            raise RequestError("api_key: expected printable ASCII characters, got none or others")
-        if self.api_key is not None and (self.api_key != self.api_key.strip() or not self.api_key.isprintable()):
-            raise RequestError("api_key: expected no spaces at the ends and no control codes")
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            raise RequestError("api_key: expected printable ASCII characters without spaces at the ends")
         for origin in self.origins:
             if not _ORIGIN.fullmatch(origin):
                 raise RequestError(f"allow_origin: expected for example https://example.org, got {shorten(origin)}")
@@ -60,3 +59,11 @@ class ServerSettings:
             raise RequestError(f"grace: expected seconds, got {shorten(self.grace)}")
         if self.batch is not None and self.batch < 1:
             raise RequestError(f"batch: expected at least 1, got {shorten(self.batch)}")
+
+
+def missing(error: ImportError) -> RequestError:
+    """Return the error of a package of the extra [server] that is not installed."""
+    return RequestError(
+        f"the server needs the package {str(error.name).partition('.')[0]}: "
+        "pip install starlette uvicorn python-multipart prometheus-client"
+    )

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from tiue_runtime.errors import Cancelled, InferenceError, RequestError
 from tiue_runtime.options import LoadOptions, RequestOptions
 from tiue_runtime.tools import stop_signals
 from tiue_runtime.tools.console import say, write
+from tiue_runtime.tools.flags import Add, drawing_flags, given, saver
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +35,10 @@ _SHOWN_FAILURES = 50
 _FEWEST_DIGITS = 6  # of numbers of lines in names
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that are neither options of the library nor about the content of files."""
+def register(add: Add) -> None:
+    """Add the command."""
+    parser = add("batch", batch, "make pictures of many prompts; the same command continues it")
+    parser.epilog = EXIT_CODES
     parser.add_argument(
         "prompts",
         metavar="PROMPTS.jsonl",
@@ -52,22 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pack pictures into N tar files in webdataset's layout, key.png and key.json for each picture",
     )
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first line that fails")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
-    output.add_argument("--json", action="store_true", help="print the line of the manifest for each new picture")
+    drawing_flags(parser, "print the line of the manifest for each new picture")
 
 
-def batch(arguments: argparse.Namespace, loading: LoadOptions, request: RequestOptions) -> int:
+def batch(arguments: argparse.Namespace) -> int:
     """Run the command. Raises RequestError, and errors of loading."""
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle
     from tiue_runtime.noise import check_seed
     from tiue_runtime.tools.batch_directory import BatchDirectory, continue_or_begin, locked
     from tiue_runtime.tools.batch_lines import Reader, read_tasks, with_seeds
-    from tiue_runtime.tools.flags import saver
     from tiue_runtime.tools.shards import Shards
     from tiue_runtime.tools.text_lines import read_lines, shown
 
+    loading, request = given(arguments, LoadOptions), given(arguments, RequestOptions)
     if arguments.shards is not None and arguments.shards < 1:
         raise RequestError(f"shards: expected at least 1, got {arguments.shards}")
     save, seed = saver(arguments), request.pop("seed", None)
@@ -170,17 +170,13 @@ def _make(
         for index, (file, image) in enumerate(zip(task.files, result.images, strict=True)):
             if file not in target:
                 facts = {"line": task.line, "index": index, "record": json.loads(image.info[RECORD].to_json())}
-                report.made(target.add(file, facts, partial(_save, save, image)))
+                report.made(target.add(file, facts, lambda path, image=image: save(image, path, True)))
     except (RequestError, InferenceError, Cancelled) as error:
         return str(error)
     finally:
         if bar:
             bar.end()
     return None
-
-
-def _save(save: "Save", image: "Image", path: Path) -> None:
-    save(image, path, True)
 
 
 def _counted(number: int, thing: str) -> str:

@@ -18,14 +18,14 @@ from tiue_runtime.tools import (
     batch_command,
     completion,
     generate_command,
+    info_command,
     mcp_command,
     model_commands,
     serve_command,
     stop_signals,
 )
 from tiue_runtime.tools.console import print_rows, say, write
-from tiue_runtime.tools.flags import bundle_flag, given, lesson_flags, option_flags, saving_flags
-from tiue_runtime.tools.info_command import describe
+from tiue_runtime.tools.flags import bundle_flag, given, option_flags
 
 _USER_ERROR = 2
 _INTERRUPTED = 128 + signal.SIGINT
@@ -99,16 +99,6 @@ def _show_warning(message: object, *_: object, **__: object) -> None:
     say("warning", message)
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    loading, request = given(arguments, LoadOptions), given(arguments, RequestOptions)
-    return generate_command.generate(arguments, loading, request)
-
-
-def _batch(arguments: argparse.Namespace) -> int:
-    loading, request = given(arguments, LoadOptions), given(arguments, RequestOptions)
-    return batch_command.batch(arguments, loading, request)
-
-
 def _doctor(arguments: argparse.Namespace) -> int:
     from tiue_runtime.tools.doctor import examine
 
@@ -137,55 +127,22 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"tiue-runtime {__version__}")
     parser.set_defaults(command=partial(_help, parser), parser=parser)
-    commands = parser.add_subparsers(metavar="COMMAND")
+    add = partial(_command, parser.add_subparsers(metavar="COMMAND"))
+    for group in (generate_command, batch_command, info_command, model_commands, mcp_command, serve_command):
+        group.register(add)
+    completion.register(add, parser)
 
-    generate = _command(commands, "generate", _generate, "make pictures of a prompt and save them")
-    generate_command.add_arguments(generate)
-    _drawing_flags(generate)
-    generate.epilog = generate_command.EXIT_CODES
-
-    batch = _command(commands, "batch", _batch, "make pictures of many prompts; the same command continues it")
-    batch_command.add_arguments(batch)
-    _drawing_flags(batch)
-    batch.epilog = batch_command.EXIT_CODES
-
-    info = _command(commands, "info", describe, "describe a bundle: license, sizes, step counts, what it can draw")
-    bundle_flag(info)
-    info.add_argument("--all", action="store_true", help="print everything that the model can draw, one a line")
-    info.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
-
-    model_commands.register(partial(_command, commands), write)
-    mcp_command.register(partial(_command, commands))
-    serve_command.register(partial(_command, commands), write)
-
-    complete = _command(commands, "completion", partial(_completion, parser), "print a script for a shell's completion")
-    completion.add_arguments(complete)
-
-    doctor = _command(commands, "doctor", _doctor, "show versions, devices, installed bundles and problems")
+    doctor = add("doctor", _doctor, "show versions, devices, installed bundles and problems")
     bundle_flag(doctor)
     doctor.add_argument("--device", help="with this or --bundle, load the graphs and count the nodes of each provider")
 
-    bench = _command(commands, "bench", _bench, "measure seconds per image, graph by graph")
+    bench = add("bench", _bench, "measure seconds per image, graph by graph")
     bench.add_argument("--runs", type=int, default=10, metavar="N", help="timed runs after the warm-up (default 10)")
     bench.add_argument("--cuda-graphs", action="store_true", help=described(LoadOptions)["cuda_graphs"].option.help)
     bundle_flag(bench)
     option_flags(bench, RequestOptions)
     option_flags(bench, LoadOptions)
     return parser
-
-
-def _drawing_flags(parser: _Parser) -> None:
-    """Add what `generate` and `batch` have in common."""
-    bundle_flag(parser)
-    option_flags(parser, RequestOptions)
-    option_flags(parser, LoadOptions)
-    saving_flags(parser)
-    lesson_flags(parser)
-
-
-def _completion(parser: _Parser, arguments: argparse.Namespace) -> int:
-    write(completion.script(parser, arguments.shell), end="")
-    return 0
 
 
 def _help(parser: _Parser, _: argparse.Namespace) -> int:

@@ -4,23 +4,24 @@ import argparse
 from typing import Any, cast
 
 from tiue_runtime.errors import RequestError
+from tiue_runtime.tools.console import write
+from tiue_runtime.tools.flags import Add
 
 SHELLS = ("bash", "zsh", "tcsh")
 
-_FILES = {
-    "FILE",
-    "NAME",
-    "NAME_OR_PATH",
-    "BUNDLE",
-    "PEM",
-    "PICTURE",
-    "PROMPTS.jsonl",
-}  # the names of values in the help
+# The names of values in the help.
+_FILES = {"FILE", "NAME", "NAME_OR_PATH", "BUNDLE", "PEM", "PICTURE", "PROMPTS.jsonl"}
 _DIRECTORIES = {"DIR"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
+def register(add: Add, whole: argparse.ArgumentParser) -> None:
+    """Add the command. whole: the parser of the whole command line."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        write(script(whole, arguments.shell), end="")
+        return 0
+
+    parser = add("completion", run, "print a script for a shell's completion")
     parser.add_argument("shell", choices=SHELLS, help="whose script is printed")
     parser.epilog = (
         'bash: eval "$(tiue-runtime completion bash)", for example in ~/.bashrc. zsh: save the script as '

@@ -1,4 +1,4 @@
-"""Flags that several commands share: for options of the library, and for what a saved file holds."""
+"""What commands share: how they are added, flags for options of the library, and for what a saved file holds."""
 
 import argparse
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args
 
 from tiue_runtime.choices import Algorithm
 from tiue_runtime.errors import RequestError
-from tiue_runtime.options import LESSONS, choices, described
+from tiue_runtime.options import LESSONS, LoadOptions, RequestOptions, choices, described
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,23 +16,39 @@ if TYPE_CHECKING:
     from tiue_runtime.credentials import Credentials
 
 T = TypeVar("T", bound=Any)
+Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+"""Adds a command: its name, its function and one line of help."""
+
 Save = Callable[["Image", Path, bool], None]
 """Writes a picture to a path; the last argument says whether a file that exists is replaced."""
 
 
-def bundle_flag(parser: argparse.ArgumentParser) -> None:
+def bundle_flag(parser: argparse.ArgumentParser, dest: str = "bundle") -> None:
     """Add --bundle."""
     parser.add_argument(
         "--bundle",
+        dest=dest,
         metavar="NAME_OR_PATH",
         help="a bundle's directory or installed name (default: TIUE_BUNDLE, else emoji)",
     )
 
 
-def option_flags(parser: argparse.ArgumentParser, options: type) -> None:
-    """Add a flag for every option of a TypedDict whose `flag` is set."""
+def drawing_flags(parser: argparse.ArgumentParser, json: str) -> None:
+    """Add what commands that save pictures have in common. json: the help of --json."""
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
+    output.add_argument("--json", action="store_true", help=json)
+    bundle_flag(parser)
+    option_flags(parser, RequestOptions)
+    option_flags(parser, LoadOptions)
+    _saving_flags(parser)
+    _lesson_flags(parser)
+
+
+def option_flags(parser: argparse.ArgumentParser, options: type, only: tuple[str, ...] = ()) -> None:
+    """Add a flag for every option of a TypedDict whose `flag` is set, or only for some of them."""
     for name, (kind, option, _) in described(options).items():
-        if not option.flag:
+        if not option.flag or (only and name not in only):
             continue
         flag = "--" + name.replace("_", "-")
         if kind is bool:
@@ -51,7 +67,7 @@ class _Lesson(argparse.Action):
         raise RequestError(f"{self.option_strings[0]}: {LESSONS[self.dest]}")
 
 
-def lesson_flags(parser: argparse.ArgumentParser) -> None:
+def _lesson_flags(parser: argparse.ArgumentParser) -> None:
     """Add hidden flags, which refuse the arguments of diffusers with a sentence each."""
     for name in LESSONS:
         flags = dict.fromkeys(("--" + name.replace("_", "-"), f"--{name}"))
@@ -65,7 +81,7 @@ def given(arguments: argparse.Namespace, options: type[T]) -> T:
     return cast(T, named)
 
 
-def saving_flags(parser: argparse.ArgumentParser) -> None:
+def _saving_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags about the record, the mark of AI, and content credentials."""
     parser.add_argument(
         "--metadata", action=argparse.BooleanOptionalAction, default=True, help="save how the picture was made"

@@ -13,6 +13,7 @@ from tiue_runtime.errors import RequestError
 from tiue_runtime.options import LoadOptions, RequestOptions
 from tiue_runtime.tools import stop_signals
 from tiue_runtime.tools.console import write
+from tiue_runtime.tools.flags import Add, drawing_flags, given, saver
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +30,10 @@ EXIT_CODES = "Exit codes: 0 all pictures are saved; 2 a mistake, in one line on 
 FIELDS_HELP = "{prompt}, {seed}, {index}, {width}, {height}, {steps} and {bundle}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that are neither options of the library nor about the content of files."""
+def register(add: Add) -> None:
+    """Add the command."""
+    parser = add("generate", generate, "make pictures of a prompt and save them")
+    parser.epilog = EXIT_CODES
     parser.add_argument("prompt", nargs="*", help="a description of the picture, for example: a red heart")
     parser.add_argument("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -57,17 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help="make a saved picture again, with the bundle given here or the one that made it",
     )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
-    output.add_argument("--json", action="store_true", help="print a JSON object per picture, for programs")
+    drawing_flags(parser, "print a JSON object per picture, for programs")
 
 
-def generate(arguments: argparse.Namespace, loading: LoadOptions, request: RequestOptions) -> int:
+def generate(arguments: argparse.Namespace) -> int:
     """Run the command. Raises RequestError, and errors of the pipeline."""
     from tiue_runtime.tools.file_names import Target
-    from tiue_runtime.tools.flags import saver
     from tiue_runtime.tools.progress_bar import bar_for
 
+    loading, request = given(arguments, LoadOptions), given(arguments, RequestOptions)
     _check_sources(arguments, request)
     target = Target(arguments.out, arguments.overwrite)
     save = saver(arguments)
@@ -88,20 +89,17 @@ def _check_sources(arguments: argparse.Namespace, request: RequestOptions) -> No
     """Raise RequestError unless exactly one thing says what to draw."""
     if arguments.prompt_flag is not None:
         raise RequestError("prompt: write the description without a flag, as in: tiue-runtime generate a red heart")
-    given = [
-        name
-        for name, value in (
-            ("a description", arguments.prompt),
-            ("--prompts FILE", arguments.prompts),
-            ("--from PICTURE", arguments.source),
-        )
-        if value
-    ]
-    if len(given) != 1:
-        got = " and ".join(given) or "nothing"
+    sources = {
+        "a description": arguments.prompt,
+        "--prompts FILE": arguments.prompts,
+        "--from PICTURE": arguments.source,
+    }
+    found = [name for name, value in sources.items() if value]
+    if len(found) != 1:
+        got = " and ".join(found) or "nothing"
         raise RequestError(
             "prompt: expected either a description of the picture, --prompts FILE or --from PICTURE, "
-            f"got {'both ' if len(given) > 1 else ''}{got}"
+            f"got {'both ' if len(found) > 1 else ''}{got}"
         )
     decided = [name for name in request if name != "timeout"]
     if arguments.source and decided:
@@ -137,8 +135,8 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     count = len(prompts) * num_images
     if count > LARGEST:
         raise RequestError(f"num_images: expected at most {LARGEST:,} pictures at once, got {count:,}")
-    given = request.get("seed")
-    seed = secrets.randbits(32) if given is None else check_seed(given, count)
+    chosen = request.get("seed")
+    seed = secrets.randbits(32) if chosen is None else check_seed(chosen, count)
     manifest = Bundle.load(find_bundle(arguments.bundle)).manifest
     enlarged = check_upscale(request.get("upscale"), manifest) or 1
     width = (request.get("width") or manifest.default_width) * enlarged

@@ -6,12 +6,20 @@ import json
 from tiue_runtime.bundle import MANIFEST, Bundle, Manifest, Prompts
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.tools.console import print_rows, write
+from tiue_runtime.tools.flags import Add, bundle_flag
 
 _SOME = 12  # names that are shown without --all
 
 
-def describe(arguments: argparse.Namespace) -> int:
-    """Run the command. Raises BundleError."""
+def register(add: Add) -> None:
+    """Add the command."""
+    parser = add("info", _describe, "describe a bundle: license, sizes, step counts, what it can draw")
+    bundle_flag(parser)
+    parser.add_argument("--all", action="store_true", help="print everything that the model can draw, one a line")
+    parser.add_argument("--json", action="store_true", help="print bundle.json and the directory, for programs")
+
+
+def _describe(arguments: argparse.Namespace) -> int:
     bundle = Bundle.load(find_bundle(arguments.bundle))
     if arguments.json:
         content = json.loads((bundle.directory / MANIFEST).read_text(encoding="utf-8"))

@@ -2,23 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 
 from tiue_runtime.errors import RequestError
-from tiue_runtime.options import LoadOptions, described
+from tiue_runtime.options import LoadOptions
 from tiue_runtime.tools.console import write
-from tiue_runtime.tools.flags import bundle_flag, given
-
-Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-"""Adds a command: its name, its function and one line of help."""
+from tiue_runtime.tools.flags import Add, bundle_flag, given, option_flags
 
 
 def register(add: Add) -> None:
-    """Add the command. `add` makes its parser."""
+    """Add the command."""
     parser = add("mcp", _run, "draw for an assistant that starts this command as an MCP server")
     bundle_flag(parser)
-    for name, kind in (("device", str), ("threads", int)):
-        parser.add_argument(f"--{name}", type=kind, help=described(LoadOptions)[name].option.help)
+    option_flags(parser, LoadOptions, only=("device", "threads"))
     parser.add_argument(
         "--format", choices=("png", "jpeg", "webp"), default="png", help="of the pictures (default: png, without loss)"
     )

@@ -5,26 +5,21 @@ import getpass
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tiue_runtime.tools.console import write
+from tiue_runtime.tools.flags import Add, bundle_flag
 
 if TYPE_CHECKING:
     from tiue_runtime.hub.signature import Trust
 
 PASSWORD_VARIABLE = "TIUE_KEY_PASSWORD"
-Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-"""Adds a command: its name, its function and one line of help."""
 
 
-def register(add: Add, write: Callable[[str], None]) -> None:
-    """Add the commands.
-
-    Args:
-        add: makes the parser of a command.
-        write: prints a line.
-    """
-    pull = add("pull", lambda given: _pull(given, write), "get a bundle from the Hub, a URL or a directory")
+def register(add: Add) -> None:
+    """Add the commands."""
+    pull = add("pull", _pull, "get a bundle from the Hub, a URL or a directory")
     pull.add_argument(
         "source", metavar="SOURCE", help="OWNER/NAME[@revision] of the Hugging Face Hub, URL or directory"
     )
@@ -33,13 +28,13 @@ def register(add: Add, write: Callable[[str], None]) -> None:
     pull.add_argument("--allow-http", action="store_true", help="accept http:// URLs of other computers")
     _trust_flags(pull)
 
-    listing = add("list", lambda given: _list(given, write), "list installed and pulled bundles and their sizes")
+    listing = add("list", _list, "list installed and pulled bundles and their sizes")
     listing.add_argument("--json", action="store_true", help="print JSON, for programs")
 
-    remove = add("remove", lambda given: _remove(given, write), "delete a pulled bundle, or an unfinished download")
+    remove = add("remove", _remove, "delete a pulled bundle, or an unfinished download")
     remove.add_argument("name", metavar="NAME", help="as `tiue-runtime list` shows it")
 
-    sign = add("sign", lambda given: _sign(given, write), "sign a bundle with a private key, offline")
+    sign = add("sign", _sign, "sign a bundle with a private key, offline")
     sign.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory or name")
     sign.add_argument(
         "--private-key",
@@ -51,16 +46,11 @@ def register(add: Add, write: Callable[[str], None]) -> None:
     sign.add_argument("--certificate", type=Path, metavar="PEM", help="of the key, if trust comes from certificates")
     sign.add_argument("--chain", type=Path, nargs="+", default=[], metavar="PEM", help="certificates up to the root")
 
-    verify = add("verify", lambda given: _verify(given, write), "compare every file of a bundle with its sha256")
+    verify = add("verify", _verify, "compare every file of a bundle with its sha256")
     verify.add_argument(
         "bundle", nargs="?", metavar="BUNDLE", help="a bundle's directory or name (default: as --bundle)"
     )
-    verify.add_argument(
-        "--bundle",
-        dest="bundle_flag",
-        metavar="NAME_OR_PATH",
-        help="a bundle's directory or name (default: TIUE_BUNDLE, else emoji)",
-    )
+    bundle_flag(verify, "bundle_flag")
     _trust_flags(verify)
 
 
@@ -82,7 +72,7 @@ def _trust(given: argparse.Namespace) -> "Trust | None":
     return demanded_trust()
 
 
-def _pull(given: argparse.Namespace, write: Callable[[str], None]) -> int:
+def _pull(given: argparse.Namespace) -> int:
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.hub.pull import pull
     from tiue_runtime.hub.sources import HubSource, parse_source
@@ -126,7 +116,7 @@ class _Bar:
             print(file=sys.stderr)
 
 
-def _list(given: argparse.Namespace, write: Callable[[str], None]) -> int:
+def _list(given: argparse.Namespace) -> int:
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle, installed_bundles
     from tiue_runtime.bundle.pulled import pulled_bundles
@@ -163,7 +153,7 @@ def _list(given: argparse.Namespace, write: Callable[[str], None]) -> int:
     return 0
 
 
-def _remove(given: argparse.Namespace, write: Callable[[str], None]) -> int:
+def _remove(given: argparse.Namespace) -> int:
     from tiue_runtime.hub.pulled_files import remove
 
     freed = remove(given.name)
@@ -171,7 +161,7 @@ def _remove(given: argparse.Namespace, write: Callable[[str], None]) -> int:
     return 0
 
 
-def _sign(given: argparse.Namespace, write: Callable[[str], None]) -> int:
+def _sign(given: argparse.Namespace) -> int:
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle
     from tiue_runtime.hub.signature import sign
@@ -187,7 +177,7 @@ def _sign(given: argparse.Namespace, write: Callable[[str], None]) -> int:
     return 0
 
 
-def _verify(given: argparse.Namespace, write: Callable[[str], None]) -> int:
+def _verify(given: argparse.Namespace) -> int:
     from tiue_runtime.bundle import Bundle
     from tiue_runtime.bundle.find import find_bundle
     from tiue_runtime.hub.signature import check_signature

@@ -2,15 +2,13 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from tiue_runtime.errors import RequestError
-from tiue_runtime.modes import Memory
-from tiue_runtime.options import LoadOptions, RequestOptions, described
+from tiue_runtime.options import LoadOptions, RequestOptions
 from tiue_runtime.serve.server_settings import KEY_VARIABLE, ServerSettings
-from tiue_runtime.tools.flags import given, option_flags
+from tiue_runtime.tools.flags import Add, given, option_flags
 
 if TYPE_CHECKING:
     from tiue_runtime.pipeline import Pipeline
@@ -32,20 +30,12 @@ NAMES = ("host", "port", "api_key", "without_key", "allow_host", "allow_origin",
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
-Write = Callable[[str], None]
-Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-"""Adds a command: its name, its function and one line of help."""
 
-
-def register(add: Add, write: Write) -> None:
-    """Add the command.
-
-    Args:
-        add: makes the parser of a command.
-        write: prints a line.
-    """
-    summary = "draw for other programs over HTTP, as OpenAI's images API does, with a page for people"
-    parser = add("serve", lambda arguments: _serve(arguments, given(arguments, LoadOptions), write), summary)
+def register(add: Add) -> None:
+    """Add the command."""
+    parser = add(
+        "serve", _serve, "draw for other programs over HTTP, as OpenAI's images API does, with a page for people"
+    )
     defaults = ServerSettings()
     parser.add_argument(
         "--bundle",
@@ -82,15 +72,16 @@ def register(add: Add, write: Write) -> None:
     parser.add_argument(
         "--metadata", action=argparse.BooleanOptionalAction, default=True, help="say in pictures how they were made"
     )
-    parser.add_argument("--memory", choices=get_args(Memory), help=described(RequestOptions)["memory"].option.help)
+    option_flags(parser, RequestOptions, only=("memory",))
     option_flags(parser, LoadOptions)
 
 
-def _serve(arguments: argparse.Namespace, loading: LoadOptions, write: Write) -> int:
+def _serve(arguments: argparse.Namespace) -> int:
     from tiue_runtime.pipeline import Pipeline as Loaded
     from tiue_runtime.serve import server
+    from tiue_runtime.tools.console import write  # `console` needs NAMES.
 
-    values = vars(arguments)
+    values, loading = vars(arguments), given(arguments, LoadOptions)
     limits = {name: values[name] for name in _LIMITS if values[name] is not None}
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     settings = ServerSettings(

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
-from tiue_runtime.errors import RequestError, clip, shorten
+from tiue_runtime.errors import RequestError, clip, reason, shorten
 
 STDIN = "-"
 LONGEST_LINE = 2**20  # bytes
@@ -50,11 +50,10 @@ def read_lines(source: str, name: str) -> Iterator[tuple[int, bytes]]:
                     yield number, line.strip()
             if file.readline(1):
                 raise RequestError(f"{name}: expected at most {MOST_LINES:,} lines, but {shown(source)} has more")
+    except RequestError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise RequestError(f"{name}: cannot read {shown(source)}: {reason}") from error
+        raise RequestError(f"{name}: cannot read {shown(source)}: {reason(error)}") from error
 
 
 def _opened(source: str, name: str) -> AbstractContextManager[IO[bytes]]:
