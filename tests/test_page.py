@@ -435,7 +435,7 @@ def test_nothing_runs_but_the_page_s_own_scripts_and_nothing_comes_from_elsewher
     )
     assert refused and page.evaluate("window.ran") is None
     files = [path.read_text(encoding="utf-8") for path in (ROOT / "runtime/tiue_runtime/serve/page").glob("*.*")]
-    assert len(files) > 10 and not [text for text in files if re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)]
+    assert len(files) > 8 and not [text for text in files if re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)]
 
 
 def test_the_theme_is_chosen_and_remembered(page):
@@ -448,10 +448,27 @@ def test_the_theme_is_chosen_and_remembered(page):
     assert page.text_content("#theme") == "Theme: dark" and page.evaluate(background) != light
 
 
+def test_the_page_draws_if_the_browser_keeps_nothing(chromium, address):
+    context = chromium.new_context()
+    context.add_init_script(
+        """for (const name of ["localStorage", "sessionStorage", "indexedDB"]) {
+            Object.defineProperty(window, name, { get() { throw new DOMException("closed", "SecurityError"); } });
+        }"""
+    )
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#counts input")
+    draw(page)
+    assert page.locator("#gallery img").count() == 1 and "does not keep" in notice(page)
+    page.click("#theme")
+    assert page.text_content("#theme") == "Theme: light"
+    context.close()
+
+
 def test_events_are_read_whatever_way_the_stream_is_cut(page):
     events = page.evaluate(
         """async () => {
-            const { readEvents } = await import(new URL("page/events.js", document.baseURI));
+            const { readEvents } = await import(new URL("page/api.js", document.baseURI));
             const events = [': quiet', 'event: a\\ndata: {"text": "ü €"}', 'data: [1,\\ndata: 2]', 'data: [DONE]', ''];
             const bytes = new TextEncoder().encode(events.join('\\n\\n'));
             const found = [];

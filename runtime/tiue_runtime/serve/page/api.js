@@ -1,6 +1,6 @@
 /** The server's API, as in docs/server.md. */
 
-import { readEvents } from "./events.js";
+import { readNote, writeNote } from "./store.js";
 
 const KEY = "tiue-key";
 const API = new URL("v1/", document.baseURI);
@@ -19,7 +19,7 @@ export class ApiError extends Error {
 
 /** Keep the API key while this tab is open. */
 export function useKey(key) {
-  sessionStorage.setItem(KEY, key);
+  writeNote("sessionStorage", KEY, key);
 }
 
 /** Return the names of the server's models, the default first. */
@@ -80,7 +80,7 @@ function lost(finished, count) {
 
 /** Send a request, and throw an ApiError unless the answer is a good one. */
 async function ask(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
+  const key = readNote("sessionStorage", KEY);
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
   let answer;
   try {
@@ -96,4 +96,32 @@ async function ask(path, options = {}) {
 
 function toBlob(base64, type) {
   return new Blob([Uint8Array.from(atob(base64), (character) => character.charCodeAt(0))], { type });
+}
+
+/**
+ * Read the events of a stream (text/event-stream) whose data are JSON.
+ *
+ * @param {ReadableStream<Uint8Array>} stream
+ * @yields {object} the JSON of each event
+ */
+export async function* readEvents(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  const parts = [];  // of an event that has not ended: a picture comes in many
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const pieces = ((parts.pop() ?? "") + value).split("\n\n");
+      // An event may end at the border of two parts, so the last piece is joined with what follows.
+      for (const piece of pieces.slice(0, -1)) yield* parsed(piece);
+      parts.push(pieces.at(-1));
+    }
+  } finally {
+    reader.cancel().catch(() => {});  // The reader may have failed already.
+  }
+}
+
+function* parsed(event) {
+  const data = event.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart());
+  if (data.length && data[0] !== "[DONE]") yield JSON.parse(data.join("\n"));
 }

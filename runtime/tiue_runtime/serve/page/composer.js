@@ -76,9 +76,7 @@ function refused(id, message) {
 
 function chip(example) {
   const item = document.createElement("li");
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = example;
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: example });
   button.addEventListener("click", () => {
     at("prompt").value = example;
     at("prompt").focus();
@@ -89,13 +87,8 @@ function chip(example) {
 
 function radio(count) {
   const label = document.createElement("label");
-  const input = document.createElement("input");
-  input.type = "radio";
-  input.name = "count";
-  input.value = count;
-  input.checked = count === 1;
-  const text = document.createElement("span");
-  text.textContent = count;
-  label.append(input, text);
+  const facts = { type: "radio", name: "count", value: count, checked: count === 1 };
+  const text = Object.assign(document.createElement("span"), { textContent: count });
+  label.append(Object.assign(document.createElement("input"), facts), text);
   return label;
 }

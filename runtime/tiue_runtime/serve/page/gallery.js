@@ -113,13 +113,10 @@ export class Gallery {
 class Plate {
   constructor(prompt) {
     this.element = document.createElement("li");
-    this.plate = document.createElement("div");
-    this.plate.className = "plate";
+    this.plate = Object.assign(document.createElement("div"), { className: "plate" });
     this.previews = 0;
     [this.asked, this.shown] = [0, 0];  // numbers of previews
-    const blank = document.createElement("div");
-    blank.className = "blank";
-    this.plate.append(blank);
+    this.plate.append(Object.assign(document.createElement("div"), { className: "blank" }));
     this.element.append(this.plate, line("words", prompt), line("seed", "drawing…"));
     this.address = null;
   }
@@ -147,15 +144,9 @@ class Plate {
 }
 
 function image(address) {
-  const picture = document.createElement("img");
-  picture.alt = "";  // Its prompt stands below it.
-  picture.src = address;
-  return picture;
+  return Object.assign(document.createElement("img"), { alt: "", src: address });  // Its prompt stands below it.
 }
 
 function line(name, text) {
-  const element = document.createElement("p");
-  element.className = name;
-  element.textContent = text;
-  return element;
+  return Object.assign(document.createElement("p"), { className: name, textContent: text });
 }

@@ -2,11 +2,12 @@
 
 import { ApiError, describeModel, draw, listModels, useKey } from "./api.js";
 import { Composer } from "./composer.js";
-import { onDrop } from "./dropping.js";
 import { Gallery } from "./gallery.js";
 import { readRecord } from "./record.js";
-import { chooseTheme } from "./theme.js";
+import { readNote, writeNote } from "./store.js";
 import { Viewer } from "./viewer.js";
+
+const THEMES = ["auto", "light", "dark"];
 
 const at = (id) => document.getElementById(id);
 
@@ -126,6 +127,41 @@ function repeatFile(file) {
   return attempt(async () => {
     const record = await readRecord(file);
     await repeat({ ...record, size: `${record.width}x${record.height}` });
+  });
+}
+
+/** Let a button go through the themes: the browser's setting, light and dark. The choice is remembered. */
+function chooseTheme(button) {
+  let choice = readNote("localStorage", "tiue-theme");
+  const show = () => {
+    if (!THEMES.includes(choice)) choice = "auto";
+    document.documentElement.dataset.theme = choice;
+    button.textContent = `Theme: ${choice}`;
+  };
+  button.addEventListener("click", () => {
+    choice = THEMES[(THEMES.indexOf(choice) + 1) % THEMES.length];
+    writeNote("localStorage", "tiue-theme", choice);
+    show();
+  });
+  show();
+}
+
+/** Show an overlay while a file is dragged over the page, and pass on what is dropped. */
+function onDrop(overlay, use) {
+  const hasFile = (event) => event.dataTransfer?.types.includes("Files");
+  addEventListener("dragover", (event) => {
+    if (!hasFile(event)) return;
+    event.preventDefault();
+    overlay.hidden = false;
+  });
+  addEventListener("dragleave", (event) => {
+    if (event.relatedTarget === null) overlay.hidden = true;
+  });
+  addEventListener("drop", (event) => {
+    overlay.hidden = true;
+    if (!hasFile(event)) return;
+    event.preventDefault();
+    use(event.dataTransfer.files[0]);
   });
 }
 

@@ -1,4 +1,4 @@
-/** The pictures that this browser keeps, in IndexedDB. */
+/** What this browser keeps: pictures in IndexedDB, and notes. */
 
 /**
  * @typedef {object} Picture
@@ -15,7 +15,28 @@
 const NAME = "tiue";
 const STORE = "pictures";
 
+const notes = {};  // for a browser whose storage is closed to this page
+
 let opened = null;
+
+/** Return a note from "localStorage" or, until the tab is closed, from "sessionStorage"; or null. */
+export function readNote(area, key) {
+  try {
+    return globalThis[area].getItem(key);
+  } catch {
+    return notes[key] ?? null;
+  }
+}
+
+/** Keep a note. Without storage, it lasts as long as the page. */
+export function writeNote(area, key, text) {
+  notes[key] = text;
+  try {
+    globalThis[area].setItem(key, text);
+  } catch {
+    return;  // The page goes on without storage.
+  }
+}
 
 /** Keep a picture. Returns its id. */
 export async function keep(picture) {

@@ -49,7 +49,5 @@ function day(milliseconds) {
 }
 
 function element(name, text) {
-  const made = document.createElement(name);
-  made.textContent = text;
-  return made;
+  return Object.assign(document.createElement(name), { textContent: text });
 }
