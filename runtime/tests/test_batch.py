@@ -196,6 +196,15 @@ def test_a_directory_of_other_files_is_refused(run, tmp_path):
     assert "damaged batch.json" in run(LINES)[2]
 
 
+@pytest.mark.parametrize("damage", [{"options": []}, {"seed": "one"}, {"seed": None}], ids=str)
+def test_a_damaged_state_is_one_line(run, tmp_path, damage):
+    run(LINES)
+    path = tmp_path / "out/batch.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    code, _, err = run(LINES)
+    assert code == 2 and "damaged batch.json" in err
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [(b"", "has none"), (b"\n\n", "has none"), (b"\xff\n", "expected UTF-8"), (b"x" * (2**20 + 1), "is longer")],

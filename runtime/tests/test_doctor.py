@@ -1,4 +1,6 @@
 import ctypes
+import mmap
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -204,3 +206,12 @@ def test_why_a_provider_does_not_start(monkeypatch, onnxruntime_with, tmp_path):
         library.unlink()
     assert placement.probe(Device("cuda")) == "gave CPU"
     assert placement.probe(Device("cpu")) == "gave CPU"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux lists them")  # noqa: PTH110
+def test_libraries_are_listed_whatever_the_names_of_other_files_in_memory(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9", "wb+") as file:  # noqa: PTH123
+        file.write(b"x")
+        file.flush()
+        with mmap.mmap(file.fileno(), 1):
+            assert isinstance(doctor._loaded_libraries(), list)

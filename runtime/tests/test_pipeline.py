@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import threading
 import warnings
@@ -195,6 +196,16 @@ def test_generate_reloads_a_bundle_that_was_written_again(kept, copy):
     assert not np.array_equal(shade(), first)
     assert old() is None
     assert len(kept()) == 1
+
+
+def test_generate_reloads_a_bundle_that_was_installed_again_unchanged(kept, copy):
+    def shade():
+        return tiue_runtime.generate(HEART, seed=1, bundle=copy, device="cpu", memory="low")[0].tobytes()
+
+    first = shade()
+    for path in copy.iterdir():
+        os.utime(path, (0, 0))
+    assert shade() == first
 
 
 def test_generate_keeps_the_two_used_last(kept, tiny, copy):

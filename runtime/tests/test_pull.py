@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiue_runtime import BundleError, Pipeline, generate
+from tiue_runtime import Bundle, BundleError, Pipeline, generate
 from tiue_runtime.bundle.find import find_bundle
 from tiue_runtime.bundle.pulled import find_pulled, pulled_bundles, store
 from tiue_runtime.hub import pull as pulling
@@ -315,6 +315,8 @@ def test_redirects_are_followed_and_end(server):
         ("https://user:secret@example.org/x", "without a user name or password"),
         ("https://example.org/x.zip", "an archive"),
         ("https://[/", "is no URL"),
+        ("file://[/", "is no URL"),
+        ("~a-user-who-does-not-exist/x", "expected OWNER/NAME"),
     ],
 )
 def test_sources_that_cannot_be_are_refused_without_the_network(source, message):
@@ -591,6 +593,16 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(server, monkeypatch
     assert fetched(server) == ["bundle.json", "model.sig"]
 
 
+def test_a_pull_that_continues_needs_no_space_for_the_parts_that_are_there(server, monkeypatch):
+    data = (server.root / "unet_decoder.onnx").read_bytes()
+    part = pulled_files.begin(server.url).with_name("parts") / hashlib.sha256(data).hexdigest()
+    part.parent.mkdir()
+    part.write_bytes(data[:-1])
+    free = Bundle.load(server.root).manifest.size - len(data) + 1
+    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    assert pull(server.url).name == "tiny"
+
+
 def test_a_cache_that_cannot_be_written_is_one_line_and_loading_needs_none(copy, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", "/proc/none"):
@@ -620,7 +632,9 @@ def test_without_a_home_the_remedy_is_named_and_bundles_load(copy, monkeypatch, 
     assert main(["list"]) == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": 1}', b"\xff", b'{"content": "../../etc"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"name": 1}', b"\xff", b'{"content": "../../etc"}', b"[" * 60_000]
+)
 def test_a_damaged_record_stands_for_no_bundle_and_deletes_none(copy, content):
     record = pull(str(copy))
     (store() / "names" / "damaged.json").write_bytes(content)

@@ -234,6 +234,30 @@ def test_hostile_json_is_a_mistake_of_the_client(client, body):
     assert answer.json()["error"]["message"]
 
 
+def test_a_client_that_hangs_up_while_it_sends_is_no_failure(client, caplog):
+    scope = {
+        "type": "http", "http_version": "1.1", "scheme": "http", "method": "POST", "path": DRAW, "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-length", b"100")],
+    }  # fmt: skip
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(client.app(scope, receive, send))
+    assert sent[0]["status"] == 499 and not caplog.records
+
+
+def test_a_server_that_ends_before_it_is_ready_ends_in_order(pipe):
+    app = create_app({"tiny": pipe})
+    app.state.queues["tiny"].close()
+    with TestClient(app, base_url=URL) as client:
+        assert client.get("/ready").status_code == 503
+
+
 def test_forms(client, pipe):
     fields = {"prompt": "a red heart", "n": "2", "seed": "3", "output_format": "png", "stream": "false", "timeout": "9"}
     for options in ({"data": fields}, {"files": {name: (None, value) for name, value in fields.items()}}):

@@ -53,11 +53,7 @@ def generate(
 
 
 class KeptPipelines:
-    """The pipelines that were used last. Calls from several threads at once are safe.
-
-    Args:
-        most: how many are kept.
-    """
+    """The pipelines that were used last, `most` of them. Calls from several threads at once are safe."""
 
     def __init__(self, most: int = 2) -> None:
         self._most = most
@@ -69,7 +65,7 @@ class KeptPipelines:
         key = bundle.directory, device, vae
         with self._loading.hold():
             pipeline = self._kept.pop(key, None)
-            if pipeline is None or pipeline.bundle != bundle:
+            if pipeline is None or (pipeline.bundle, pipeline.bundle.stamps) != (bundle, bundle.stamps):
                 pipeline = None  # Free this one and the one used longest ago before loading another.
                 if len(self._kept) >= self._most:
                     del self._kept[next(iter(self._kept))]

@@ -19,6 +19,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from tiue_runtime.bundle.directory import read_limited
+from tiue_runtime.bundle.fields import parse_json
 from tiue_runtime.errors import BundleError, shorten
 
 CACHE_VARIABLE = "TIUE_CACHE"
@@ -106,9 +107,9 @@ def pulled_bundles() -> dict[str, Pulled]:
 def read_record(path: Path) -> Pulled | None:
     """Read a record. Returns None if there is no file, or if it is damaged."""
     try:
-        content: Any = json.loads(read_limited(path, _RECORD_LIMIT))
+        content: Any = parse_json(read_limited(path, _RECORD_LIMIT))
         record = Pulled(**{key: content[key] for key in ("name", "source", "commit", "content")})
-    except (BundleError, ValueError, TypeError, KeyError):
+    except (BundleError, TypeError, KeyError):
         return None
     if not all(isinstance(value, str) for value in cast(dict[str, object], asdict(record)).values()):
         return None

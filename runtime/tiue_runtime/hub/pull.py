@@ -12,7 +12,7 @@ from tiue_runtime.bundle.find import installed_bundles
 from tiue_runtime.bundle.manifest import read_manifest
 from tiue_runtime.bundle.pulled import CACHE_VARIABLE, Pulled, check_name, find_pulled
 from tiue_runtime.errors import BundleError, clip
-from tiue_runtime.hub.pulled_files import begin, content_hash, publish, source_lock, writable
+from tiue_runtime.hub.pulled_files import begin, content_hash, publish, size_of, source_lock, writable
 from tiue_runtime.hub.signature import Trust, check_signature
 from tiue_runtime.hub.sources import Source, parse_source
 
@@ -63,7 +63,10 @@ def pull(
         if trust and signature is None:
             raise BundleError(f"{clip(found.text, 300)} is not signed, and a signature is demanded: refused")
         record = Pulled(name, found.text, found.commit, content_hash(data, signature))
-        bundle = _published(record)
+        try:
+            bundle = _checked(record.directory)  # It may have been pulled before.
+        except BundleError:
+            bundle = None
         if bundle is None:
             staged = begin(found.text)
             _collect(found, manifest, staged, find_pulled(name), report)
@@ -74,14 +77,6 @@ def pull(
             check_signature(bundle, trust)
         publish(bundle.directory, record)
         return record
-
-
-def _published(record: Pulled) -> Bundle | None:
-    """Return the bundle of this content, if it was pulled before and is undamaged."""
-    try:
-        return _checked(record.directory)
-    except BundleError:
-        return None
 
 
 def _is_offline() -> bool:
@@ -126,16 +121,17 @@ def _free_name(name: str, found: Source) -> str:
 def _collect(found: Source, manifest: Manifest, staged: Path, old: Pulled | None, report: Report | None) -> None:
     """Bring every file of a bundle into `staged`. Files that are there, or in an older version, are not fetched."""
     total = manifest.size
-    for path in staged.rglob("*"):
-        if path.is_file() and path.relative_to(staged).as_posix() not in manifest.files:
-            path.unlink()  # Another version left it.
+    with writable():
+        for path in staged.rglob("*"):
+            if path.is_file() and path.relative_to(staged).as_posix() not in manifest.files:
+                path.unlink()  # Another version left it.
     missing = {name: info for name, info in manifest.files.items() if not _is_same(staged / name, info)}
     needed = sum(info.size for info in missing.values())
     there = total - needed
     parts = staged.with_name("parts")
     with writable():
         parts.mkdir(exist_ok=True)
-        _check_space(parts, needed)
+        _check_space(parts, needed - size_of(parts))  # A pull that was stopped left parts there.
     for name, info in missing.items():
         begun = there
 
@@ -158,20 +154,17 @@ def _collect(found: Source, manifest: Manifest, staged: Path, old: Pulled | None
 
 def _fetch(found: Source, name: str, info: FileInfo, part: Path, progress: Callable[[int], None]) -> None:
     """Fetch a file into `part` and check it. A part that was continued and is wrong is fetched again, whole."""
-    continued = part.is_file()
-    if not (continued and _is_same(part, info)):
+    if _is_same(part, info):
+        return
+    for _ in range(2 if part.is_file() else 1):
         found.fetch(name, info.size, part, progress)
         if _is_same(part, info):
             return
         part.unlink()
-        if continued:
-            found.fetch(name, info.size, part, progress)
-        if not _is_same(part, info):
-            part.unlink(missing_ok=True)
-            raise BundleError(
-                f"{clip(found.text, 300)}: {clip(name)} differs from its sha256 or size in {MANIFEST}. "
-                "The bundle was changed or damaged there: tell its owner"
-            )
+    raise BundleError(
+        f"{clip(found.text, 300)}: {clip(name)} differs from its sha256 or size in {MANIFEST}. "
+        "The bundle was changed or damaged there: tell its owner"
+    )
 
 
 def _is_same(path: Path, info: FileInfo) -> bool:

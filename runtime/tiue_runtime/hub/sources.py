@@ -63,23 +63,20 @@ class Source(Protocol):
 
 
 def parse_source(text: str, allow_http: bool = False) -> Source:
-    """Return the source that a user's words mean.
+    """Return the source that a user's words mean. Raises BundleError.
 
     Args:
         text: a directory, a URL of a directory or of its bundle.json, or OWNER/NAME[@revision] of the Hub.
         allow_http: whether URLs may begin with http:// for other hosts than this computer.
-
-    Raises:
-        BundleError: it is none of these.
     """
-    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 (unlike Path.expanduser, also of a user that does not exist)
     try:
         if text and (path / MANIFEST).is_file():
             return DirectorySource(path)
+        if text.lower().startswith("file:"):
+            return DirectorySource(Path(url2pathname(urlsplit(text).path)))
     except (OSError, ValueError):
         pass  # It cannot name a directory.
-    if text.lower().startswith("file:"):
-        return DirectorySource(Path(url2pathname(urlsplit(text).path)))
     if "://" in text:
         check_url(text, allow_http)
         return _hub_page(text) or UrlSource(text, allow_http)
@@ -186,17 +183,15 @@ class UrlSource:
 
     def _insist(self, name: str, request: Callable[[], T]) -> T:
         """Try a request again after errors of the network."""
-        for attempt in range(_TRIES - 1):
+        tries = 0
+        while True:
             try:
                 return request()
             except (OSError, HTTPException) as error:
-                if not _is_transient(error):
+                tries += 1
+                if tries == _TRIES or not _is_transient(error):
                     raise self._error(name, error) from error
-                time.sleep(attempt + 0.5)
-        try:
-            return request()
-        except (OSError, HTTPException) as error:
-            raise self._error(name, error) from error
+            time.sleep(tries - 0.5)
 
     def _small(self, name: str, most: int) -> bytes:
         def request() -> bytes:

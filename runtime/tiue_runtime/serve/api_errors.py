@@ -9,19 +9,15 @@ from typing import Any
 from tiue_runtime.errors import Cancelled, OutOfMemoryError, RequestError
 from tiue_runtime.serve.jobs import Late, QueueClosed, QueueFull
 
+GONE = 499  # the status in figures of a client that hung up; nobody receives it
 LOG = logging.getLogger("tiue_runtime.serve")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An answer that says what is wrong.
+    """An answer that says what is wrong: `message` to people, `param` and `code` to programs.
 
-    Args:
-        status: of HTTP.
-        message: for people. It must name no file of this machine.
-        param: the field of the request that is wrong.
-        code: for programs.
-        headers: further headers of the answer.
+    The message must name no file of this machine. `param` is the field of the request that is wrong.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from tiue_runtime.ort.devices import parse_device
 from tiue_runtime.serve.api_errors import LOG, ApiError
 from tiue_runtime.serve.endpoints import PAGE, Endpoints
 from tiue_runtime.serve.guard import Inner, Outer, error_answer
-from tiue_runtime.serve.jobs import Drawing, JobQueue
+from tiue_runtime.serve.jobs import Drawing, JobQueue, QueueClosed
 from tiue_runtime.serve.serve_metrics import ServeMetrics
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ def create_app(pipelines: Mapping[str, Pipeline], settings: ServerSettings | Non
 
 async def _draw_first(endpoints: Endpoints) -> None:
     """Draw a picture with each model and discard it. Then the server is ready: requests are quick from now on."""
-    jobs = [queue.submit(Drawing("", seed=0)) for queue in endpoints.queues.values()]
     try:
+        jobs = [queue.submit(Drawing("", seed=0)) for queue in endpoints.queues.values()]
         await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
-    except Cancelled:
+    except (Cancelled, QueueClosed):
         return  # The server ends.
     except Exception:
         LOG.exception("the server is not ready, because a model cannot draw")

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from tiue_runtime.bundle.fields import parse_json
 from tiue_runtime.errors import BundleError, shorten
-from tiue_runtime.serve.api_errors import ApiError, invalid
+from tiue_runtime.serve.api_errors import GONE, ApiError, invalid
 
 _JSON = "application/json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -22,15 +22,10 @@ _DEEPEST = 32  # levels of JSON
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
-    """Return the body of a request, whether or not it announces its length.
-
-    Args:
-        request: whose body is not yet read.
-        most: bytes.
-        seconds: until it has arrived.
+    """Return the body of a request, whether or not it announces its length. `most` counts bytes.
 
     Raises:
-        ApiError: it is too large, or too slow.
+        ApiError: it is too large or too slow, or the client hung up.
     """
     refusal = ApiError(
         413,
@@ -48,6 +43,8 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
                 body += chunk
                 if len(body) > most:
                     raise refusal
+    except ClientDisconnect as error:
+        raise ApiError(GONE, "the client hung up", code="client_gone") from error
     except TimeoutError as error:
         message = f"the request's body did not arrive within {seconds:g} seconds"
         raise ApiError(408, message, code="body_too_slow", headers={"connection": "close"}) from error

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from tiue_runtime.serve.answers import JsonAnswer, answer, as_base64, encoded
-from tiue_runtime.serve.api_errors import ApiError, as_api_error
+from tiue_runtime.serve.api_errors import GONE, ApiError, as_api_error
 from tiue_runtime.serve.bodies import parse_body, read_body
 from tiue_runtime.serve.guard import PICTURES
 from tiue_runtime.serve.image_request import ImageRequest, read_request
@@ -30,17 +30,10 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-_GONE = 499  # the status in figures of a client that hung up; nobody receives it
 
 
 class Endpoints:
-    """The addresses, and what they share.
-
-    Args:
-        queues: by the name of their model, the default first.
-        settings: limits.
-        metrics: figures.
-    """
+    """The addresses, and what they share. Queues come by the name of their model, the default first."""
 
     def __init__(self, queues: Mapping[str, JobQueue], settings: ServerSettings, metrics: ServeMetrics) -> None:
         self.queues, self.settings, self.metrics = queues, settings, metrics
@@ -71,7 +64,7 @@ class Endpoints:
         except Exception as error:
             raise as_api_error(error) from error
         if drawn is None:
-            return Response(status_code=_GONE)
+            return Response(status_code=GONE)
         waited(drawn.timings["waiting"])
         return JsonAnswer(answer(wanted, data, drawn.timings, tokens, list(drawn.warnings)))
 

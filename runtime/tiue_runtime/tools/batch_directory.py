@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from tiue_runtime.bundle.directory import read_limited
+from tiue_runtime.bundle.fields import parse_json
 from tiue_runtime.bundle.replacing import replacing
 from tiue_runtime.errors import BundleError, RequestError, clip
+from tiue_runtime.noise import check_seed
 from tiue_runtime.tools.shards import Shards
 
 STATE = "batch.json"
@@ -56,13 +58,7 @@ class BatchDirectory:
         return len(self._rows)
 
     def add(self, file: str, facts: Row, write: Callable[[Path], None]) -> Row:
-        """Save a picture, then its line. Returns the line's content.
-
-        Args:
-            file: one of the names.
-            facts: about the picture.
-            write: saves it at a path, whole or not at all.
-        """
+        """Save a picture, then its line. Returns the line's content. `write` saves it whole or not at all."""
         path = self._path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
@@ -136,11 +132,7 @@ class BatchDirectory:
 
 @contextmanager
 def locked(path: Path) -> Generator[None]:
-    """Make a directory if it is missing, and hold its lock.
-
-    Raises:
-        RequestError: another batch holds it, or the path is no directory.
-    """
+    """Make a directory if it is missing, and hold its lock. Raises RequestError."""
     from filelock import FileLock, Timeout
 
     if path.exists() and not path.is_dir():
@@ -160,11 +152,7 @@ def locked(path: Path) -> Generator[None]:
 
 
 def continue_or_begin(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the state of the batch in a directory, or begin one there. The directory is locked.
-
-    Args:
-        path: the directory.
-        state: of the batch that is asked for. A seed of None stands for any.
+    """Return the state of the batch in a locked directory, or begin one there. A wanted seed of None stands for any.
 
     Raises:
         RequestError: the directory holds a batch of other prompts or options, or files that are no batch.
@@ -182,9 +170,10 @@ def continue_or_begin(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]
             file.write((json.dumps(state, indent=2) + "\n").encode())
         return state
     try:
-        found = cast(Mapping[str, Any], json.loads(read_limited(path / STATE, _MOST_STATE)))
-        differences = list(_differences(dict(found), state))
-    except (BundleError, ValueError, TypeError, KeyError) as error:
+        found = cast(Mapping[str, Any], parse_json(read_limited(path / STATE, _MOST_STATE)))
+        check_seed(found["seed"])
+        differences = list(_differences(found, state))
+    except (BundleError, RequestError, TypeError, KeyError, AttributeError) as error:
         raise RequestError(
             f"out: {shown} has a damaged {STATE}: {clip(str(error))}; choose another directory"
         ) from error

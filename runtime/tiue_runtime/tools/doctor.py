@@ -43,10 +43,8 @@ Rows = dict[str, object]
 def examine(bundle: str | Path | None = None, device: str | None = None) -> tuple[Rows, list[str]]:
     """Examine this installation.
 
-    Args:
-        bundle: a directory or a name, as in `Pipeline.load`.
-        device: as in `Pipeline.load`. With a bundle or a device, graphs are loaded to find the provider of each node.
-            With TensorRT this takes minutes.
+    With a bundle or a device, as in `Pipeline.load`, graphs are loaded to find the provider of each node. With TensorRT
+    this takes minutes.
 
     Returns:
         Rows of facts to print, and a list of problems. Without problems, this installation can make pictures.
@@ -140,8 +138,9 @@ def _loaded_libraries() -> list[str]:
     maps = Path("/proc/self/maps")
     if not (sys.platform.startswith("linux") and maps.is_file()):
         return ["not reported by this system"]
-    paths = {line.split(maxsplit=5)[5:][0] for line in maps.read_text().splitlines() if len(line.split()) > 5}
-    return sorted({Path(path).name for path in paths if Path(path).name.startswith(_GPU_LIBRARIES)})
+    columns = [line.split(maxsplit=5) for line in maps.read_text("utf-8", "replace").splitlines()]
+    names = {Path(values[5]).name for values in columns if len(values) > 5}
+    return sorted(name for name in names if name.startswith(_GPU_LIBRARIES))
 
 
 def _placement_rows(bundle: Bundle, placement: Placement) -> Rows:
