@@ -79,5 +79,13 @@ def _object(cls: Any) -> dict[str, Any]:
     }
 
 
+def written() -> str:
+    """Return the text of the file: one field of bundle.json a line."""
+    schema = bundle_schema()
+    lines = [f"    {json.dumps(name)}: {json.dumps(field)}" for name, field in schema.pop("properties").items()]
+    text = json.dumps({**schema, "properties": {}}, indent=2)
+    return text.replace('"properties": {}', '"properties": {\n' + ",\n".join(lines) + "\n  }") + "\n"
+
+
 if __name__ == "__main__":
-    SCHEMA.write_text(json.dumps(bundle_schema(), indent=2) + "\n", encoding="utf-8")
+    SCHEMA.write_text(written(), encoding="utf-8")
