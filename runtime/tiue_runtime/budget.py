@@ -28,17 +28,10 @@ class Budget:
 
     The needs of runs come from the manifest's estimates. Without an estimate, or if the free memory is unknown, every
     run fits.
-
-    Args:
-        manifest: of the bundle.
-        variant: of the graphs.
-        device: where they run.
     """
 
     def __init__(self, manifest: Manifest, variant: str, device: Device) -> None:
-        self._manifest = manifest
-        self._variant = variant
-        self._device = device
+        self._manifest, self._variant, self._device = manifest, variant, device
         self._held: dict[str, float] = {}
         self._lock = ForkSafeLock()
         self._requests = 0
@@ -78,13 +71,9 @@ class Budget:
 
     @contextmanager
     def run(self, graph: str, rows: int, latents: int, keeps: Callable[[], bool]) -> Generator[None]:
-        """Record the memory that a graph holds after the run in this `with` block.
+        """Record the memory that a graph holds after the run in this `with` block. The run is given as in `fits`.
 
-        Args:
-            graph: the name of the graph.
-            rows: as in `fits`.
-            latents: h*w.
-            keeps: called after the run. Says whether the graph keeps the run's memory for the next run.
+        `keeps` is called after the run. It says whether the graph keeps the run's memory for the next run.
         """
         try:
             yield
@@ -110,17 +99,13 @@ class Budget:
     def refuse_excess(
         self, shape: tuple[int, ...], fields: str, smallest: tuple[str, int, int], enlarged: int = 1
     ) -> None:
-        """Refuse a request that fits into memory in no mode.
+        """Refuse a request whose noise and pictures alone exceed the free memory, or whose smallest run does by far.
 
         Args:
             shape: of its latents, (B, C, h, w).
             fields: names of the options that the shape comes from, for the message.
             smallest: graph, rows and latents of the smallest run that can do the work.
             enlarged: the factor of the upscaler.
-
-        Raises:
-            RequestError: the noise and the pictures alone exceed the free memory, or the smallest run exceeds it by
-                far.
         """
         count, channels, height, width = shape
         scale = self._manifest.pixels_per_latent

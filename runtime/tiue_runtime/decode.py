@@ -4,35 +4,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tiue_runtime.bundle import IMAGE, LATENTS, VAE_DECODER, Manifest
 from tiue_runtime.errors import LoadingError, OutOfMemoryError
 from tiue_runtime.graphs import Turns
-from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.graph import Float32, Graph
 from tiue_runtime.tiling import Plan, decode_parts, plans
-
-Float32 = NDArray[np.float32]
 
 
 def decode_image(
     turns: Turns, manifest: Manifest, z_0: Float32, tiling: bool | None
 ) -> tuple[Float32, tuple[int, int] | None]:
-    """Decode latents.
-
-    Args:
-        turns: runs the graph.
-        manifest: of the bundle.
-        z_0: float32 (B, C, h, w).
-        tiling: as in `tiling.plans`. If a plan runs out of memory, the next one follows, with a warning.
+    """Decode latents z_0, float32 (B, C, h, w), by the first of `tiling.plans` that fits into memory.
 
     Returns:
         The image, float32 (B, 3, H, W) in [-1, 1], and (height, width) of its tiles in pixels, if any.
-
-    Raises:
-        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is a subclass.
-        Cancelled: the caller wants to stop.
     """
     graph, name = turns.graphs.vae_decoder, turns.graphs.vae_name
     pixels = manifest.pixels_per_latent
@@ -61,7 +46,7 @@ def run_in_parts(
     scale: int,
     wanted: Sequence[Plan],
 ) -> tuple[Float32, Plan]:
-    """Run a graph on parts of an array by the first plan that fits into memory.
+    """Run a graph on parts of an array (B, C, h, w) by the first plan that fits into memory.
 
     Args:
         turns: of the request.
@@ -69,18 +54,13 @@ def run_in_parts(
         name: its name in the bundle.
         stage: its stage in the request.
         run_part: runs the graph on (rows, C, h, w).
-        array: float32 (B, C, h, w).
-        ways: plans, each in less memory than the one before. If one runs out of memory, the next follows, with a
-            warning.
+        array: float32.
+        ways: plans, each in less memory than the one before. If one runs out of memory, a warning says so.
         scale: pixels of the result on a side of a pixel of the array.
         wanted: plans that need no warning if they are the first to fit.
 
     Returns:
         The result (B, 3, scale * h, scale * w), and the plan.
-
-    Raises:
-        InferenceError: the graph failed. OutOfMemoryError is a subclass.
-        Cancelled: the caller wants to stop.
     """
     budget = turns.graphs.budget
     fitting = (i for i, plan in enumerate(ways) if budget.fits(name, plan.rows, plan.height * plan.width))

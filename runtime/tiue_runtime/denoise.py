@@ -12,14 +12,12 @@ v_i in the place of eps_i, and other weights. Source: arXiv 2505.21960; docs/met
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tiue_runtime.bundle import UNET_DECODER, UNET_ENCODER, Manifest
 from tiue_runtime.graphs import Halves
 from tiue_runtime.modes import Ladder
+from tiue_runtime.ort.graph import Float32
 from tiue_runtime.run import Run
-
-Float32 = NDArray[np.float32]
 
 
 def denoise(halves: Halves, manifest: Manifest, z_T: Float32, text: Float32, ladder: Ladder, run: Run) -> Float32:

@@ -18,13 +18,11 @@ from tiue_runtime.host.forks import ForkSafeLock
 from tiue_runtime.modes import Memory
 from tiue_runtime.ort.cuda_graphs import CudaGraphs
 from tiue_runtime.ort.engines import with_cache
-from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.graph import Float32, Graph
 from tiue_runtime.ort.interrupt import for_each
 from tiue_runtime.ort.placement import Placement
 from tiue_runtime.ort.sessions import first_line
 from tiue_runtime.run import Run
-
-Float32 = NDArray[np.float32]
 
 _GIVEN = {contract.LATENTS, contract.TEXT}
 _STEPS = {contract.STEP_INDEX, contract.STEP_WEIGHT}
@@ -34,13 +32,7 @@ _LOAD_TINY = 'load with vae="tiny"'
 class Graphs:
     """Text encoder, UNet encoder and decoder, image decoder, safety checker and upscaler, in the order of their runs.
 
-    Args:
-        bundle: where they are.
-        placement: where and how they run.
-        vae: the kind of image decoder.
-        safety: whether pictures are checked, if the bundle has a safety checker.
-
-    They are loaded by `load`, or each when it is first needed. The upscaler is always loaded when it is first needed.
+    `load` loads all but the upscaler. Otherwise each is loaded when it is first needed.
     """
 
     def __init__(self, bundle: Bundle, placement: Placement, vae: str, *, safety: bool) -> None:
@@ -166,10 +158,7 @@ def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory
     """Return the graphs of a pipeline. Pipelines of equal files, placement, vae and safety get the same ones.
 
     Two kinds of pipelines get their own graphs. With memory="low", they are not loaded now, and each request loads and
-    frees them. With cuda_graphs, a recording belongs to one pipeline.
-
-    Raises:
-        BundleError, DeviceError, OutOfMemoryError: a graph could not be loaded.
+    frees them. With cuda_graphs, a recording belongs to one pipeline. Raises as `Graphs.load`.
     """
     if memory == "low":
         return Graphs(bundle, placement, vae, safety=safety)
@@ -203,13 +192,7 @@ class Halves:
     """The two halves of the UNet in one request, as functions of arrays."""
 
     def __init__(self, turns: Turns, steps: int, *, decoded: bool) -> None:
-        """Take the halves.
-
-        Args:
-            turns: runs their graphs.
-            steps: N, the number of timesteps of all calls of `decode` together.
-            decoded: whether the image decoder follows.
-        """
+        """Take the halves. steps: N, of all calls of `decode` together. decoded: whether the image decoder follows."""
         self._turns, self._left, self._decoded = turns, steps, decoded
         self._shape: tuple[int, ...] = ()
 
@@ -222,12 +205,7 @@ class Halves:
         return {**known, **features}
 
     def decode(self, features: Mapping[str, Any], rows: NDArray[np.int64], weights: Float32) -> Float32:
-        """Run the decoder at k timesteps.
-
-        Args:
-            features: from `encode`.
-            rows: int64 (k,), rows of the manifest's decoder_timesteps.
-            weights: float32 (k,), w_i.
+        """Run the decoder at k timesteps: rows, int64 (k,), of decoder_timesteps, with weights w_i, float32 (k,).
 
         Returns:
             sum_i w_i eps_i over these timesteps, float32 (B, C, h, w).

@@ -102,10 +102,7 @@ def _xmp(ai_mark: bool, text: str | None) -> str:
 
 
 def read_metadata(data: bytes) -> Record:
-    """Read the record of a picture. Its pixels are not decoded.
-
-    Args:
-        data: a whole file.
+    """Read the record of a picture from its whole file. Its pixels are not decoded.
 
     Raises:
         RequestError: the data are no picture in one of FORMATS, or hold no record, or a damaged one.

@@ -50,47 +50,8 @@ class Described(NamedTuple):
     optional: bool  # whether it may be None
 
 
-# Options that requests share.
-_Memory = Annotated[
-    Memory | None,
-    Option(
-        "parallel: all timesteps in one run of the decoder; partial: two at once; sequential: one by one, in about "
-        "1/steps of the memory; auto: the first of these that fits into free memory, or sequential if previews "
-        "are requested; low: one by one, and each graph is loaded only for its turn (default: auto)"
-    ),
-]
-_Tiling = Annotated[
-    bool | None,
-    Option(
-        "decode pictures larger than the bundle's default in overlapping tiles, in less memory; the pictures "
-        "differ a little (default: only if memory is short)"
-    ),
-]
-_Timeout = Annotated[
-    float | None, Option("seconds after which the request is cancelled, also while a graph runs", metavar="SECONDS")
-]
-_Callback = Annotated[
-    Callback | None,
-    Option(
-        "called with a Progress after each graph, timestep and tile; if it returns True, the request is cancelled. "
-        "Previews come after each timestep in sequential mode, else after the last one. If the callback has an "
-        "attribute `previews` that is False, it does not change the memory mode",
-        flag=False,
-    ),
-]
-_Cancel = Annotated[
-    Cancel | None,
-    Option("a threading.Event, or a function that says whether to stop; asked while graphs run", flag=False),
-]
-
-
-_Upscale = Annotated[
-    int | None, Option("enlarge the pictures by the bundle's upscaler; its factor, for example 4 (default: no)")
-]
-
-
-class RequestOptions(TypedDict, total=False):
-    """Options of one request, besides prompt and output type."""
+class _NoiseOptions(TypedDict, total=False):
+    """Options of a request that decoding latents does not have."""
 
     num_images: Annotated[int, Option("pictures of each prompt; image j of all uses seed + j (default: 1)", 1)]
     seed: Annotated[int | None, Option("0 <= seed < 2**64; the same seed gives the same picture (default: a new one)")]
@@ -102,23 +63,49 @@ class RequestOptions(TypedDict, total=False):
         Option("z_T, floats (B, C, h, w), instead of noise from a seed; they determine the size", flag=False),
     ]
     prompt_embeds: Annotated[Any, Option("floats (B / num_images, L, D), instead of a prompt", flag=False)]
-    upscale: _Upscale
-    memory: _Memory
-    vae_tiling: _Tiling
-    timeout: _Timeout
-    callback: _Callback
-    cancel: _Cancel
 
 
 class DecodeOptions(TypedDict, total=False):
     """Options of decoding latents."""
 
-    upscale: _Upscale
-    memory: _Memory
-    vae_tiling: _Tiling
-    timeout: _Timeout
-    callback: _Callback
-    cancel: _Cancel
+    upscale: Annotated[
+        int | None, Option("enlarge the pictures by the bundle's upscaler; its factor, for example 4 (default: no)")
+    ]
+    memory: Annotated[
+        Memory | None,
+        Option(
+            "parallel: all timesteps in one run of the decoder; partial: two at once; sequential: one by one, in about "
+            "1/steps of the memory; auto: the first of these that fits into free memory, or sequential if previews "
+            "are requested; low: one by one, and each graph is loaded only for its turn (default: auto)"
+        ),
+    ]
+    vae_tiling: Annotated[
+        bool | None,
+        Option(
+            "decode pictures larger than the bundle's default in overlapping tiles, in less memory; the pictures "
+            "differ a little (default: only if memory is short)"
+        ),
+    ]
+    timeout: Annotated[
+        float | None, Option("seconds after which the request is cancelled, also while a graph runs", metavar="SECONDS")
+    ]
+    callback: Annotated[
+        Callback | None,
+        Option(
+            "called with a Progress after each graph, timestep and tile; if it returns True, the request is cancelled. "
+            "Previews come after each timestep in sequential mode, else after the last one. If the callback has an "
+            "attribute `previews` that is False, it does not change the memory mode",
+            flag=False,
+        ),
+    ]
+    cancel: Annotated[
+        Cancel | None,
+        Option("a threading.Event, or a function that says whether to stop; asked while graphs run", flag=False),
+    ]
+
+
+class RequestOptions(_NoiseOptions, DecodeOptions, total=False):
+    """Options of one request, besides prompt and output type."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -197,9 +184,7 @@ def described(options: type) -> dict[str, Described]:
 def complete(options: type, given: Mapping[str, object]) -> dict[str, Any]:
     """Return all options: the given ones, and the defaults of the others.
 
-    Args:
-        options: RequestOptions or LoadOptions.
-        given: values by name. Integers and booleans of other libraries become Python's.
+    Integers and booleans of other libraries become Python's.
 
     Raises:
         TypeError: a name is unknown.

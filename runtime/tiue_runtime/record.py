@@ -126,13 +126,7 @@ def parse_record(data: bytes) -> Record:
 
 
 def records_of(pipeline: "Pipeline", request: "Request", sampled: "Sampled") -> tuple[Record, ...]:
-    """Return the record of each picture of a request, prompt-major, without the sha256 of its pixels.
-
-    Args:
-        pipeline: that ran it.
-        request: complete.
-        sampled: what it made.
-    """
+    """Return the record of each picture of a request, prompt-major, without the sha256 of its pixels."""
     manifest = pipeline.bundle.manifest
     count, _, height, width = request.shape
     first = Record(

@@ -63,14 +63,7 @@ def _known(device: str) -> str:
 def repeat(
     pipeline: "Pipeline", source: str | Path | Record, name: str | None = None, **options: Any
 ) -> "Result[list[Image]]":
-    """Make a picture again. `Pipeline.repeat` describes arguments, result and errors.
-
-    Args:
-        pipeline: loaded.
-        source: a file, or its record.
-        name: of the file in messages, if the record is given.
-        **options: callback, cancel and timeout.
-    """
+    """Make a picture again, as `Pipeline.repeat`. If the record is given, `name` names its file in messages."""
     record = source if isinstance(source, Record) else read_record(source)
     shown = clip(str(name or ("the picture" if isinstance(source, Record) else source)), 300)
     _refuse(pipeline, record, shown)
@@ -87,9 +80,9 @@ def repeat(
 
 def _refuse(pipeline: "Pipeline", record: Record, shown: str) -> None:
     """Raise RequestError if a pipeline cannot make a picture at all."""
-    for value, given in ((record.prompt, "text embeddings"), (record.seed, "noise")):
+    sources = (record.prompt, "text embeddings", "prompt_embeds"), (record.seed, "noise", "latents")
+    for value, given, name in sources:
         if value is None:
-            name = "prompt_embeds" if given == "text embeddings" else "latents"
             raise RequestError(f"{shown} was made from {given} of the caller, which no file holds: pass {name} again")
     manifest = pipeline.bundle.manifest
     if manifest.name != record.bundle:

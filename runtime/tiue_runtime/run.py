@@ -35,16 +35,7 @@ class Run:
     def __init__(
         self, cancel: Cancel | None = None, callback: Callback | None = None, timeout: float | None = None
     ) -> None:
-        """Begin a request.
-
-        Args:
-            cancel: an event, or a function that returns whether to stop.
-            callback: called with a Progress by `report`. If it returns True, the request is cancelled.
-            timeout: seconds from now after which the request stops, or None.
-
-        Raises:
-            RequestError: an argument is of another type.
-        """
+        """Begin a request. The arguments are RequestOptions of these names. Raises RequestError if one is wrong."""
         self.begun = time.perf_counter()
         self.timings: dict[str, float] = {}  # seconds, by stage
         asked: Any = cancel if isinstance(cancel, type) else getattr(cancel, "is_set", cancel)
@@ -103,9 +94,6 @@ class Run:
             step: finished parts of the stage, from 1 to steps.
             steps: parts of the stage.
             estimate: computes an estimate of z_0, float32 (B, C, h, w). None: the last estimate stays.
-
-        Raises:
-            Cancelled: the callback returned True.
         """
         if self._callback is None:
             return

@@ -3,32 +3,21 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ImageFilter
 from PIL.Image import Image, Resampling
 
 from tiue_runtime.bundle import IMAGE, SAFETY_CHECKER, SCORE, SafetyChecker
 from tiue_runtime.graphs import Turns
-from tiue_runtime.ort.graph import Graph
-
-Float32 = NDArray[np.float32]
+from tiue_runtime.ort.graph import Float32, Graph
 
 BLUR = 1 / 8
 """The standard deviation of the blur, as a part of the longer side: eight blots of color are left."""
 
 
 def flag(turns: Turns, graph: Graph, how: SafetyChecker, pictures: Sequence[Image]) -> tuple[bool, ...]:
-    """Say which pictures the safety checker flags. They are checked one by one, in the memory of one.
+    """Say which pictures, in mode RGB, the safety checker flags. They are checked one by one, in the memory of one.
 
-    Args:
-        turns: runs the graph.
-        graph: the safety checker.
-        how: how it gets pictures.
-        pictures: in mode RGB.
-
-    Raises:
-        InferenceError: the graph failed, or a score is not finite: nothing passes unchecked.
-        Cancelled: the caller wants to stop.
+    A score that is not finite raises InferenceError: nothing passes unchecked.
     """
     flagged: list[bool] = []
     for done, picture in enumerate(pictures, start=1):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
 
 from tiue_runtime.bundle import (
@@ -34,6 +33,7 @@ from tiue_runtime.errors import clip
 from tiue_runtime.graphs import Graphs, Halves, Turns
 from tiue_runtime.images import to_pil, to_unit
 from tiue_runtime.modes import Ladder, Mode
+from tiue_runtime.ort.graph import Float32
 from tiue_runtime.preview import Previews
 from tiue_runtime.request import Request
 from tiue_runtime.run import Run
@@ -42,7 +42,6 @@ from tiue_runtime.tokenizer import CHARACTERS_PER_TOKEN, PromptTokenizer
 from tiue_runtime.upscale import enlarge
 from tiue_runtime.vocabulary import PromptWarning, Vocabulary
 
-Float32 = NDArray[np.float32]
 Tile = tuple[int, int]
 
 
@@ -57,12 +56,7 @@ class Sampled(NamedTuple):
 
 
 class Sampler:
-    """The graphs and the tokenizer of a bundle. It samples pictures with them.
-
-    Args:
-        bundle: where the tokenizer is.
-        graphs: of the bundle.
-    """
+    """The graphs and the tokenizer of a bundle. It samples pictures with them."""
 
     def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
         self.graphs = graphs
@@ -80,7 +74,7 @@ class Sampler:
             request: complete and checked.
             output_type: "latent" ends the way before the image decoder.
             run: hears of each stage.
-            decode: the image decoder, for exact previews.
+            decode: makes exact previews.
         """
         text_stage = () if request.prompts is None else (TEXT_ENCODER,)
         image_stages = () if output_type == "latent" else self._image_stages(request.upscale)

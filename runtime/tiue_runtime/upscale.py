@@ -4,16 +4,11 @@ Tiles have a fixed size, so that a picture does not depend on the free memory. S
 runs out.
 """
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tiue_runtime.bundle import ENLARGED, IMAGE, UPSCALER, Manifest
 from tiue_runtime.decode import run_in_parts
 from tiue_runtime.graphs import Turns
-from tiue_runtime.ort.graph import Graph
+from tiue_runtime.ort.graph import Float32, Graph
 from tiue_runtime.tiling import Plan
-
-Float32 = NDArray[np.float32]
 
 TILE = 256  # pixels of a side, before enlarging
 LEAST = 64
@@ -22,21 +17,10 @@ LEAST = 64
 def enlarge(
     turns: Turns, graph: Graph, manifest: Manifest, image: Float32, scale: int
 ) -> tuple[Float32, tuple[int, int] | None]:
-    """Enlarge pictures.
-
-    Args:
-        turns: runs the graph.
-        graph: the upscaler.
-        manifest: of the bundle.
-        image: float32 (B, 3, H, W) in [-1, 1].
-        scale: the factor of the upscaler.
+    """Enlarge pictures, float32 (B, 3, H, W) in [-1, 1], by the upscaler's factor.
 
     Returns:
         The pictures (B, 3, scale * H, scale * W), and (height, width) of tiles before enlarging, if there were any.
-
-    Raises:
-        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is a subclass.
-        Cancelled: the caller wants to stop.
     """
     remedy = turns.graphs.overflow_remedy()
 

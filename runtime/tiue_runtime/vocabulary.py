@@ -26,11 +26,7 @@ class PromptWarning(UserWarning):
 
 
 class Vocabulary:
-    """The words of a bundle's `prompts`.
-
-    Args:
-        prompts: of the bundle. Without a vocabulary, every word counts as known.
-    """
+    """The words of a bundle's `prompts`. Without a vocabulary, every word counts as known."""
 
     def __init__(self, prompts: Prompts | None) -> None:
         self._examples = prompts.examples if prompts else ()

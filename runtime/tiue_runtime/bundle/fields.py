@@ -67,7 +67,7 @@ def reader_of(hint: Any) -> Reader:
         return _list(get_args(kind), note)
     if isinstance(get_origin(kind), type) and issubclass(cast(type, get_origin(kind)), Mapping):
         return _map(get_args(kind), note)
-    return {str: _string, bool: _truth, int: _integer, float: _number}[kind](note)
+    return _string(note) if kind is str else _plain(kind, note)
 
 
 def parse_json(data: bytes) -> object:
@@ -143,32 +143,21 @@ def _string(note: Field) -> Reader:
     return read
 
 
-def _truth(_: Field) -> Reader:
-    def read(value: object, where: str) -> bool:
-        if not isinstance(value, bool):
-            raise _wrong(where, "true or false", value)
-        return value
-
-    return read
+_PLAIN: dict[Any, tuple[str, set[type]]] = {
+    bool: ("true or false", {bool}),
+    int: ("an integer", {int}),
+    float: ("a number", {int, float}),
+}
 
 
-def _integer(note: Field) -> Reader:
-    def read(value: object, where: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(where, "an integer", value)
+def _plain(kind: Any, note: Field) -> Reader:
+    expected, types = _PLAIN[kind]
+
+    def read(value: Any, where: str) -> Any:
+        if type(value) not in types:
+            raise _wrong(where, expected, value)
         _check_range(value, note, where)
-        return value
-
-    return read
-
-
-def _number(note: Field) -> Reader:
-    def read(value: object, where: str) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise _wrong(where, "a number", value)
-        require(math.isfinite(value), where, "a finite number", value)
-        _check_range(value, note, where)
-        return float(value)
+        return kind(value)
 
     return read
 

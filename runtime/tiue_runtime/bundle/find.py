@@ -57,24 +57,16 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
         pulled = find_pulled(text)
         if pulled:
             return pulled.directory
-    if isinstance(wanted, Path) or _looks_like_path(text):
+    if isinstance(wanted, Path) or any(separator in text for separator in (os.sep, os.altsep) if separator):
         problem = f"has no {MANIFEST}" if path.is_dir() else "is not a directory"
-        raise BundleError(f"bundle: expected a directory with a {MANIFEST}, but {path} {problem}.{_pull_hint(text)}")
+        hint = f" If it is a model of the Hugging Face Hub: tiue-runtime pull {text}" if NAME.fullmatch(text) else ""
+        raise BundleError(f"bundle: expected a directory with a {MANIFEST}, but {path} {problem}.{hint}")
     kinds = {"installed": installed, "pulled": pulled_bundles()}
     names = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in kinds.items())
     raise BundleError(
         f"bundle: {shorten(text)} is neither a directory with a {MANIFEST} nor an installed or pulled bundle "
         f"({clip(names, 300)}). The default bundle comes {INSTALL_DEFAULT}"
     )
-
-
-def _looks_like_path(text: str) -> bool:
-    return any(separator in text for separator in (os.sep, os.altsep) if separator)
-
-
-def _pull_hint(text: str) -> str:
-    """Say how to get a bundle of the Hub, if the text may name one."""
-    return f" If it is a model of the Hugging Face Hub: tiue-runtime pull {text}" if NAME.fullmatch(text) else ""
 
 
 def _package_directory(name: str, package: str) -> Path:

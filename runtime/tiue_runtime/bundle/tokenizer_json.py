@@ -175,31 +175,38 @@ def _is(*allowed: Any) -> Check:
     return lambda value: any(type(value) is type(one) and value == one for one in allowed)
 
 
+def _up_to(most: int) -> Check:
+    return lambda value: type(value) is int and 0 <= value <= most
+
+
 def _list_of(most: int, item: Check = lambda _: True) -> Check:
     return lambda value: _is_list(value) and len(value) <= most and all(map(item, value))
+
+
+def _pair(first: Check, second: Check) -> Check:
+    return lambda value: _is_list(value) and len(value) == 2 and first(value[0]) and second(value[1])
+
+
+def _exactly(checks: Mapping[str, Check]) -> Check:
+    """Check an object that has these fields and no others."""
+    return lambda value: (
+        _is_object(value) and set(value) == set(checks) and all(check(value[key]) for key, check in checks.items())
+    )
 
 
 def _word(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 1000
 
 
-def _id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST_ID
+def _word_or_null(value: Any) -> bool:
+    return value is None or _word(value)
 
 
-def _token_and_id(value: Any) -> bool:
-    return _is_list(value) and len(value) == 2 and _word(value[0]) and _id(value[1])
+_id = _up_to(_LARGEST_ID)
 
 
 def _score(value: Any) -> bool:
-    """Say whether an item of Unigram's vocabulary is a token with a number."""
-    return (
-        _is_list(value)
-        and len(value) == 2
-        and _word(value[0])
-        and type(value[1]) in (int, float)
-        and abs(value[1]) <= 1e6
-    )
+    return type(value) in (int, float) and abs(value) <= 1e6
 
 
 def _ids(value: Any) -> bool:
@@ -209,37 +216,19 @@ def _ids(value: Any) -> bool:
     return not value or (min(value.values()) >= 0 and max(value.values()) <= _LARGEST_ID)
 
 
-def _merge(value: Any) -> bool:
-    return _word(value) or (_is_list(value) and len(value) == 2 and all(map(_word, value)))
-
-
-def _piece(value: Any) -> bool:
-    """Say whether an item of a template is {"SpecialToken" or "Sequence": {"id": ..., "type_id": ...}}."""
-    if not (_is_object(value) and len(value) == 1):
-        return False
-    ((kind, piece),) = value.items()
-    if kind not in ("SpecialToken", "Sequence") or not _is_object(piece) or set(piece) != {"id", "type_id"}:
-        return False
-    return _word(piece["id"]) and _is(0, 1)(piece["type_id"]) and (kind == "SpecialToken" or piece["id"] in ("A", "B"))
-
-
-def _is_second(piece: Any) -> bool:
-    """Say whether a piece of a template stands for a second text. A prompt has none."""
-    return "Sequence" in piece and piece["Sequence"]["id"] == "B"
+def _template(*texts: str) -> Check:
+    """Check a list of {"SpecialToken" or "Sequence": {"id": ..., "type_id": ...}}. A prompt is the text A."""
+    ids = {"SpecialToken": _word, "Sequence": _is(*texts)}
+    pieces = [_exactly({kind: _exactly({"id": check, "type_id": _is(0, 1)})}) for kind, check in ids.items()]
+    return _list_of(_MOST_PARTS, lambda value: any(piece(value) for piece in pieces))
 
 
 def _special_tokens(value: Any) -> bool:
-    checks = {"id": _word, "ids": _list_of(_MOST_PARTS, _id), "tokens": _list_of(_MOST_PARTS, _word)}
+    token = _exactly({"id": _word, "ids": _list_of(_MOST_PARTS, _id), "tokens": _list_of(_MOST_PARTS, _word)})
     return (
         _is_object(value)
         and len(value) <= _MOST_PARTS
-        and all(
-            _is_object(token)
-            and set(token) == set(checks)
-            and all(checks[key](token[key]) for key in checks)
-            and len(token["ids"]) == len(token["tokens"])
-            for token in value.values()
-        )
+        and all(token(one) and len(one["ids"]) == len(one["tokens"]) for one in value.values())
     )
 
 
@@ -337,17 +326,17 @@ _KINDS: dict[str, dict[str, dict[str, Check]]] = {
         },
     },
     "post_processor": {
-        "BertProcessing": {"sep": _token_and_id, "cls": _token_and_id},
+        "BertProcessing": {"sep": _pair(_word, _id), "cls": _pair(_word, _id)},
         "RobertaProcessing": {
-            "sep": _token_and_id,
-            "cls": _token_and_id,
+            "sep": _pair(_word, _id),
+            "cls": _pair(_word, _id),
             "trim_offsets": _FLAG,
             "add_prefix_space": _FLAG,
         },
         "ByteLevel": _BYTE_LEVEL,
         "TemplateProcessing": {
-            "single": lambda value: _list_of(_MOST_PARTS, _piece)(value) and not any(_is_second(one) for one in value),
-            "pair": _list_of(_MOST_PARTS, _piece),
+            "single": _template("A"),
+            "pair": _template("A", "B"),
             "special_tokens": _special_tokens,
         },
     },
@@ -364,20 +353,17 @@ _MODELS: dict[str, dict[str, Check]] = {
         "vocab": _ids,
         "unk_token": _word,
         "continuing_subword_prefix": _word,
-        "max_input_chars_per_word": lambda value: type(value) is int and 0 <= value <= 1000,
+        "max_input_chars_per_word": _up_to(1000),
     },
     "BPE": {
         "vocab": _ids,
-        "merges": _list_of(_MOST_TOKENS, _merge),
+        "merges": _list_of(_MOST_TOKENS, lambda value: _word(value) or _pair(_word, _word)(value)),
         "dropout": _NULL,  # Dropout would give a prompt other tokens each time.
-        **dict.fromkeys(
-            ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
-            lambda value: value is None or _word(value),
-        ),
+        **dict.fromkeys(("unk_token", "continuing_subword_prefix", "end_of_word_suffix"), _word_or_null),
         **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), _FLAG),
     },
     "Unigram": {
-        "vocab": _list_of(_MOST_TOKENS, _score),
+        "vocab": _list_of(_MOST_TOKENS, _pair(_word, _score)),
         "unk_id": lambda value: value is None or _id(value),
         "byte_fallback": _FLAG,
     },

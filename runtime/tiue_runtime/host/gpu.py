@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"  # another library of the driver
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -22,20 +22,13 @@ class Gpu:
 
 
 def find_gpus(load: Callable[[str], Any] = ctypes.CDLL) -> list[Gpu] | str:
-    """List the GPUs.
-
-    Args:
-        load: opens a library by name, or raises OSError.
-
-    Returns:
-        At least one GPU, or the reason why there is none.
-    """
+    """Return at least one GPU, or the reason why there is none. `load` opens a library by name, or raises OSError."""
     count = ctypes.c_int()
     try:
-        driver = load(_DRIVER)
+        driver = load(DRIVER)
         failed: int = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     except (OSError, AttributeError):  # the library is not there, or another than NVIDIA's
-        return f"there is no NVIDIA driver ({_DRIVER})"
+        return f"there is no NVIDIA driver ({DRIVER})"
     if failed == _NO_DEVICE or (not failed and not count.value):
         return "the NVIDIA driver finds no GPU"
     if failed:
@@ -59,7 +52,7 @@ def driver_version(load: Callable[[str], Any] = ctypes.CDLL) -> str:
     except (OSError, AttributeError):  # the library is not there, or another than NVIDIA's
         pass
     try:
-        if not load(_DRIVER).cuDriverGetVersion(ctypes.byref(number)):
+        if not load(DRIVER).cuDriverGetVersion(ctypes.byref(number)):
             parts.append(f"CUDA {number.value // 1000}.{number.value % 1000 // 10}")
     except (OSError, AttributeError):
         pass

@@ -8,11 +8,7 @@ from pathlib import Path, PurePosixPath
 
 
 def thread_count(root: Path = Path("/")) -> int:
-    """Return the CPU threads of a session: the CPUs of this process, at most its quota of CPU time, rounded up.
-
-    Args:
-        root: of the file system, for tests.
-    """
+    """Return the CPU threads of a session: the CPUs of this process, at most its quota of CPU time, rounded up."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota(root)
     return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
@@ -31,11 +27,7 @@ def has_bf16(root: Path = Path("/")) -> bool:
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
     """List the directories of this process's control groups that a controller may limit, from the innermost to the top.
 
-    Yields:
-        A directory, and whether it is of version 2, whose files have other names.
-
-    Raises:
-        OSError, ValueError: the system's files cannot be read.
+    Yields each with whether it is of version 2, whose files have other names. Raises OSError, ValueError.
     """
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, group = line.split(":", 2)

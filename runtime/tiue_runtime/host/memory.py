@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tiue_runtime.host.gpu import DRIVER
 from tiue_runtime.host.machine import control_groups
 
 
 def free_memory(gpu: int | None = None) -> int | None:
-    """Return the bytes that this process can still get, or None if they cannot be known.
-
-    Args:
-        gpu: the GPU's number, or None for the computer's own memory.
-    """
+    """Return the bytes that this process can still get from a GPU, or from the computer; None if unknown."""
     if gpu is not None:
         return cuda_free(gpu)
     if sys.platform == "win32":
@@ -105,7 +102,7 @@ def cuda_free(index: int, load: Callable[[str], Any] = ctypes.CDLL) -> int | Non
     device, context = ctypes.c_int(), ctypes.c_void_p()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     try:
-        driver = load("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = load(DRIVER)
         if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
             return None
         # ONNX Runtime works in the primary context, so retaining it creates nothing new.

@@ -67,8 +67,7 @@ def sign(
     from tempfile import TemporaryDirectory
 
     signing, hashing = _library("signing"), _library("hashing")
-    for path in filter(None, (private_key, certificate, *chain)):
-        _check_readable(path)
+    _check_readable(private_key, certificate, *chain)
     bundle.verify()
     config = signing.Config().set_hashing_config(_hashing(hashing, bundle))
     target = bundle.directory / SIGNATURE
@@ -101,8 +100,7 @@ def check_signature(bundle: Bundle, trust: Trust) -> None:
     if not path.is_file():
         raise BundleError(f"{bundle.directory} is not signed, and a signature is demanded: refused")
     verifying = _library("verifying")
-    for file in filter(None, (trust.key, *trust.certificates)):
-        _check_readable(file)
+    _check_readable(trust.key, *trust.certificates)
     config = verifying.Config()
     with _one_line(f"{bundle.directory}: the signature is not valid for the demanded key"):
         if trust.key:
@@ -142,11 +140,12 @@ def _library(module: str) -> Any:
         raise BundleError(f"signatures need model-signing ({error}): pip install model-signing pyopenssl") from error
 
 
-def _check_readable(path: Path) -> None:
-    try:
-        path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"key: {clip(str(path), 300)} cannot be read: {error.strerror or error}") from error
+def _check_readable(*paths: Path | None) -> None:
+    for path in filter(None, paths):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"key: {clip(str(path), 300)} cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager

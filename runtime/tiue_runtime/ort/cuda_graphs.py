@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from threading import RLock
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +83,7 @@ class Recordings:
     """The recorded shapes of one session. Only the thread of its CudaGraphs may use them."""
 
     def __init__(self, session: Any, place: tuple[str, int], graphs: CudaGraphs) -> None:
-        self._session = session
-        self._place = place
-        self.graphs = graphs
+        self._session, self._place, self.graphs = session, place, graphs
         self._recorded: dict[object, _Recording] = {}
         self._numbers = count(1)  # No number is used twice, even after a failed recording.
 
@@ -96,10 +94,10 @@ class Recordings:
 
         Args:
             inputs: contiguous arrays, or values in device memory.
-            run: runs the session without a recording. Returns outputs in device memory.
+            run: runs the session without a recording. Its outputs are in device memory, too.
 
         Returns:
-            Outputs by name in device memory, or None if there is no recording.
+            Outputs by name, or None if there is no recording.
         """
         if self.graphs.mode not in ("record", "replay"):
             return None
@@ -132,14 +130,13 @@ class Recordings:
         return recording
 
 
-class _Recording:
+class _Recording(NamedTuple):
     """The buffers of one shape. `binding` keeps the buffers of other graphs alive."""
 
-    def __init__(self, buffers: dict[str, Any], outputs: dict[str, Any], binding: Any, options: Any) -> None:
-        self.buffers = buffers
-        self.outputs = outputs
-        self.binding = binding
-        self.options = options
+    buffers: dict[str, Any]
+    outputs: dict[str, Any]
+    binding: Any
+    options: Any
 
 
 def _signature(value: Any) -> tuple[object, ...]:

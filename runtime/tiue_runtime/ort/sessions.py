@@ -31,11 +31,7 @@ LEFT_NODES = "fallback to CPU EP has been explicitly disabled"
 
 
 def available_providers() -> list[str]:
-    """List the providers of the installed ONNX Runtime and of installed plugins.
-
-    Raises:
-        DeviceError: ONNX Runtime cannot be imported.
-    """
+    """List the providers of the installed ONNX Runtime and of installed plugins. Raises DeviceError."""
     built_in = list(load_onnxruntime().get_available_providers())
     plugins = [kind.provider for kind in KINDS.values() if kind.plugin and importlib.util.find_spec(kind.plugin)]
     return list(dict.fromkeys((*plugins, *built_in)))
@@ -57,11 +53,7 @@ def replace_wheels(extra: str) -> str:
 
 
 def load_onnxruntime() -> Any:
-    """Import onnxruntime when it is first needed, and check which wheel it came from.
-
-    Raises:
-        DeviceError: it is missing, broken, or installed twice.
-    """
+    """Import onnxruntime when it is first needed. Raises DeviceError if it is missing, broken or installed twice."""
     wheels = installed_wheels()
     if len(wheels) > 1:
         found = " and ".join(f"{name} {number}" for name, number in wheels.items())
@@ -71,11 +63,9 @@ def load_onnxruntime() -> Any:
         )
     try:
         module = importlib.import_module("onnxruntime")
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise DeviceError(f"onnxruntime cannot be imported: {error}. Reinstall: {INSTALL}") from error
-        raise DeviceError(f"ONNX Runtime is not installed. Install it: {INSTALL}") from error
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise DeviceError(f"ONNX Runtime is not installed. Install it: {INSTALL}") from error
         raise DeviceError(f"onnxruntime cannot be imported: {error}. Reinstall: {INSTALL}") from error
     if not hasattr(module, "InferenceSession"):
         raise DeviceError(f"onnxruntime is incomplete (another wheel removed its files): {replace_wheels('cpu')}")
@@ -152,14 +142,7 @@ def shrinking(device: Device) -> dict[str, str]:
 def start_session(model: str | bytes, device: Device, settings: Settings, *, must_take_all: bool = False) -> Any:
     """Create a session. It may run on another device than `device`: the caller must check.
 
-    Args:
-        model: a path, or the model itself.
-        device: the requested device.
-        settings: of the session.
-        must_take_all: raise an error if the device would leave nodes of the graph to the CPU.
-
-    Returns:
-        ONNX Runtime's InferenceSession.
+    The model is a path, or its bytes. With must_take_all, a device that leaves nodes of it to the CPU is an error.
 
     Raises:
         DeviceError: ONNX Runtime cannot be imported, or a plugin does not find the device.

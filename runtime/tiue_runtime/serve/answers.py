@@ -30,12 +30,9 @@ class JsonAnswer(Response):
 
 
 def encoded(picture: Image, wanted: ImageRequest, *, metadata: bool) -> bytes:
-    """Return a picture's file, in the size and the format of the request.
+    """Return a picture's file, in the size and the format of the request, and with its record if `metadata` is true.
 
-    Args:
-        picture: as it was drawn.
-        wanted: the request.
-        metadata: whether the file holds the picture's record. The mark "made by AI" is always there.
+    The mark "made by AI" is always there.
     """
     file = io.BytesIO()
     options: dict[str, Any] = {} if wanted.quality is None else {"quality": wanted.quality}
@@ -74,14 +71,7 @@ def answer(
 
 
 def partial_event(wanted: ImageRequest, image: str, number: int, index: int) -> bytes:
-    """Return the event of a picture that is not finished.
-
-    Args:
-        wanted: the request.
-        image: in base64.
-        number: of the event among the partial ones of its picture, from 0.
-        index: of the picture in the request.
-    """
+    """Return the event of a picture that is not finished: the image in base64, and the event's number, from 0."""
     kind = "image_generation.partial_image"
     return event(kind, {**_described(wanted, image), "partial_image_index": number, "tiue": {"index": index}})
 

@@ -41,13 +41,7 @@ def error_answer(error: ApiError) -> JsonAnswer:
 
 
 class Outer:
-    """The outermost layer: the request's id, the Host header, safe headers, figures, and errors that nobody expected.
-
-    Args:
-        app: the layers within.
-        settings: name the hosts that are allowed.
-        metrics: hear of each request.
-    """
+    """The outermost layer: the request's id, the Host header, safe headers, figures, and errors nobody expected."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServeMetrics) -> None:
         self._app, self._metrics = app, metrics
@@ -105,12 +99,7 @@ class Outer:
 
 
 class Inner:
-    """The layer within CORS: origins of pages, and the API key.
-
-    Args:
-        app: the routes.
-        settings: name the origins that are allowed, and hold the key.
-    """
+    """The layer within CORS: origins of pages, and the API key."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app

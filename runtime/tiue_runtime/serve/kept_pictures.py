@@ -17,13 +17,7 @@ class Kept(NamedTuple):
 
 
 class KeptPictures:
-    """The last pictures of answers with URLs. Whoever knows a picture's name may fetch it; names cannot be guessed.
-
-    Args:
-        most: pictures.
-        most_bytes: of all of them.
-        seconds: that a picture is kept.
-    """
+    """The last pictures of answers with URLs. Whoever knows a picture's name may fetch it; names cannot be guessed."""
 
     def __init__(self, most: int, most_bytes: int, seconds: float) -> None:
         self._most, self._most_bytes, self._seconds = most, most_bytes, seconds

@@ -47,16 +47,10 @@ def _hear(show: Callable[..., object], message: Warning | str, *others: Any, **n
 
 
 class Worker:
-    """Draws the jobs of a queue on one thread.
-
-    Args:
-        queue: gives the work.
-        pipeline: does it.
-    """
+    """Draws the jobs of a queue on one thread."""
 
     def __init__(self, queue: JobQueue, pipeline: Pipeline) -> None:
-        self._queue = queue
-        self._pipeline = pipeline
+        self._queue, self._pipeline = queue, pipeline
 
     def work(self) -> None:
         """Draw until the queue closes."""

@@ -30,15 +30,7 @@ def register(add: Add, whole: argparse.ArgumentParser) -> None:
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Return the script of a shell.
-
-    Args:
-        parser: of the whole command line.
-        shell: one of SHELLS.
-
-    Raises:
-        RequestError: shtab, which writes the script, is not installed.
-    """
+    """Return the script of a shell. Raises RequestError if shtab, which writes it, is not installed."""
     try:
         import shtab
     except ImportError as error:

@@ -47,11 +47,12 @@ class Template:
             raise RequestError(
                 f"out: expected a name such as {DEFAULT}, got {clip(text)!r}: {error}; write {{{{ for a brace"
             ) from error
+        known = ", ".join(f"{{{field}}}" for field in FIELDS)
         for _, field, form, conversion in self._parts:
             if field is None:
                 continue
             if field not in FIELDS or conversion:
-                raise RequestError(f"out: unknown field {{{clip(field)}}}; the fields are {_listed(FIELDS)}")
+                raise RequestError(f"out: unknown field {{{clip(field)}}}; the fields are {known}")
             if form and (field in ("prompt", "bundle") or not re.fullmatch(r"0?[1-9]\d?", form)):
                 raise RequestError(f"out: expected a number of digits as in {{index:03}}, got {{{field}:{clip(form)}}}")
 
@@ -86,11 +87,7 @@ class Target:
         self._renames = self._template is None  # whether a name that is taken becomes another one
 
     def paths(self, pictures: Sequence[Values], default: str = DEFAULT) -> list[Path]:
-        """Name pictures, and test the first names.
-
-        Args:
-            pictures: the values of each picture.
-            default: the template of names that the user did not choose.
+        """Name pictures, by the template `default` if the user did not choose names, and test the first names.
 
         Raises:
             RequestError: two pictures have the same name, a file exists, or a file cannot be written.
@@ -112,9 +109,7 @@ class Target:
     def save(self, path: Path, write: Callable[[Path], None]) -> Path:
         """Save a picture at its path. Returns the path, or a free one beside it if the path was chosen here.
 
-        Args:
-            path: one of `paths`.
-            write: writes a file. It raises FileExistsError if another process was quicker.
+        `write` writes a file. It raises FileExistsError if another process was quicker.
         """
         if self._plain is None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +143,3 @@ def _refuse_twins(paths: Iterable[Path]) -> None:
                 f"out: pictures {other} and {index} would both be {clip(str(path), 300)}; "
                 "add {index} or {seed} to the name"
             )
-
-
-def _listed(fields: Iterable[str]) -> str:
-    return ", ".join(f"{{{field}}}" for field in fields)

@@ -104,11 +104,7 @@ def _saving_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def saver(arguments: argparse.Namespace) -> Save:
-    """Return the function that saves pictures as those flags say.
-
-    Raises:
-        RequestError: a file cannot be read, c2pa-python is not installed, or it cannot sign with the key.
-    """
+    """Return the function that saves pictures as those flags say. Raises RequestError as `Credentials` does."""
     return partial(_save, arguments.metadata, arguments.ai_mark, _credentials(arguments))
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def register(add: Add) -> None:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Run the command. Raises RequestError, and errors of the pipeline."""
+    from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.tools.file_names import Target
     from tiue_runtime.tools.progress_bar import bar_for
 
@@ -75,8 +76,8 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.source:
         return _repeat(arguments, loading, target, save, request.get("timeout"))
     plan = _plan(arguments, request, target)
-    bar = bar_for(arguments, len(plan.values))
-    with bar or nullcontext(), _loaded(arguments, loading, request) as pipeline:
+    bar, memory = bar_for(arguments, len(plan.values)), request.get("memory") or "auto"
+    with bar or nullcontext(), Pipeline.load(arguments.bundle, memory=memory, **loading) as pipeline:
         output = _Output(arguments, target, save, plan)
         result = None
         for result in _results(pipeline, plan, request, bar):
@@ -152,14 +153,6 @@ def _plan(arguments: argparse.Namespace, request: RequestOptions, target: "Targe
     paths = target.paths(values[:1], "{prompt}-{seed}-grid.png")
     sheet.check(ENDINGS[paths[0].suffix.lower()])
     return _Plan(prompts, num_images, seed, values, paths, sheet)
-
-
-def _loaded(
-    arguments: argparse.Namespace, loading: LoadOptions, request: RequestOptions
-) -> AbstractContextManager["Pipeline"]:
-    from tiue_runtime.pipeline import Pipeline
-
-    return Pipeline.load(arguments.bundle, memory=request.get("memory") or "auto", **loading)
 
 
 def _results(
@@ -243,7 +236,7 @@ def _values(record: "Record") -> "Values":
         "seed": record.seed or 0,
         "index": 1,
         "width": record.width * (record.upscale or 1),
-        "height": record.height * (record.upscale or 1),
+        "height": record.pixel_height,
         "steps": record.steps,
         "bundle": record.bundle,
     }

@@ -56,14 +56,7 @@ class Arguments:
 
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:
-    """Check the arguments of a call.
-
-    Args:
-        given: what the assistant passed, from JSON.
-
-    Raises:
-        RequestError: a value is missing, wrong or unknown. The library checks the range of the seed.
-    """
+    """Check the arguments of a call. Raises RequestError. The library checks the range of the seed."""
     for name in given:
         if name not in ("prompt", "seed", "n"):
             unknown = f"{shorten(name)} is no argument of this tool, which has prompt, seed and n"
@@ -119,13 +112,7 @@ def describe(manifest: Manifest) -> Tool:
 
 
 class ImageTool:
-    """The tool. Calls are drawn one after another.
-
-    Args:
-        bundle: that draws.
-        format: "png", "jpeg" or "webp".
-        loading: options of `Pipeline.load`.
-    """
+    """The tool. Calls are drawn one after another. `loading` has options of `Pipeline.load`."""
 
     def __init__(self, bundle: Bundle, format: str, loading: Mapping[str, Any]) -> None:
         self._bundle, self._format, self._loading = bundle, format, dict(loading)
@@ -148,25 +135,15 @@ class ImageTool:
         return CallToolResult(content=content)
 
     async def draw(self, arguments: Arguments, report: Report) -> list[ContentBlock]:
-        """Draw pictures.
+        """Draw pictures. Returns them, and a text with seeds and warnings. Raises TiueError.
 
-        Args:
-            arguments: of the call.
-            report: called with the finished fraction, 1.0, and the stage.
-
-        Returns:
-            The pictures, and a text with seeds and warnings.
-
-        Raises:
-            TiueError: as `Pipeline.load` and `Pipeline.__call__`.
+        `report` is called with the finished fraction, 1.0, and the stage.
         """
         async with self._drawing:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 if self._pipeline is None:
-                    self._pipeline = await asyncio.to_thread(
-                        lambda: Pipeline.load(self._bundle.directory, **self._loading)
-                    )
+                    self._pipeline = await asyncio.to_thread(Pipeline.load, self._bundle.directory, **self._loading)
                 result = await self._run(self._pipeline, arguments, report)
         seeds = f"seed {result.seeds[0]}" if len(result.seeds) == 1 else f"seeds {', '.join(map(str, result.seeds))}"
         lines = [f"Drawn with {seeds} by {self._bundle.manifest.name} in {result.timings['total']:.2f} s."]

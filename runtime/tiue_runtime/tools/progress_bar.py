@@ -11,13 +11,7 @@ from tiue_runtime.progress import Progress
 
 
 def bar_for(arguments: argparse.Namespace, pictures: int, there: int = 0) -> "Bar | None":
-    """Return a bar if a person may be watching stderr, and wants to.
-
-    Args:
-        arguments: with `quiet` and `json`.
-        pictures: how many are made in all.
-        there: how many were made before.
-    """
+    """Return a bar if a person may be watching stderr, and wants to. The numbers are those of `Bar`."""
     watched = sys.stderr is not None and sys.stderr.isatty()
     return Bar(pictures, there) if watched and not (arguments.quiet or arguments.json) else None
 
@@ -26,7 +20,7 @@ class Bar:
     """One line on stderr: pictures, a bar, and time. It is gone when the work is done.
 
     Args:
-        pictures: how many are made.
+        pictures: how many are made in all.
         there: how many were made before.
     """
 

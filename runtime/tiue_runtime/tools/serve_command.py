@@ -63,10 +63,11 @@ def register(add: Add) -> None:
     )
     for name, help in _LIMITS.items():
         default = getattr(defaults, name)
+        kind, metavar = (float, "SECONDS") if isinstance(default, float) else (int, "N")
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            type=int if isinstance(default, int) or default is None else float,
-            metavar="N" if isinstance(default, int) or default is None else "SECONDS",
+            type=kind,
+            metavar=metavar,
             help=help if default is None else f"{help} (default: {default:,})",
         )
     parser.add_argument(

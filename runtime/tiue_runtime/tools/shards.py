@@ -13,12 +13,7 @@ from tiue_runtime.bundle.replacing import replacing
 
 
 class Shards:
-    """Which pictures go into which tar: as many pictures into each, in their order.
-
-    Args:
-        files: the names of all pictures.
-        count: how many shards, at least 1.
-    """
+    """Which pictures go into which tar: as many pictures into each, in their order."""
 
     def __init__(self, files: Sequence[str], count: int) -> None:
         size = max(-(-len(files) // count), 1)
@@ -46,10 +41,7 @@ class Shards:
     def pack(self, directory: Path, number: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Write a shard from files, and from the shard as it is, then delete the files.
 
-        Args:
-            directory: of the batch.
-            number: of the shard.
-            rows: the manifest's line of each picture that was made.
+        `rows` has the manifest's line of each picture that was made.
         """
         there = [file for file in self.groups[number] if file in rows]
         loose = [file for file in there if (directory / file).exists()]

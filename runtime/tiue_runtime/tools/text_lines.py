@@ -22,14 +22,9 @@ def shown(source: str) -> str:
 
 
 def read_lines(source: str, name: str) -> Iterator[tuple[int, bytes]]:
-    """Read the lines that are not blank, with their numbers, from 1.
+    """Read the lines of a file, or of stdin ("-"), that are not blank, with their numbers, from 1. Pipes may be given.
 
-    Args:
-        source: the path of a file, or "-" for stdin. Pipes are read to their end.
-        name: of the argument, for messages.
-
-    Raises:
-        RequestError: the source cannot be read, or a line or their number is too long.
+    Messages name the argument `name`. Raises RequestError if the source cannot be read, or is too long.
     """
     try:
         with _opened(source, name) as file:
@@ -65,14 +60,7 @@ def _opened(source: str, name: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def read_prompts(source: str) -> list[str]:
-    """Read prompts, one a line.
-
-    Args:
-        source: the path of a file, or "-" for stdin.
-
-    Raises:
-        RequestError: as `read_lines`, or a line is not UTF-8, or there is no prompt.
-    """
+    """Read prompts, one a line. Raises RequestError as `read_lines`, also if there is none or a line is not UTF-8."""
     prompts: list[str] = []
     for number, line in read_lines(source, "prompts"):
         try:
