@@ -35,7 +35,7 @@ _FIRST_GUESS = 1.0  # seconds of a picture before any was drawn
 
 
 class QueueFull(TiueError):
-    """As many jobs wait as the queue takes. `seconds` say after which time a place is probably free."""
+    """As many jobs wait as the queue takes. After `seconds`, a place is probably free."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
