@@ -28,6 +28,11 @@ class Budget:
 
     The needs of runs come from the manifest's estimates. Without an estimate, or if the free memory is unknown, every
     run fits.
+
+    Args:
+        manifest: of the bundle.
+        variant: of the graphs.
+        device: where they run.
     """
 
     def __init__(self, manifest: Manifest, variant: str, device: Device) -> None:
@@ -71,9 +76,13 @@ class Budget:
 
     @contextmanager
     def run(self, graph: str, rows: int, latents: int, keeps: Callable[[], bool]) -> Generator[None]:
-        """Record the memory that a graph holds after the run in this `with` block. The run is given as in `fits`.
+        """Record the memory that a graph holds after the run in this `with` block.
 
-        `keeps` is called after the run. It says whether the graph keeps the run's memory for the next run.
+        Args:
+            graph: the name of the graph.
+            rows: as in `fits`.
+            latents: h*w.
+            keeps: called after the run. Says whether the graph keeps the run's memory for the next run.
         """
         try:
             yield
@@ -99,13 +108,17 @@ class Budget:
     def refuse_excess(
         self, shape: tuple[int, ...], fields: str, smallest: tuple[str, int, int], enlarged: int = 1
     ) -> None:
-        """Refuse a request whose noise and pictures alone exceed the free memory, or whose smallest run does by far.
+        """Refuse a request that fits into memory in no mode.
 
         Args:
             shape: of its latents, (B, C, h, w).
             fields: names of the options that the shape comes from, for the message.
             smallest: graph, rows and latents of the smallest run that can do the work.
             enlarged: the factor of the upscaler.
+
+        Raises:
+            RequestError: the noise and the pictures alone exceed the free memory, or the smallest run exceeds it by
+                far.
         """
         count, channels, height, width = shape
         scale = self._manifest.pixels_per_latent

@@ -20,7 +20,8 @@ class Sheet:
     Args:
         prompts: how many prompts there are. If each has several pictures, it gets a row of its own.
         num_images: pictures of each prompt.
-        width, height: of a picture, in pixels.
+        width: of a picture, in pixels.
+        height: of a picture, in pixels.
     """
 
     def __init__(self, prompts: int, num_images: int, width: int, height: int) -> None:

@@ -14,10 +14,20 @@ from tiue_runtime.tiling import Plan, decode_parts, plans
 def decode_image(
     turns: Turns, manifest: Manifest, z_0: Float32, tiling: bool | None
 ) -> tuple[Float32, tuple[int, int] | None]:
-    """Decode latents z_0, float32 (B, C, h, w), by the first of `tiling.plans` that fits into memory.
+    """Decode latents.
+
+    Args:
+        turns: runs the graph.
+        manifest: of the bundle.
+        z_0: float32 (B, C, h, w).
+        tiling: as in `tiling.plans`. If a plan runs out of memory, the next one follows, with a warning.
 
     Returns:
         The image, float32 (B, 3, H, W) in [-1, 1], and (height, width) of its tiles in pixels, if any.
+
+    Raises:
+        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is a subclass.
+        Cancelled: the caller wants to stop.
     """
     graph, name = turns.graphs.vae_decoder, turns.graphs.vae_name
     pixels = manifest.pixels_per_latent
@@ -46,7 +56,7 @@ def run_in_parts(
     scale: int,
     wanted: Sequence[Plan],
 ) -> tuple[Float32, Plan]:
-    """Run a graph on parts of an array (B, C, h, w) by the first plan that fits into memory.
+    """Run a graph on parts of an array by the first plan that fits into memory.
 
     Args:
         turns: of the request.
@@ -54,13 +64,18 @@ def run_in_parts(
         name: its name in the bundle.
         stage: its stage in the request.
         run_part: runs the graph on (rows, C, h, w).
-        array: float32.
-        ways: plans, each in less memory than the one before. If one runs out of memory, a warning says so.
+        array: float32 (B, C, h, w).
+        ways: plans, each in less memory than the one before. If one runs out of memory, the next follows, with a
+            warning.
         scale: pixels of the result on a side of a pixel of the array.
         wanted: plans that need no warning if they are the first to fit.
 
     Returns:
         The result (B, 3, scale * h, scale * w), and the plan.
+
+    Raises:
+        InferenceError: the graph failed. OutOfMemoryError is a subclass.
+        Cancelled: the caller wants to stop.
     """
     budget = turns.graphs.budget
     fitting = (i for i, plan in enumerate(ways) if budget.fits(name, plan.rows, plan.height * plan.width))

@@ -32,7 +32,13 @@ _LOAD_TINY = 'load with vae="tiny"'
 class Graphs:
     """Text encoder, UNet encoder and decoder, image decoder, safety checker and upscaler, in the order of their runs.
 
-    `load` loads all but the upscaler. Otherwise each is loaded when it is first needed.
+    Args:
+        bundle: where they are.
+        placement: where and how they run.
+        vae: the kind of image decoder.
+        safety: whether pictures are checked, if the bundle has a safety checker.
+
+    They are loaded by `load`, or each when it is first needed. The upscaler is always loaded when it is first needed.
     """
 
     def __init__(self, bundle: Bundle, placement: Placement, vae: str, *, safety: bool) -> None:
@@ -158,7 +164,10 @@ def shared_graphs(bundle: Bundle, placement: Placement, vae: str, memory: Memory
     """Return the graphs of a pipeline. Pipelines of equal files, placement, vae and safety get the same ones.
 
     Two kinds of pipelines get their own graphs. With memory="low", they are not loaded now, and each request loads and
-    frees them. With cuda_graphs, a recording belongs to one pipeline. Raises as `Graphs.load`.
+    frees them. With cuda_graphs, a recording belongs to one pipeline.
+
+    Raises:
+        BundleError, DeviceError, OutOfMemoryError: a graph could not be loaded.
     """
     if memory == "low":
         return Graphs(bundle, placement, vae, safety=safety)
@@ -192,7 +201,13 @@ class Halves:
     """The two halves of the UNet in one request, as functions of arrays."""
 
     def __init__(self, turns: Turns, steps: int, *, decoded: bool) -> None:
-        """Take the halves. steps: N, of all calls of `decode` together. decoded: whether the image decoder follows."""
+        """Take the halves.
+
+        Args:
+            turns: runs their graphs.
+            steps: N, the number of timesteps of all calls of `decode` together.
+            decoded: whether the image decoder follows.
+        """
         self._turns, self._left, self._decoded = turns, steps, decoded
         self._shape: tuple[int, ...] = ()
 
@@ -205,7 +220,12 @@ class Halves:
         return {**known, **features}
 
     def decode(self, features: Mapping[str, Any], rows: NDArray[np.int64], weights: Float32) -> Float32:
-        """Run the decoder at k timesteps: rows, int64 (k,), of decoder_timesteps, with weights w_i, float32 (k,).
+        """Run the decoder at k timesteps.
+
+        Args:
+            features: from `encode`.
+            rows: int64 (k,), rows of the manifest's decoder_timesteps.
+            weights: float32 (k,), w_i.
 
         Returns:
             sum_i w_i eps_i over these timesteps, float32 (B, C, h, w).

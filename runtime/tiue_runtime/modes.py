@@ -27,7 +27,12 @@ def lower_mode(mode: Mode, steps: int) -> Mode | None:
 
 
 class Ladder:
-    """The modes of one request of N steps. After a run that did not fit into memory, it goes down to the next mode."""
+    """The modes of one request. After a run that did not fit into memory, it goes down to the next mode.
+
+    Args:
+        mode: the first one to try.
+        steps: N, all timesteps of the request.
+    """
 
     def __init__(self, mode: Mode, steps: int) -> None:
         self.mode: Mode = mode
@@ -39,10 +44,17 @@ class Ladder:
         return self.mode == "sequential"
 
     def runs(self, compute: Callable[[slice], Computed]) -> Generator[tuple[slice, Computed]]:
-        """Call `compute` for parts of the timesteps, slices of 0 .. N, and yield each with its result.
+        """Call `compute` for parts of the timesteps, one after another, until all are done.
 
-        If it raises OutOfMemoryError, it is called again in the next lower mode, with a warning. The error is raised if
-        there is none, or if a graph could not be loaded.
+        Args:
+            compute: takes a slice of 0 .. N. If it raises OutOfMemoryError, it is called again in the next lower mode,
+                with a warning.
+
+        Yields:
+            Each slice and its result.
+
+        Raises:
+            OutOfMemoryError: the lowest mode did not fit, or a graph could not be loaded.
         """
         first = 0
         while first < self.steps:

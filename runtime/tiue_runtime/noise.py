@@ -6,7 +6,7 @@ Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 import math
 import operator
-from typing import Any
+from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,17 @@ _SHIFT = np.uint64(32)
 _MASK = np.uint64(_WORD)
 
 
-def check_seed(seed: Any, count: int = 1) -> int:
+def check_seed(seed: object, count: int = 1) -> int:
     """Return the seed of the first of `count` pictures. Raises RequestError unless all are integers in [0, 2**64)."""
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise RequestError(f"seed: expected an integer in [0, 2**64), got {shorten(seed)} ({type(seed).__name__})")
     try:
-        first = -1 if isinstance(seed, bool) else operator.index(seed)
-    except TypeError:
-        first = -1
+        first = operator.index(seed)
+    except TypeError as error:  # An array of several numbers.
+        raise RequestError(f"seed: expected an integer in [0, 2**64), got {shorten(seed)}") from error
     if not 0 <= first <= SEED_LIMIT - count:
         last = f", with seed + {count - 1} the seed of the last image" if count > 1 else ""
-        raise RequestError(f"seed: expected an integer in [0, 2**64){last}, got {shorten(seed)}")
+        raise RequestError(f"seed: expected an integer in [0, 2**64){last}, got {shorten(first)}")
     return first
 
 

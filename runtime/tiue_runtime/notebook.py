@@ -26,9 +26,11 @@ _LONGEST_ROW = 8  # The pictures of one prompt stay in one row if there are not 
 def mime_bundle(
     pictures: Sequence[Image], records: "Sequence[Record]"
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Make one picture of the first MOST_PICTURES pictures, in the form of Jupyter's messages.
+    """Make one picture of all pictures, in the form of Jupyter's messages.
 
-    The prompts of records, if there are any, describe the picture to people who do not see it.
+    Args:
+        pictures: at least one. Of more than MOST_PICTURES, the first are shown.
+        records: one per picture, or none. Their prompts describe the picture to people who do not see it.
 
     Returns:
         By MIME type: a PNG in base64 with about MOST_PIXELS pixels at most, and its metadata.

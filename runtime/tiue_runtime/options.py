@@ -184,7 +184,9 @@ def described(options: type) -> dict[str, Described]:
 def complete(options: type, given: Mapping[str, object]) -> dict[str, Any]:
     """Return all options: the given ones, and the defaults of the others.
 
-    Integers and booleans of other libraries become Python's.
+    Args:
+        options: RequestOptions or LoadOptions.
+        given: values by name. Integers and booleans of other libraries become Python's.
 
     Raises:
         TypeError: a name is unknown.

@@ -14,8 +14,15 @@ from tiue_runtime.ort.graph import Float32
 def latents_to_rgb(preview: Preview, latents: Float32, pixels_per_latent: int = 1) -> Float32:
     """Turn latents (B, C, h, w) => rgb float32 (B, h * pixels_per_latent, w * pixels_per_latent, 3) in [0, 1].
 
-    The color of a latent pixel is latents @ matrix + bias, clipped. It fills a square of the picture, whose side is
-    pixels_per_latent. Manifest.pixels_per_latent makes pictures of full size.
+    The color of a latent pixel is latents @ matrix + bias, clipped. It fills a square of the picture.
+
+    Args:
+        preview: the matrix and bias of a bundle.
+        latents: z_0, or an estimate of it, float32.
+        pixels_per_latent: the side of the square. Manifest.pixels_per_latent makes pictures of full size.
+
+    Returns:
+        The pictures.
     """
     matrix, bias = (np.asarray(values, dtype=np.float32) for values in (preview.matrix, preview.bias))
     rgb = np.clip(latents.transpose(0, 2, 3, 1) @ matrix + bias, 0, 1)

@@ -63,7 +63,14 @@ def _known(device: str) -> str:
 def repeat(
     pipeline: "Pipeline", source: str | Path | Record, name: str | None = None, **options: Any
 ) -> "Result[list[Image]]":
-    """Make a picture again, as `Pipeline.repeat`. If the record is given, `name` names its file in messages."""
+    """Make a picture again. `Pipeline.repeat` describes arguments, result and errors.
+
+    Args:
+        pipeline: loaded.
+        source: a file, or its record.
+        name: of the file in messages, if the record is given.
+        **options: callback, cancel and timeout.
+    """
     record = source if isinstance(source, Record) else read_record(source)
     shown = clip(str(name or ("the picture" if isinstance(source, Record) else source)), 300)
     _refuse(pipeline, record, shown)

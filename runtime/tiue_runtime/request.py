@@ -53,8 +53,8 @@ class Request:
             manifest: of the bundle.
             budget: of the pipeline. It refuses requests that memory cannot hold. None refuses none.
             text_width: returns D of text (B, L, D), or None if D is unknown. Called only if embeddings are given.
-            prompt: as in the call.
-            output_type: as in the call.
+            prompt: a string, a sequence of strings, or None.
+            output_type: one of OutputType.
             options: complete RequestOptions of the right types. `memory` is already checked.
 
         Raises:

@@ -35,7 +35,16 @@ class Run:
     def __init__(
         self, cancel: Cancel | None = None, callback: Callback | None = None, timeout: float | None = None
     ) -> None:
-        """Begin a request. The arguments are RequestOptions of these names. Raises RequestError if one is wrong."""
+        """Begin a request.
+
+        Args:
+            cancel: an event, or a function that returns whether to stop.
+            callback: called with a Progress by `report`. If it returns True, the request is cancelled.
+            timeout: seconds from now after which the request stops, or None.
+
+        Raises:
+            RequestError: an argument is of another type.
+        """
         self.begun = time.perf_counter()
         self.timings: dict[str, float] = {}  # seconds, by stage
         asked: Any = cancel if isinstance(cancel, type) else getattr(cancel, "is_set", cancel)
@@ -94,6 +103,9 @@ class Run:
             step: finished parts of the stage, from 1 to steps.
             steps: parts of the stage.
             estimate: computes an estimate of z_0, float32 (B, C, h, w). None: the last estimate stays.
+
+        Raises:
+            Cancelled: the callback returned True.
         """
         if self._callback is None:
             return

@@ -15,9 +15,17 @@ BLUR = 1 / 8
 
 
 def flag(turns: Turns, graph: Graph, how: SafetyChecker, pictures: Sequence[Image]) -> tuple[bool, ...]:
-    """Say which pictures, in mode RGB, the safety checker flags. They are checked one by one, in the memory of one.
+    """Say which pictures the safety checker flags. They are checked one by one, in the memory of one.
 
-    A score that is not finite raises InferenceError: nothing passes unchecked.
+    Args:
+        turns: runs the graph.
+        graph: the safety checker.
+        how: how it gets pictures.
+        pictures: in mode RGB.
+
+    Raises:
+        InferenceError: the graph failed, or a score is not finite: nothing passes unchecked.
+        Cancelled: the caller wants to stop.
     """
     flagged: list[bool] = []
     for done, picture in enumerate(pictures, start=1):

@@ -56,7 +56,12 @@ class Sampled(NamedTuple):
 
 
 class Sampler:
-    """The graphs and the tokenizer of a bundle. It samples pictures with them."""
+    """The graphs and the tokenizer of a bundle. It samples pictures with them.
+
+    Args:
+        bundle: where the tokenizer is.
+        graphs: of the bundle.
+    """
 
     def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
         self.graphs = graphs
@@ -74,7 +79,7 @@ class Sampler:
             request: complete and checked.
             output_type: "latent" ends the way before the image decoder.
             run: hears of each stage.
-            decode: makes exact previews.
+            decode: the image decoder, for exact previews.
         """
         text_stage = () if request.prompts is None else (TEXT_ENCODER,)
         image_stages = () if output_type == "latent" else self._image_stages(request.upscale)

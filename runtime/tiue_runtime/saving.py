@@ -27,7 +27,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"quali
 
 
 def check_picture_path(path: str | os.PathLike[str], name: str = "out") -> None:
-    """Raise RequestError unless a picture can be saved to `path`. Tests the folder by writing to it."""
+    """Raise RequestError unless a picture can be saved to `path`. Tests the folder by writing to it.
+
+    Args:
+        path: of the file.
+        name: of the argument, for the message.
+    """
     path = Path(path)
     _format_of(path, name)
     try:

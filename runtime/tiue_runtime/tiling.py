@@ -46,7 +46,8 @@ def plans(manifest: Manifest, shape: tuple[int, ...], tiling: bool | None) -> li
     Args:
         manifest: of the bundle.
         shape: of the latents, (B, C, h, w).
-        tiling: None for whole pictures first, then tiles; False for whole pictures; True for tiles that are smaller.
+        tiling: None for whole pictures first, then tiles; False for whole pictures only; True for tiles only, if a
+            picture is larger than a tile.
 
     Returns:
         At least one plan. The first tiles have the bundle's default size. Later plans halve it, down to MIN_TILE.
@@ -78,9 +79,14 @@ def decode_parts(
     scale: int,
     report: Callable[[int, int], object] = lambda part, parts: None,
 ) -> Float32:
-    """Turn latents (B, C, h, w) => image (B, 3, scale * h, scale * w). One part at a time is in memory beside it.
+    """Turn latents (B, C, h, w) => image (B, 3, H, W). Beside the result, one part at a time is in memory.
 
-    `run` decodes a part. `report` is called with the number of finished parts and of all parts.
+    Args:
+        run: decodes a part of the latents.
+        latents: z_0.
+        plan: one of `plans`.
+        scale: pixels per latent, H = scale * h.
+        report: called with the number of finished parts and of all parts.
     """
     count, _, height, width = latents.shape
     if (plan.rows, plan.height, plan.width) == (count, height, width):
@@ -101,7 +107,12 @@ def decode_parts(
 
 
 def windows(size: int, tile: int, scale: int) -> list[tuple[int, Float32]]:
-    """Spread tiles evenly along one axis, overlapping by at least OVERLAP. `size` and `tile` count latents.
+    """Spread tiles evenly along one axis, overlapping by at least OVERLAP.
+
+    Args:
+        size: latents of the axis.
+        tile: latents of a tile.
+        scale: pixels per latent.
 
     Returns:
         For each tile: its first latent, and float32 weights (tile * scale,) of its pixels. Weights rise and fall

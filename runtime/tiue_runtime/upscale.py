@@ -17,10 +17,21 @@ LEAST = 64
 def enlarge(
     turns: Turns, graph: Graph, manifest: Manifest, image: Float32, scale: int
 ) -> tuple[Float32, tuple[int, int] | None]:
-    """Enlarge pictures, float32 (B, 3, H, W) in [-1, 1], by the upscaler's factor.
+    """Enlarge pictures.
+
+    Args:
+        turns: runs the graph.
+        graph: the upscaler.
+        manifest: of the bundle.
+        image: float32 (B, 3, H, W) in [-1, 1].
+        scale: the factor of the upscaler.
 
     Returns:
         The pictures (B, 3, scale * H, scale * W), and (height, width) of tiles before enlarging, if there were any.
+
+    Raises:
+        InferenceError: the image is not finite, or the graph failed. OutOfMemoryError is a subclass.
+        Cancelled: the caller wants to stop.
     """
     remedy = turns.graphs.overflow_remedy()
 

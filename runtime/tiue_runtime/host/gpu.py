@@ -22,7 +22,14 @@ class Gpu:
 
 
 def find_gpus(load: Callable[[str], Any] = ctypes.CDLL) -> list[Gpu] | str:
-    """Return at least one GPU, or the reason why there is none. `load` opens a library by name, or raises OSError."""
+    """List the GPUs.
+
+    Args:
+        load: opens a library by name, or raises OSError.
+
+    Returns:
+        At least one GPU, or the reason why there is none.
+    """
     count = ctypes.c_int()
     try:
         driver = load(DRIVER)

@@ -27,7 +27,11 @@ def has_bf16(root: Path = Path("/")) -> bool:
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
     """List the directories of this process's control groups that a controller may limit, from the innermost to the top.
 
-    Yields each with whether it is of version 2, whose files have other names. Raises OSError, ValueError.
+    Yields:
+        A directory, and whether it is of version 2, whose files have other names.
+
+    Raises:
+        OSError, ValueError: the system's files cannot be read.
     """
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, group = line.split(":", 2)

@@ -11,7 +11,11 @@ from tiue_runtime.host.machine import control_groups
 
 
 def free_memory(gpu: int | None = None) -> int | None:
-    """Return the bytes that this process can still get from a GPU, or from the computer; None if unknown."""
+    """Return the bytes that this process can still get, or None if they cannot be known.
+
+    Args:
+        gpu: the GPU's number, or None for the computer's own memory.
+    """
     if gpu is not None:
         return cuda_free(gpu)
     if sys.platform == "win32":

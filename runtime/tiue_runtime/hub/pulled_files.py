@@ -90,7 +90,12 @@ def begin(source: str) -> Path:
 def publish(directory: Path, record: Pulled) -> None:
     """Give a complete bundle its name, by renames. A bundle that had the name loses it, and its files are deleted.
 
-    The directory is that of an unfinished download, or that of the record. Raises BundleError.
+    Args:
+        directory: of the bundle: that of an unfinished download, or that of the record.
+        record: the new record.
+
+    Raises:
+        BundleError: the cache cannot be written, or the record's directory was removed meanwhile.
     """
     staged = directory != record.directory
     with writable():

@@ -63,11 +63,14 @@ class Source(Protocol):
 
 
 def parse_source(text: str, allow_http: bool = False) -> Source:
-    """Return the source that a user's words mean. Raises BundleError.
+    """Return the source that a user's words mean.
 
     Args:
         text: a directory, a URL of a directory or of its bundle.json, or OWNER/NAME[@revision] of the Hub.
         allow_http: whether URLs may begin with http:// for other hosts than this computer.
+
+    Raises:
+        BundleError: it is none of these.
     """
     path = Path(os.path.expanduser(text))  # noqa: PTH111 (unlike Path.expanduser, also of a user that does not exist)
     try:

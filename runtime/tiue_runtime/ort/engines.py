@@ -16,7 +16,19 @@ def with_cache(settings: Settings, device: Device, bundle: Path, graph: Path) ->
 
     The path depends on the content of bundle.json, which holds the sha256 of every file. New content therefore never
     meets old engines. The path also depends on the device and on the version of ONNX Runtime, because engines fit only
-    these. Devices that compile nothing get no directory. Raises DeviceError if it cannot be made.
+    these. Devices that compile nothing get no directory.
+
+    Args:
+        settings: of a session.
+        device: of the session.
+        bundle: the directory of the bundle.
+        graph: a graph file in it.
+
+    Returns:
+        The new settings.
+
+    Raises:
+        DeviceError: the directory cannot be made.
     """
     if not device.row.compiles:
         return settings

@@ -81,10 +81,21 @@ class Graph:
         check_files: Callable[[], object] | None = None,
         load: bool = True,
     ) -> None:
-        """Take the ONNX file of a graph. With `load`, load it now, instead of when it is first needed.
+        """Take a graph.
 
-        `check_files` is called before each loading, and `check` after it. If one raises, the graph is refused.
-        `cuda_graphs` is shared by the graphs of a pipeline, if `settings` have cuda_graphs. Raises as `create_session`.
+        Args:
+            path: its ONNX file.
+            device: where it runs.
+            settings: of its sessions.
+            cuda_graphs: shared by the graphs of a pipeline, if `settings` have cuda_graphs.
+            check: called after each loading. If it raises, the graph is refused.
+            check_files: called before each loading.
+            load: load now, instead of when the graph is first needed.
+
+        Raises:
+            BundleError: the graph is bad.
+            DeviceError: the device or a setting was refused.
+            LoadingError: memory ran out.
         """
         self.name = path.stem
         self.device = device
@@ -182,13 +193,16 @@ class Graph:
         release: bool = False,
         cancelled: Cancelled | None = None,
     ) -> dict[str, Any]:
-        """Run the graph on those entries of `feed` that are its inputs. Returns every output by name.
+        """Run the graph on those entries of `feed` that are its inputs.
 
         Args:
             feed: numpy arrays, or values on the device: from `place`, or from a call with `keep_on_device`.
             keep_on_device: return values in the device's memory, without copying them to arrays.
             release: give back the memory of this run, if the graph `releases`. It would keep it for the next run.
             cancelled: returns whether the caller wants to stop. Called several times a second while the graph runs.
+
+        Returns:
+            Every output by name.
 
         Raises:
             InferenceError: the run failed. OutOfMemoryError is a subclass.
@@ -221,7 +235,16 @@ class Graph:
     def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Copy inputs to the device once, for all runs of this graph and of others on the same device.
 
-        On the CPU, return them unchanged. Raises InferenceError.
+        On the CPU, return them unchanged.
+
+        Args:
+            arrays: numpy arrays.
+
+        Returns:
+            Values for `__call__`.
+
+        Raises:
+            InferenceError: the copy failed. OutOfMemoryError is a subclass.
         """
         if not self.device.is_gpu:
             return dict(arrays)
@@ -298,13 +321,16 @@ class Graph:
         needed: set[str] | None = None,
         features: Mapping[str, Declared] | None = None,
     ) -> None:
-        """Check names, types and ranks of inputs and outputs against the contract. Raises BundleError.
+        """Check names, types and ranks of inputs and outputs against the contract.
 
         Args:
             inputs: names of the contract that the graph may take.
             outputs: names that it must give.
             needed: names that it must take.
             features: outputs of another graph, which are further inputs that this graph may take.
+
+        Raises:
+            BundleError: the graph breaks the contract.
         """
         features = features or {}
         unknown = set(self.inputs) - inputs - set(features)
@@ -323,7 +349,18 @@ class Graph:
                 raise BundleError(f"{self.name}: expected {clip(name)} as {wanted}, got {declared}")
 
     def check_output(self, name: str, value: Array, shape: tuple[int, ...], remedy: str = "") -> None:
-        """Raise BundleError if an output has another shape, or InferenceError if a value is not finite."""
+        """Check a computed value.
+
+        Args:
+            name: of the output.
+            value: the array.
+            shape: the shape that it must have.
+            remedy: for values that are not finite.
+
+        Raises:
+            BundleError: the shape differs.
+            InferenceError: a value is not finite.
+        """
         if value.shape != shape:
             raise BundleError(f"{self.name}: expected {clip(name)} of shape {shape}, got {value.shape}")
         if not np.isfinite(value).all():

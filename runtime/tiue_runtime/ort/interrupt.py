@@ -51,8 +51,12 @@ def interruptible(
     Args:
         function: the native call.
         what: the name of the work, for the message of Cancelled.
-        stop: asks `function`, from another thread, to end early. None if that is impossible.
+        stop: asks `function`, from another thread, to end early. None if that is impossible: the call then ends on its
+            own.
         cancelled: returns whether the caller no longer wants the result. Called every POLL_SECONDS.
+
+    Returns:
+        The result of `function`.
 
     Raises:
         Cancelled: `cancelled` became true first.
@@ -118,7 +122,8 @@ def _free_worker() -> _Worker:
 def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) -> None:
     """Call `function` on each item, on `at_once` threads. Ctrl-C does not wait for native calls to end.
 
-    The first error of a call is raised, and calls that have not begun by then are skipped.
+    Raises:
+        BaseException: the first error of a call. Calls that have not begun by then are skipped.
     """
     rest = list(items)[::-1]
     errors: list[BaseException] = []

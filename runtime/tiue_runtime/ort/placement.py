@@ -61,17 +61,24 @@ def place(
     threads: int | None = None,
     cuda_graphs: bool = False,
 ) -> Placement:
-    """Decide where graphs run, and prove that they can. `Pipeline.load` describes the options.
+    """Decide where graphs run, and prove that they can.
 
     Args:
-        device: a device by name is granted or refused. If "auto" is the CPU although ONNX Runtime was built for CUDA or
-            OpenVINO, a warning says why.
+        device: "cpu", "openvino", "cuda", "cuda:1" and so on, or "auto". A device by name is granted or refused.
+            "auto" is the first of CUDA and OpenVINO on which a session starts, else the CPU. If ONNX Runtime was built
+            for CUDA or OpenVINO and the CPU is chosen, a warning says why. "auto" skips devices that run none of the
+            variants. It also skips OpenVINO if the CPU has no bf16 instructions and the bundle has "cpu" graphs, which
+            are faster there.
         variants: the variants that the bundle holds.
         variant: one of them, or None for the best that runs on the device.
-        provider_options: they override ours, and need a device by name.
-        precision: it needs a device by name.
-        threads: from 1 to MOST_THREADS, or None for all that this process may use.
-        cuda_graphs: ignored if "auto" chooses a device that cannot record.
+        provider_options: options of ONNX Runtime's provider. They override ours, and need a device by name.
+        precision: "bf16" or "fp32", for devices with a choice. None is bf16 if the CPU has instructions for it, else
+            fp32. A precision needs a device by name.
+        threads: CPU threads of a session, from 1 to MOST_THREADS, or None for all that this process may use.
+        cuda_graphs: whether runs are recorded. If "auto" chooses a device that cannot record, this is ignored.
+
+    Returns:
+        The device, with the settings of its sessions.
 
     Raises:
         BundleError: the bundle does not hold the variant.
@@ -236,7 +243,11 @@ def _rounds(device: Device, settings: Settings) -> bool:
 
 
 def probe(device: Device, options: Mapping[str, object] | None = None) -> str:
-    """Start a session of one node on a device. Returns the problem, or "" if the device was granted."""
+    """Test a device: start a session of one node on it.
+
+    Returns:
+        The problem, or "" if the device was granted.
+    """
     try:
         settings = Settings(provider_options={**device.row.probe_options, **(options or {})})
         start = partial(sessions.start_session, PROBE_MODEL, device, settings)

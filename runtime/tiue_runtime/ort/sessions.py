@@ -31,7 +31,11 @@ LEFT_NODES = "fallback to CPU EP has been explicitly disabled"
 
 
 def available_providers() -> list[str]:
-    """List the providers of the installed ONNX Runtime and of installed plugins. Raises DeviceError."""
+    """List the providers of the installed ONNX Runtime and of installed plugins.
+
+    Raises:
+        DeviceError: ONNX Runtime cannot be imported.
+    """
     built_in = list(load_onnxruntime().get_available_providers())
     plugins = [kind.provider for kind in KINDS.values() if kind.plugin and importlib.util.find_spec(kind.plugin)]
     return list(dict.fromkeys((*plugins, *built_in)))
@@ -53,7 +57,11 @@ def replace_wheels(extra: str) -> str:
 
 
 def load_onnxruntime() -> Any:
-    """Import onnxruntime when it is first needed. Raises DeviceError if it is missing, broken or installed twice."""
+    """Import onnxruntime when it is first needed, and check which wheel it came from.
+
+    Raises:
+        DeviceError: it is missing, broken, or installed twice.
+    """
     wheels = installed_wheels()
     if len(wheels) > 1:
         found = " and ".join(f"{name} {number}" for name, number in wheels.items())
@@ -142,7 +150,14 @@ def shrinking(device: Device) -> dict[str, str]:
 def start_session(model: str | bytes, device: Device, settings: Settings, *, must_take_all: bool = False) -> Any:
     """Create a session. It may run on another device than `device`: the caller must check.
 
-    The model is a path, or its bytes. With must_take_all, a device that leaves nodes of it to the CPU is an error.
+    Args:
+        model: a path, or the model itself.
+        device: the requested device.
+        settings: of the session.
+        must_take_all: raise an error if the device would leave nodes of the graph to the CPU.
+
+    Returns:
+        ONNX Runtime's InferenceSession.
 
     Raises:
         DeviceError: ONNX Runtime cannot be imported, or a plugin does not find the device.

@@ -15,9 +15,14 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-    """An answer that says what is wrong: `message` to people, `param` and `code` to programs.
+    """An answer that says what is wrong.
 
-    The message must name no file of this machine. `param` is the field of the request that is wrong.
+    Args:
+        status: of HTTP.
+        message: for people. It must name no file of this machine.
+        param: the field of the request that is wrong.
+        code: for programs.
+        headers: further headers of the answer.
     """
 
     def __init__(

@@ -56,13 +56,16 @@ class ImageRequest:
 def read_request(
     content: Mapping[str, Any], models: Mapping[str, Manifest], settings: ServerSettings, *, form: bool = False
 ) -> ImageRequest:
-    """Check the fields of a request and complete them. Raises ApiError with the name of the field that is wrong.
+    """Check the fields of a request and complete them.
 
     Args:
         content: the fields. None means the same as absent.
         models: by name. The first is the default.
         settings: hold the limits.
         form: whether the values come from a form, where numbers are strings.
+
+    Raises:
+        ApiError: 400 with the name of the field that is wrong.
     """
     fields = _Fields(content, form)
     fields.refuse_others()

@@ -22,7 +22,16 @@ _QUIET = 15.0  # seconds after which a comment tells proxies that the connection
 class ImageStream(StreamingResponse):
     """The answer of a request with `stream`. The end of the connection cancels the job.
 
-    `name` is the job's id, and `waited` hears how long the job waited, if it ends well. Raises as `JobQueue.submit`.
+    Args:
+        queue: of the request's model.
+        name: the job's id.
+        wanted: the request.
+        tokens: of the prompt.
+        metadata: whether pictures hold their record.
+        waited: hears how long the job waited, if it ends well.
+
+    Raises:
+        QueueFull, QueueClosed, RequestError: as `JobQueue.submit`.
     """
 
     def __init__(

@@ -35,7 +35,12 @@ _FIRST_GUESS = 1.0  # seconds of a picture before any was drawn
 
 
 class QueueFull(TiueError):
-    """As many jobs wait as the queue takes. After `seconds`, a place is probably free."""
+    """As many jobs wait as the queue takes.
+
+    Args:
+        message: for people.
+        seconds: after which a place is probably free.
+    """
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
@@ -239,7 +244,11 @@ class JobQueue:
         return max(left * self._seconds, 1.0)
 
     def close(self, seconds: float = 0.0) -> None:
-        """Refuse further jobs, give the others some seconds to end, cancel the rest, and end the worker."""
+        """Refuse further jobs, give the others some time to end, cancel the rest, and end the worker.
+
+        Args:
+            seconds: that jobs have to end.
+        """
         with self._changed:
             self._accepting = False
             self._changed.wait_for(lambda: not self._jobs, seconds)

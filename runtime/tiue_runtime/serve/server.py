@@ -62,7 +62,12 @@ def serve(
 
 
 def new_server(app: Starlette, grace: float) -> OrderlyServer:
-    """Return a server of an application of `create_app`. grace: as in ServerSettings."""
+    """Return a server of an application of `create_app`.
+
+    Args:
+        app: the application.
+        grace: seconds that requests have to end, when the server is told to stop.
+    """
     config = uvicorn.Config(
         app,
         http="h11",

@@ -58,7 +58,13 @@ class BatchDirectory:
         return len(self._rows)
 
     def add(self, file: str, facts: Row, write: Callable[[Path], None]) -> Row:
-        """Save a picture, then its line. Returns the line's content. `write` saves it whole or not at all."""
+        """Save a picture, then its line. Returns the line's content.
+
+        Args:
+            file: one of the names.
+            facts: about the picture.
+            write: saves it at a path, whole or not at all.
+        """
         path = self._path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
@@ -152,7 +158,11 @@ def locked(path: Path) -> Generator[None]:
 
 
 def continue_or_begin(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the state of the batch in a locked directory, or begin one there. A wanted seed of None stands for any.
+    """Return the state of the batch in a directory, or begin one there. The directory is locked.
+
+    Args:
+        path: the directory.
+        state: of the batch that is asked for. A seed of None stands for any.
 
     Raises:
         RequestError: the directory holds a batch of other prompts or options, or files that are no batch.

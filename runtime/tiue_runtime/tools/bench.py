@@ -24,6 +24,12 @@ def bench(
 ) -> dict[str, object]:
     """Time `runs` pictures after an untimed one. Every timed picture must equal the untimed one.
 
+    Args:
+        bundle: as in `Pipeline.load`.
+        runs: at least 1.
+        loading: options of `Pipeline.load`.
+        request: options of every request.
+
     Returns:
         Rows to print: conditions, then the median, least and most milliseconds of each graph.
 

@@ -43,8 +43,10 @@ Rows = dict[str, object]
 def examine(bundle: str | Path | None = None, device: str | None = None) -> tuple[Rows, list[str]]:
     """Examine this installation.
 
-    With a bundle or a device, as in `Pipeline.load`, graphs are loaded to find the provider of each node. With TensorRT
-    this takes minutes.
+    Args:
+        bundle: a directory or a name, as in `Pipeline.load`.
+        device: as in `Pipeline.load`. With a bundle or a device, graphs are loaded to find the provider of each node.
+            With TensorRT this takes minutes.
 
     Returns:
         Rows of facts to print, and a list of problems. Without problems, this installation can make pictures.
