@@ -282,7 +282,7 @@ def test_the_estimate_of_the_work_counts_and_may_err(heavy, monkeypatch):
     pipe = Pipeline.load(heavy, device="cpu")
     shape = {"height": 512, "width": 512, "memory": "sequential", "output_type": "latent"}
     need = pipe.bundle.manifest.memory["portable"]["unet_decoder"].bytes(1, 256 * 256)
-    arrays = 512 * 512 * (2 * 4 + 3 * 9)
+    arrays = 512 * 512 * 2 * 4
     for share, fits in ((0.9, False), (1.1, True)):
         monkeypatch.setattr(budget, "free_memory", lambda gpu, share=share: (arrays + need) * share / budget.HOPELESS)
         if fits:
@@ -292,6 +292,16 @@ def test_the_estimate_of_the_work_counts_and_may_err(heavy, monkeypatch):
                 pipe("a", **shape)
     monkeypatch.setattr(budget, "free_memory", lambda gpu: None)
     pipe("a", **shape)
+
+
+def test_a_request_for_latents_needs_no_memory_for_pictures(heavy, monkeypatch):
+    pipe = Pipeline.load(heavy, device="cpu")
+    work = pipe.bundle.manifest.memory["portable"]["unet_decoder"].bytes(1, 256 * 256)
+    latents, pictures = 512 * 512 * 2 * 4, 512 * 512 * 3 * 9
+    monkeypatch.setattr(budget, "free_memory", lambda gpu: (latents + work + pictures / 2) / budget.HOPELESS)
+    with pytest.raises(RequestError, match="1 picture of 512x512 pixels need"):
+        pipe("a", height=512, width=512)
+    assert pipe("a", height=512, width=512, memory="sequential", output_type="latent").images.shape[-1] == 256
 
 
 def test_latents_are_decoded_although_the_unet_could_not_draw_them_at_once(heavy, monkeypatch):

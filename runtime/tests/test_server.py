@@ -412,6 +412,18 @@ def test_jobs_are_found_by_the_id_of_their_request(client):
     refused(client.delete("/v1/jobs/other"), 404, "id")
 
 
+def test_of_two_jobs_with_one_id_the_one_that_runs_is_meant(pipe):
+    gate = Gate(pipe)
+    app = create_app({"first": pipe, "second": gate})
+    with TestClient(app, base_url=URL) as client:
+        first, second = app.state.queues.values()
+        first.submit(Drawing("a", seed=1), id="my-request_1").future.result(WAIT)
+        second.submit(Drawing("a", seed=1), id="my-request_1")
+        assert gate.entered.wait(WAIT)
+        assert client.get("/v1/jobs/my-request_1").json()["status"] == "running"
+        assert client.delete("/v1/jobs/my-request_1").json()["cancelled"] is True
+
+
 def test_the_end_of_a_stream_leaves_a_later_request_with_its_id_alone(pipe):
     """A client reads nothing of its stream, tries again with the same id, and then hangs up."""
     gate = Gate(pipe)

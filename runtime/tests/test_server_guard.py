@@ -116,9 +116,17 @@ def test_named_origins_draw_and_read_errors_too(served):
     )
 
 
-def test_origins_are_named_in_small_or_capital_letters(served):
-    origin = "https://draw.example.org"  # as browsers send it
-    client = served(origins=("HTTPS://Draw.Example.org",))
+@pytest.mark.parametrize(
+    ("named", "origin"),  # as an operator names it, and as browsers send it
+    [
+        ("HTTPS://Draw.Example.org", "https://draw.example.org"),
+        ("https://draw.example.org:443", "https://draw.example.org"),
+        ("http://draw.example.org:80", "http://draw.example.org"),
+        ("http://draw.example.org:443", "http://draw.example.org:443"),
+    ],
+)
+def test_origins_are_known_however_they_are_named(served, named, origin):
+    client = served(origins=(named,))
     answer = client.options(DRAW, headers={"origin": origin, "access-control-request-method": "POST"})
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
     assert client.post(DRAW, json={"prompt": "a"}, headers={"origin": origin}).status_code == 200

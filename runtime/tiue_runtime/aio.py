@@ -18,8 +18,9 @@ from tiue_runtime.progress import Hearing
 from tiue_runtime.run import Run
 
 if TYPE_CHECKING:
-    from tiue_runtime.pipeline import Pipeline, Result
+    from tiue_runtime.pipeline import Pipeline
     from tiue_runtime.progress import Progress
+    from tiue_runtime.result import Result
 
 
 async def agenerate(

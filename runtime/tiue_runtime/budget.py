@@ -114,7 +114,7 @@ class Budget:
             shape: of its latents, (B, C, h, w).
             fields: names of the options that the shape comes from, for the message.
             smallest: graph, rows and latents of the smallest run that can do the work.
-            enlarged: the factor of the upscaler.
+            enlarged: the factor of the upscaler, 1 without it, or 0 if the request ends with latents.
 
         Raises:
             RequestError: the noise and the pictures alone exceed the free memory, or the smallest run exceeds it by
@@ -132,7 +132,8 @@ class Budget:
         needs += [(work, self._free(), HOPELESS)] if self._device.is_gpu else [(arrays + work, needs[0][1], HOPELESS)]
         for need, free, factor in needs:
             if free is not None and need > factor * free:
-                size = f"{width * scale * enlarged}x{height * scale * enlarged}"
+                side = scale * max(enlarged, 1)
+                size = f"{width * side}x{height * side}"
                 pictures = f"{count} picture{'' if count == 1 else 's'} of {size} pixels"
                 raise RequestError(
                     f"{fields}: {pictures} need {need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; "

@@ -92,7 +92,8 @@ class Request:
             raise RequestError('upscale: pictures are enlarged, not latents: ask for output_type="pil" or "np"')
         if budget is not None:
             one_timestep = UNET_DECODER, count, height * width
-            budget.refuse_excess(shape, fields, one_timestep, upscale or 1)
+            enlarged = 0 if output_type == "latent" else upscale or 1
+            budget.refuse_excess(shape, fields, one_timestep, enlarged)
         embeds = None if embeds is None else _finite("prompt_embeds", embeds)
         latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]

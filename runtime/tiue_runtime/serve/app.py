@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tiue_runtime.errors import Cancelled, RequestError
-from tiue_runtime.serve.server_settings import ServerSettings, missing
+from tiue_runtime.serve.server_settings import ServerSettings, as_sent, missing
 
 try:
     import prometheus_client as _prometheus  # pyright: ignore[reportUnusedImport]  # noqa: F401
@@ -123,7 +123,7 @@ def _layers(settings: ServerSettings, metrics: ServeMetrics) -> list[Middleware]
         layers.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=[origin.lower() for origin in settings.origins],  # as browsers send them
+                allow_origins=[as_sent(origin) for origin in settings.origins],
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["authorization", "content-type", "x-request-id"],
                 expose_headers=["x-request-id", "retry-after"],

@@ -146,11 +146,12 @@ class Endpoints:
         return JsonAnswer(content)
 
     def _find(self, request: Request) -> tuple[JobQueue, Job]:
-        for queue in self.queues.values():
-            job = queue.job(request.path_params["id"])
-            if job is not None:
-                return queue, job
-        raise ApiError(404, "there is no such job, or not any more", param="id", code="job_not_found")
+        """Return the job of an id, and its queue. Of several models' jobs, one that has not ended, or the latest."""
+        jobs = [(queue, queue.job(request.path_params["id"])) for queue in self.queues.values()]
+        found = [(queue, job) for queue, job in jobs if job is not None]
+        if not found:
+            raise ApiError(404, "there is no such job, or not any more", param="id", code="job_not_found")
+        return max(found, key=lambda each: (each[1].state in ("waiting", "running"), each[1].created))
 
     async def health(self, _: Request) -> Response:
         """GET /health: the process answers."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiue_runtime.errors import shorten
 from tiue_runtime.serve.answers import JsonAnswer
 from tiue_runtime.serve.api_errors import LOG, ApiError
+from tiue_runtime.serve.server_settings import as_sent
 
 if TYPE_CHECKING:
     from tiue_runtime.serve.serve_metrics import ServeMetrics
@@ -103,7 +104,7 @@ class Inner:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
-        self._origins = {origin.rstrip("/").lower() for origin in settings.origins}
+        self._origins = {as_sent(origin) for origin in settings.origins}
         self._key = None if settings.api_key is None else hashlib.sha256(settings.api_key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -61,6 +61,12 @@ class ServerSettings:
             raise RequestError(f"batch: expected at least 1, got {shorten(self.batch)}")
 
 
+def as_sent(origin: str) -> str:
+    """Return an origin as browsers send it: in small letters, and without the port that its scheme has anyway."""
+    origin = origin.lower()
+    return origin.removesuffix(":80" if origin.startswith("http:") else ":443")
+
+
 def missing(error: ImportError) -> RequestError:
     """Return the error of a package of the extra [server] that is not installed."""
     return RequestError(

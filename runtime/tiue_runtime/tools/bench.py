@@ -13,7 +13,8 @@ from tiue_runtime.errors import InferenceError, RequestError
 from tiue_runtime.host.machine import thread_count
 from tiue_runtime.options import LoadOptions, RequestOptions
 from tiue_runtime.ort.sessions import installed_wheels
-from tiue_runtime.pipeline import Pipeline, Result
+from tiue_runtime.pipeline import Pipeline
+from tiue_runtime.result import Result
 
 PROMPT = "a red heart"
 SAME = 0.02  # of pixels in [0, 1]: GPU kernels may add up in another order from run to run
