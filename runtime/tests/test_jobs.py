@@ -153,13 +153,17 @@ def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(gate, running):
 
 def test_one_job_of_a_batch_is_cancelled_and_the_others_are_drawn(gate):
     with JobQueue(gate, batch=2) as queue:
-        queue.submit(Drawing("a", seed=0))
+        queue.submit(Drawing("a", seed=0), on_picture=lambda *_: gate.open.clear())
         assert gate.entered.wait(WAIT)
         gone, other = (queue.submit(Drawing("a red heart", seed=seed)) for seed in (1, 2))
-        gate.entered.clear()
         gate.open.set()
-        queue.cancel(gone.id)
+        eventually(lambda: len(gate.requests) == 2)  # Both jobs are at the gate, which is closed again.
+        assert queue.cancel(gone.id)
+        gate.open.set()
         assert pixels(other.future.result(WAIT).pictures) == pixels(gate.pipeline("a red heart", seed=2).images)
+        with pytest.raises(Cancelled):
+            gone.future.result(WAIT)
+    assert queue.job(gone.id).state == "cancelled" and len(gate.requests) == 2
 
 
 def test_a_job_that_has_ended_does_not_cancel_a_later_one_of_its_id(gate):

@@ -422,7 +422,8 @@ def test_other_errors_are_not_exhausted_memory():
 
 
 def test_memory_of_this_process():
-    assert free_memory() is None or free_memory() > 2**20
+    found = free_memory()
+    assert found > 2**20 if sys.platform == "linux" else found is None or found > 2**20
 
 
 @linux
