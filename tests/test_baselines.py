@@ -1,6 +1,5 @@
-import dataclasses
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,8 @@ from evaluation.encoder.encoder_config import Shape
 from evaluation.encoder.network import Encoder, save_encoder
 from evaluation.few_steps import distilled, sample_few_steps
 from evaluation.painters import pipeline_painter
+from export.export_options import Options
+from export.plan import make_plan
 from recipes.baselines import add, lcm, swiftbrush, swiftbrushv2
 from recipes.baselines.__main__ import METHODS, main
 from recipes.baselines.config import PRESETS, SWIFTBRUSH, SWIFTBRUSH_V2, AddConfig, LcmConfig, SwiftBrushV2Config
@@ -29,7 +30,7 @@ from recipes.baselines.few_steps import lcm_scheduler
 from recipes.baselines.memory import memory
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import CaptionedPictures, encode_latents
-from tiue.checkpoint import load_student, save_student
+from tiue.checkpoint import load_student
 from tiue.components import decode_latents
 from tiue.diffusion import Diffusion
 from tiue.distill.config import DistillConfig, preset_names, read_preset
@@ -514,10 +515,11 @@ def test_wrong_settings_are_named_by_their_flags(folder, encoder, tmp_path, caps
 def test_a_student_of_swiftbrush_can_be_exported_as_one_step(tmp_path):
     config = DistillConfig(**SHORT, **SWIFTBRUSH, lora_rank=2)
     path = train(*swiftbrush.prepare(teacher(), ["a", "b"], tmp_path, config), progress=False)
-    student = load_student(path)
-    assert student.schedules == {1: [999]}
-    save_student(tmp_path / "again.safetensors", student)
-    assert dataclasses.asdict(config)["kl_weight"] == 0
+    manifest = make_plan(load_student(path), Options()).manifest
+    assert manifest.encoder_timestep == 999 and [*manifest.schedules] == [1]
+    ((timestep,), noise_weight, (step_weight,)) = astuple(manifest.schedules[1])
+    # Pure noise: z_0 = sqrt(1 - abar_0) z - sqrt(abar_0) v, where a little noise is left at the first timestep.
+    assert timestep == 999 and noise_weight**2 + step_weight**2 == pytest.approx(1) and step_weight < -0.99
 
 
 def test_adds_step_is_the_picture_of_its_prediction():
