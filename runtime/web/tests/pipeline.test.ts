@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { join } from "node:path";
+import { InferenceSession } from "onnxruntime-node";
 import { afterAll, beforeAll, test, vi } from "vitest";
 import { inflateSync } from "node:zlib";
 import {
@@ -94,7 +95,19 @@ test("all memory modes make the same picture", async () => {
 
 test("a pipeline with low memory loads graphs for their turns only", async () => {
   const low = await Pipeline.load(HEAVY, { ...QUIET, memory: "low", vae: "tiny" });
+  const held: number[] = []; // sessions, each time that one was created
+  let sessions = 0;
+  const create = InferenceSession.create.bind(InferenceSession) as (...given: unknown[]) => Promise<InferenceSession>;
+  const spy = vi.spyOn(InferenceSession, "create").mockImplementation(async (...given: unknown[]) => {
+    const session = await create(...given);
+    const release = session.release.bind(session);
+    session.release = () => ((sessions -= 1), release());
+    held.push((sessions += 1));
+    return session;
+  });
   const made = await low("a red heart", { seed: 1, height: 8, width: 8 });
+  spy.mockRestore();
+  assert.deepEqual([held, sessions], [[1, 1, 1, 1], 0]);
   assert.equal(made.vae, "tiny");
   assert.equal(made.memory, "sequential");
 });
@@ -257,8 +270,11 @@ test("an error of onProgress ends the request and reaches the caller", async () 
 });
 
 test("calls at the same time run one after another", async () => {
-  const [first, second] = await Promise.all([pipe("a red heart", { seed: 1 }), pipe("a red heart", { seed: 1 })]);
+  const stages: string[] = [];
+  const call = (name: string) => pipe("a red heart", { seed: 1, onProgress: () => void stages.push(name) });
+  const [first, second] = await Promise.all([call("first"), call("second")]);
   assert.deepEqual(first.latents, second.latents);
+  assert.deepEqual(stages, [...Array<string>(7).fill("first"), ...Array<string>(7).fill("second")]);
 });
 
 test("long prompts and unknown words give warnings", async () => {
