@@ -152,6 +152,13 @@ LAYOUTS = {
             "block_out_channels": (32, 64),
             "attention_head_dim": (1, 2),
         },
+        vae={
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "layers_per_block": 1,
+            "block_out_channels": (32, 64),
+            "sample_size": 32,
+        },
     ),
 }
 EMOJI = Path(__file__).parents[1] / "models/emoji/student.safetensors"
@@ -275,7 +282,7 @@ def _write_parts(
     write(lambda: UNet2DConditionModel(**unet_configuration(model)), directory / "unet")
     config = CLIPTextConfig(**_SD_CLIP, **layout.text_encoder)
     write(lambda: CLIPTextModel(config), directory / "text_encoder")
-    write(lambda: AutoencoderKL(**_SD_VAE, **layout.vae), directory / "vae")
+    write(lambda: AutoencoderKL(**(_SD_VAE | layout.vae)), directory / "vae")
     _write_tokenizer(directory / "tokenizer", layout.pad_token)
     configuration = scheduler_configuration(model, scheduler)
     (directory / "scheduler").mkdir()

@@ -112,7 +112,7 @@ def test_latency_end_to_end(work, tmp_path, capsys):
     flags += ["--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]  # This bundle has no tiny VAE.
     assert latency.main(flags) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "128x128, 4 DDIM timesteps" in printed
+    assert "32x32, 4 DDIM timesteps" in printed
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["schema"] == "tiue-latency/1" and report["about"]["cpu"]
     assert report["skipped"].keys() == {"openvino", "tiue:vae=tiny"}  # Both are reported below.
@@ -179,7 +179,7 @@ def test_a_contender_that_computes_something_else_fails(work, tmp_path, capsys, 
 
 def test_with_apart_every_round_starts_a_process(work):
     entries = {"ours": Entry("tiue", work / "mini21-bundle-fp32")}
-    conditions = Conditions(1, (4, 16, 16), 8, steps=4, batches=(1,), runs=2)
+    conditions = Conditions(1, (4, 16, 16), 2, steps=4, batches=(1,), runs=2)
     ours = compare(entries, conditions, apart=True, progress=print).measured["ours"]
     assert len(ours.load_seconds) == len(ours.cold_seconds) == len(ours.seconds[1]) == 2
 
@@ -218,15 +218,15 @@ def test_flops_of_both_halves_are_the_whole(work):
 
 
 def test_scaling_end_to_end(work, tmp_path, capsys):
-    flags = flags_for(work, "--batches", 1, 2, "--steps", 2, "--sizes", 64, 128, "--out", tmp_path / "scaling")
+    flags = flags_for(work, "--batches", 1, 2, "--steps", 2, "--sizes", 16, 32, "--out", tmp_path / "scaling")
     flags += ["--bundle", f"fp32={work / 'mini21-bundle-fp32'}"]
     assert scaling.main(flags) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "scaling.json").read_text())
     points = {(p["batch"], p["steps"], p["size"]): p for p in report["points"]}
-    assert points.keys() == {(1, 4, 128), (2, 4, 128), (1, 4, 64)}
+    assert points.keys() == {(1, 4, 32), (2, 4, 32), (1, 4, 16)}
     assert all(p["unet_seconds"] > 0 and p["measured"]["peak_bytes"] > 0 for p in points.values())
-    assert points[2, 4, 128]["decoder_flops"] == 2 * points[1, 4, 128]["decoder_flops"]
-    assert [*report["skipped"]] == ["Point(batch=1, steps=2, size=128)"]  # The bundle has no such schedule.
+    assert points[2, 4, 32]["decoder_flops"] == 2 * points[1, 4, 32]["decoder_flops"]
+    assert [*report["skipped"]] == ["Point(batch=1, steps=2, size=32)"]  # The bundle has no such schedule.
     with Image.open(tmp_path / "scaling.png") as figure:
         assert figure.format == "PNG" and figure.size[0] > 1000
 
@@ -281,7 +281,7 @@ def test_cuda_graphs_record_each_shape_once(monkeypatch):
 def test_a_measurement_that_is_impossible_is_refused_in_one_line(work, capsys, monkeypatch):
     flags = flags_for(work)
     for more, said in (
-        (["--size", "100"], "expected a multiple of 16, got 100"),
+        (["--size", "30"], "expected a multiple of 4, got 30"),
         (["--contenders", "ours"], "expected KIND or KIND:option=value,... with a kind of tiue, torch"),
         (["--contenders", "optimum:device=cuda"], "it is measured on cpu, not on cuda"),
         (["--contenders", "tiue:bundle=int9"], "expected fp32, fp16, int8, or --bundle int9=DIRECTORY"),

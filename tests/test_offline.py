@@ -62,7 +62,7 @@ def run_offline(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    return tiny.save_pipeline(tiny.sd15(), tmp_path_factory.mktemp("pipeline"))
+    return tiny.save_pipeline(tiny.small(), tmp_path_factory.mktemp("pipeline"))
 
 
 def _can_trace() -> bool:
