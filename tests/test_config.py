@@ -18,6 +18,15 @@ def test_a_preset_is_valid_and_names_differences_only(name):
     DistillConfig(**settings)
 
 
+def test_a_distillation_of_stable_diffusion_has_the_settings_of_the_paper():
+    settings = dataclasses.asdict(DistillConfig(**read_preset("sd21-base")))
+    paper = {"steps": (4,), "iterations": 66_500, "batch_size": 8, "grad_clip": 1.0}
+    paper |= {"learning_rate": 1e-6, "fake_learning_rate": 1e-3, "learning_rate_decay": "none", "fake_steps": 1}
+    paper |= {"guidance": 4.5, "fake_guidance": 4.5, "t_min": 20, "t_max": 980, "kl_weight": 0.8, "clip_weight": 0.0}
+    paper |= {"fake_score": "lora", "lora_rank": 64, "lora_alpha": 108, "null_probability": 0.1, "optimizer": "adam"}
+    assert {name: settings[name] for name in paper} == paper
+
+
 @pytest.mark.parametrize(
     ("setting", "name", "expected", "received"),
     [

@@ -14,6 +14,7 @@ MORE = {
     "one group": {"norm_num_groups": 1},
     "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
     "only cross-attention": {"only_cross_attention": True},
+    "no middle": {"mid_block_type": None},
     # Blocks of kinds that stay whole, first, last and alone.
     "attention without text": {
         "down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D"),
