@@ -10,14 +10,18 @@ from recipes.emoji import data
 
 
 def random_drawings() -> data.Drawings:
-    """Random pictures of 30 concepts: enough for statistics of 16 features, without a network."""
+    """Random pictures of 30 concepts: enough for statistics of 16 features, without a network.
+
+    Only the first concept has several captions: a recipe encodes them all.
+    """
     random = np.random.default_rng(0)
     concepts = np.repeat(np.arange(30), len(data.STYLES))
     styles = np.tile(np.arange(len(data.STYLES)), 30)
     names = list(data.STYLES)
     held_out = np.array([data.is_held_out(f"{c:X}", names[s]) for c, s in zip(concepts, styles, strict=True)])
     images = random.integers(0, 256, (len(concepts), 64, 64, 3), np.uint8)
-    return data.Drawings(images, concepts, styles, held_out, [[f"thing {i}", f"a thing {i}"] for i in range(30)])
+    captions = [["thing 0", "a thing 0"], *([f"thing {i}"] for i in range(1, 30))]
+    return data.Drawings(images, concepts, styles, held_out, captions)
 
 
 def prepared(drawings: data.Drawings, directory: Path):

@@ -170,8 +170,9 @@ def test_frechet_distance_of_gaussians():
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
 def test_all_stages_run_and_begin_again_where_they_stopped(made, monkeypatch):
-    monkeypatch.setattr(report, "MEASURED", 40)
-    monkeypatch.setattr(report, "GRID_PROMPTS", ["thing 0, noto style", "a thing 1"])
+    monkeypatch.setattr(report, "MEASURED", 18)
+    for prompts in ("GRID_PROMPTS", "ASKED", "ASKED_TOO"):
+        monkeypatch.setattr(report, prompts, ["thing 0, noto style", "a thing 1"])
     command = ["--preset", "smoke", "--out", str(made)]
     assert main([*command, "--until", "student"]) == 0
     warm = (made / "warm.safetensors").stat().st_mtime_ns
@@ -189,7 +190,7 @@ def test_all_stages_run_and_begin_again_where_they_stopped(made, monkeypatch):
     for run in ("runs/teacher", "distill"):
         found = json.loads((made / run / "best.json").read_text())
         assert found["scores"] and found["best"] == min(found["scores"], key=found["scores"].get)
-    assert (made / "grid.png").exists() and (made / "losses.png").exists()
+    assert all((made / f"{name}.png").exists() for name in ("grid", "losses", "asked", "asked-too"))
     assert Pipeline.load(made / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
 
     (made / "distill/best.json").unlink()  # as if it had been stopped while checkpoints were scored
