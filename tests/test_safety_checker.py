@@ -111,7 +111,7 @@ def test_a_bundle_with_a_safety_checker(directory, tmp_path, traced_once):
     plain = Pipeline.load(out, device="cpu", safety_checker=False)("a red heart", num_images=12, seed=1)
     expected = [bool(value > 0) for value in score(load_safety_checker(directory), plain.images)]
     made = Pipeline.load(out, device="cpu")("a red heart", num_images=12, seed=1)
-    assert list(made.flagged) == expected
+    assert list(made.flagged) == expected and 0 < sum(expected) < 12
     for before, after, flag in zip(plain.images, made.images, expected, strict=True):
         assert after.tobytes() == (blurred(before) if flag else before).tobytes()
     if has_spandrel:
