@@ -58,7 +58,10 @@ export interface LoadOptions {
    * browser's storage has them. Default: auto.
    */
   memory?: Memory | undefined;
-  /** Threads of a graph. In a page, more than one needs cross-origin isolation. Default: all cores, or one without it. */
+  /**
+   * Threads of a graph. In a page, more than one needs cross-origin isolation.
+   * Default: all cores; one in a page without isolation, and for "wasm" in Node.
+   */
   threads?: number | undefined;
   /** Called while files are fetched. */
   onProgress?: ((progress: LoadProgress) => void) | undefined;

@@ -38,7 +38,7 @@ export const OPTIONS: Flag[] = [
   },
   { name: "vae", kind: "text", help: "kl: the full image decoder; tiny: a small, fast one (default: the bundle's)" },
   { name: "variant", kind: "text", help: "the bundle's graphs to run (default: the best for the device)" },
-  { name: "threads", kind: "integer", help: "threads of a graph (default: all cores)" },
+  { name: "threads", kind: "integer", help: "threads of a graph (default: all cores; 1 for wasm)" },
   { name: "json", kind: "switch", help: "print a JSON object per picture, for programs" },
   { name: "noMetadata", kind: "switch", help: "do not save how the picture was made" },
   { name: "noAiMark", kind: "switch", help: 'do not mark the file as "made by AI"' },
