@@ -146,21 +146,25 @@ def plot_latency(entries: Sequence[Entry], path: Path) -> None:
 
 
 def plot_losses(contest: Contest, rows: Sequence[Row], path: Path) -> None:
-    """Plot the first loss of every trained row over its updates."""
+    """Plot the first loss of every trained row over its updates: each update, and the mean of a tenth of the run."""
     logs = {row.name: contest.folder(row) / "seed-0/losses.csv" for row in rows}
     logs = {name: log for name, log in logs.items() if log.exists()}
     columns = 4
     count = max(1, -(-len(logs) // columns))
-    figure, axes = plt.subplots(count, columns, figsize=(13, 2.6 * count), dpi=90, squeeze=False)
-    for axis in axes.flat:
+    figure, axes = plt.subplots(count, columns, figsize=(12, 2.2 * count), dpi=100, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(logs) :]:
         axis.axis("off")
     for axis, (name, file) in zip(axes.flat, logs.items(), strict=False):
         log = read_log(file)
         column = next(key for key in log if key != "step")
-        axis.axis("on")
-        axis.plot(log["step"], log[column], linewidth=0.6)
+        steps, values = log["step"], log[column]
+        window = max(len(values) // 10, 1)
+        axis.plot(steps, values, linewidth=0.5, alpha=0.4)
+        means = np.convolve(values, np.full(window, 1 / window), "valid")
+        axis.plot(steps[window // 2 :][: len(means)], means, color="C0")
+        axis.set_ylim(min(0, np.nanmin(values)), None)
         axis.set_title(f"{name}: {column}", fontsize=8)
-    figure.tight_layout()
+        axis.tick_params(labelsize=7)
     figure.savefig(path)
     plt.close(figure)
 
