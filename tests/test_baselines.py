@@ -446,6 +446,8 @@ def test_a_resumed_run_gives_the_same_pipeline(name, data, encoder, tmp_path):
     pictures = painter(["a cat", "x"], range(1, 3))
     assert pictures.shape == (4, 16, 16, 3)
     assert np.array_equal(painter(["x"], range(1, 3)), pictures[2:])  # Seeds decide all noise.
+    with pytest.raises(ValueError, match="`spacing` is a setting of DDIM"):
+        pipeline_painter(tmp_path / "whole/pipeline", CPU, 2, 4.0, "trailing")
 
 
 def arguments(method: str, folder: Path, encoder: Path, out: Path) -> list[str]:
