@@ -137,10 +137,10 @@ def load_reference(path: Path, size: int = 512) -> Reference:
 def read_arrays(path: Path, names: Sequence[str], expected: str = "an NPZ") -> dict[str, NDArray[Any]]:
     """Read those arrays of an NPZ archive that it has. Raises ValueError, which names the file and what is expected."""
     try:
-        arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, NpzFile):
-            raise ValueError(f"found {type(arrays).__name__}")
-        with arrays:
+        with path.open("rb") as file:  # np.load itself would leave a damaged one open.
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, NpzFile):
+                raise ValueError(f"found {type(arrays).__name__}")
             return {name: arrays[name] for name in names if name in arrays}
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected {expected}: {one_line(error)}") from error

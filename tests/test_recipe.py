@@ -160,9 +160,12 @@ def test_a_spoken_name_belongs_to_one_concept():
 
 def test_captions_hold_the_label_first_then_what_people_say():
     entry = {"label": "hot beverage", "hexcode": "2615", "tags": ["coffee", "tea"]}
-    captions = data._captions(entry, [{"2615": "coffee"}], {"coffee": 1, "tea": 2}, ["cup of coffee"])
+    taken = {"hot beverage", "a hot beverage", "mug", "a mug"}
+    names = [{"2615": ["coffee", "mug"]}]
+    captions = data._captions(entry, names, {"coffee": 1, "tea": 2}, ["cup of coffee", "Mug"], taken)
     assert captions[:4] == ["hot beverage", "a hot beverage", "cup of coffee", "a cup of coffee"]
     assert "coffee" in captions and "tea" not in captions  # Another concept has the tag "tea" as well.
+    assert not {"mug", "Mug", "a Mug"} & set(captions)  # It is another concept's label.
 
 
 def test_the_teacher_starts_at_pure_noise():
@@ -346,7 +349,7 @@ def test_an_export_that_fails_ends_the_command_in_one_line(drawings, tmp_path, m
         monkeypatch.setattr(f"recipes.emoji.student.{name}", lambda *_, result=result: result)
     work = partial(bundle, drawings, tmp_path / "fitted.safetensors", tmp_path)
     assert status_of("python -m recipes.emoji", work) == 2
-    assert capsys.readouterr().err == "python -m recipes.emoji: the export ended with status 1\n"
+    assert capsys.readouterr().err == "python -m recipes.emoji: error: the export ended with status 1\n"
 
 
 def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):

@@ -122,10 +122,11 @@ def _render_all(directory: Path, archive: Path, captions_file: Path, resolution:
         raise ValueError(f"not drawn in all six styles: {', '.join(missing)}")
 
     rows, captions, spoken = [], [], spoken_names()
+    taken = {text.lower() for label in chosen for text in (label, _with_article(label))}
     tag_owners = _count(tag for label in chosen for tag in set(everywhere[label].get("tags", [])))
     for index, label in enumerate(tqdm(chosen, desc="drawing", unit="concept")):
         entry = everywhere[label]
-        captions.append(_captions(entry, names, tag_owners, spoken.get(label, [])))
+        captions.append(_captions(entry, names, tag_owners, spoken.get(label, []), taken))
         for number, (style, icons) in enumerate(sets.items()):
             image = render(icons.svg(icons.find(entry)), resolution)
             rows.append((image, index, number, is_held_out(entry["hexcode"], style)))
@@ -183,10 +184,13 @@ def spoken_names() -> dict[str, list[str]]:
     return {label: names.split(", ") for label, names in (line.split(": ", 1) for line in lines)}
 
 
-def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int], spoken: list[str]) -> list[str]:
+def _captions(
+    entry: dict, names: list[dict], tag_owners: dict[str, int], spoken: list[str], taken: set[str]
+) -> list[str]:
     """List an emoji's captions, the label first, then everything else that people may call it.
 
-    These are: label and spoken names, with and without an article; short names; unique tags; the label with tags.
+    These are: label and spoken names, with and without an article; short names; unique tags; the label with tags. What
+    is another emoji's label, with or without an article, is that emoji's caption alone. `taken` has these of all emoji.
     """
     label, tags = entry["label"], entry.get("tags", [])
     texts = [text for name in (label, *spoken) for text in (name, _with_article(name))]
@@ -196,7 +200,8 @@ def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int], spoken
     texts += [tag for tag in tags if tag_owners[tag] == 1][:4]
     if tags:
         texts.append(f"{label}, {', '.join(tags[:3])}")
-    return list(dict.fromkeys(texts))
+    own = {label, _with_article(label)}
+    return [text for text in dict.fromkeys(texts) if text in own or text.lower() not in taken]
 
 
 def _with_article(name: str) -> str:
