@@ -251,7 +251,7 @@ def test_scaling_writes_each_point_and_ends_at_once_without_the_first(work, tmp_
     said = capsys.readouterr().err
     if failing:
         [point] = json.loads((tmp_path / "scaling.json").read_text())["points"]
-        assert (point["batch"], point["size"]) == (1, 128) and "the disk is full" in said
+        assert (point["batch"], point["size"]) == (1, 32) and "the disk is full" in said
     else:
         assert len(calls) == 1 and "memory ran out" in said and not any(tmp_path.iterdir())
 

@@ -18,15 +18,15 @@ from tiue_runtime.bundle import Bundle, write_bundle
 from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 
 from evaluation.metrics import frechet
-from recipes.emoji import data, polish, report
+from recipes.emoji import data, polish, report, student
 from recipes.emoji.__main__ import main
 from recipes.emoji.autoencoder import encode, to_pixels, whiten
 from recipes.emoji.best import load_best
 from recipes.emoji.presets import PRESETS
 from recipes.emoji.stage import autocast, minimize, spaced
-from recipes.emoji.student import bundle, load_pairs
+from recipes.emoji.student import bundle, load_pairs, style_of
 from recipes.emoji.studies import drift, sharing
-from recipes.emoji.teacher import SCHEDULER, with_mirrored
+from recipes.emoji.teacher import SCHEDULER, load_teacher, with_mirrored
 from recipes.quality.__main__ import main as compare
 from recipes.quality.rows import PRESETS as COMPARISONS
 from tiue.checkpoint import load_student
@@ -144,6 +144,28 @@ def test_damaged_pairs_are_an_error_that_names_the_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match=r"pairs\.pt: expected the teacher's pairs"):
         load_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("label", "icon"),
+    [
+        ("rocket", "rocket"),
+        ("robot", "robot-face"),
+        ("smiling cat with heart-eyes", "smiling-cat-face-with-heart-eyes"),
+        ("heart exclamation", "heavy-heart-exclamation"),
+        ("white flag", "flag-for-white-flag"),
+        ("O button (blood type)", "o-button"),
+        ("hot beverage", "hot-beverage"),  # an alias
+        ("melting face", None),
+    ],
+)
+def test_an_icon_is_found_by_its_name_of_2016_too(label, icon, tmp_path):
+    drawn = ["rocket", "robot-face", "smiling-cat-face-with-heart-eyes", "heavy-heart-exclamation"]
+    drawn += ["flag-for-white-flag", "o-button"]
+    icons = {"icons": dict.fromkeys(drawn, {}), "aliases": {"hot-beverage": {}}}
+    (tmp_path / "icons.json").write_text(json.dumps(icons))
+    (tmp_path / "chars.json").write_text("{}")
+    assert data._IconSet(tmp_path).find({"label": label, "hexcode": "1F680"}) == icon
 
 
 def test_chosen_concepts_are_unique():
@@ -278,6 +300,26 @@ def test_the_errors_of_a_student_are_those_of_all_its_numbers_of_timesteps(made,
             schedule = student.components.noise_schedule.closed_form(timesteps)
             expected = student.tiue()(pairs["noise"][rows], text[rows], schedule).float()
             torch.testing.assert_close(latents[rows].cpu(), expected, atol=REORDERED, rtol=0)
+
+
+def test_noise_chooses_each_style_equally_often():
+    noise = torch.randn(6000, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    chosen = style_of(noise)
+    assert torch.bincount(chosen).sub(1000).abs().max() < 100
+    noise[:, 4] += 2
+    assert (style_of(noise) == 4).all()
+
+
+@pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
+def test_the_teacher_draws_an_unnamed_style_as_the_noise_says(made, drawings, monkeypatch):
+    preset, asked = replace(PRESETS["smoke"], pairs=9, pair_batch=4), []
+    encode = student._encode
+    monkeypatch.setattr(student, "_encode", lambda pipeline, texts: (asked.extend(texts), encode(pipeline, texts))[1])
+    assert main(["--preset", "smoke", "--out", str(made), "--until", "teacher"]) == 0
+    pairs = student.make_pairs(preset, drawings, load_teacher(made / "teacher"), made / "few.pt")
+    assert asked.pop(0) == "" and 0 < sum(map(data.names_style, pairs["captions"])) < 9
+    for caption, whole, style in zip(pairs["captions"], asked, style_of(pairs["noise"]), strict=True):
+        assert whole == (caption if data.names_style(caption) else data.in_style(caption, style))
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented

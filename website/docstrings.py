@@ -18,6 +18,8 @@ class Described(griffe.Extension):
         """Describe the attributes of a class."""
         hints = _hints(cls.path)
         for name, attribute in cls.attributes.items():
+            if attribute.is_alias:
+                continue  # It is described where it is declared.
             attribute.labels -= {"instance-attribute", "class-attribute"}  # They say nothing to a reader.
             text = _in_annotation(hints.get(name)) or _in_comment(cls, name)
             if text and not attribute.docstring:

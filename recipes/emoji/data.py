@@ -48,7 +48,17 @@ class Drawings:
     def caption(self, row: int, variant: int, with_style: bool) -> str:
         """Return caption number `variant` of drawing `row`, with its style word if `with_style`."""
         text = self.captions[self.concept[row]][variant]
-        return f"{text}, {list(STYLES)[self.style[row]]} style" if with_style else text
+        return in_style(text, self.style[row]) if with_style else text
+
+
+def in_style(text: str, style: int) -> str:
+    """Return a caption with the style word of style number `style`."""
+    return f"{text}, {list(STYLES)[style]} style"
+
+
+def names_style(caption: str) -> bool:
+    """Say whether a caption was made by `in_style`."""
+    return caption.endswith(tuple(f", {name} style" for name in STYLES))
 
 
 def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
@@ -148,17 +158,16 @@ def render(svg: str, resolution: int) -> np.ndarray:
 
 
 class _IconSet:
-    """An iconify package. It finds an emoji's icon by code point, else by label, and wraps it as an SVG."""
+    """An iconify package. It finds an emoji's icon by code point, else by name, and wraps it as an SVG."""
 
     def __init__(self, package: Path) -> None:
         self._set = json.loads((package / "icons.json").read_text(encoding="utf-8"))
         self._by_code = json.loads((package / "chars.json").read_text(encoding="utf-8"))
 
     def find(self, emoji: dict) -> str | None:
-        code = emoji["hexcode"].lower()
-        slug = re.sub(r"[^a-z0-9]+", "-", emoji["label"].lower()).strip("-")
-        name = self._by_code.get(code.replace("-fe0f", ""), slug)
-        return name if name in self._set["icons"] or name in self._set["aliases"] else None
+        code = emoji["hexcode"].lower().replace("-fe0f", "")
+        names = [self._by_code[code]] if code in self._by_code else _icon_names(emoji["label"])
+        return next((name for name in names if name in self._set["icons"] or name in self._set["aliases"]), None)
 
     def svg(self, name: str) -> str:
         alias = self._set["aliases"].get(name)
@@ -170,6 +179,14 @@ class _IconSet:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
         )
+
+
+def _icon_names(label: str) -> list[str]:
+    """List the names that an icon of `label` may have. Emoji One has Unicode's names of 2016, such as "robot-face"."""
+    name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    short = re.sub(r" \(.*\)$", "", label).lower().replace(" ", "-")  # without "(blood type)"
+    old = [f"{name}-face", name.replace("cat", "cat-face"), f"heavy-{name}", f"flag-for-{name}", short]
+    return [name, *old]
 
 
 def concept_list() -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
-from recipes.emoji.data import Drawings, spoken_names
+from recipes.emoji.data import STYLES, Drawings, in_style, names_style, spoken_names
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import SCORES, autocast, device, minimize, precision, spaced
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
@@ -74,18 +74,32 @@ def sample_teacher(
         ).images.float()
 
 
+def style_of(noise: Tensor) -> Tensor:
+    """Return the style int64 (n,) that noise (n, C, h, w) chooses: of the first six channels, that of the largest mean.
+
+    All styles are equally likely. With guidance, the teacher prefers some of them where a caption names none, so that
+    pictures of one thing look alike. The student learns to take the style from the noise instead.
+    """
+    return noise[:, : len(STYLES)].mean(dim=(2, 3)).argmax(dim=1)
+
+
 def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipeline, path: Path) -> dict:
-    """Sample (once) pairs of noise and the teacher's latents: {"captions", "noise", "latents"}."""
+    """Sample (once) pairs of noise and the teacher's latents: {"captions", "noise", "latents"}.
+
+    Where a caption names no style, the teacher's names that of the noise.
+    """
     if not path.exists():
         captions = random_captions(drawings, preset.pairs, preset.seed)
         generator = torch.Generator().manual_seed(preset.seed)
         size = pipeline.unet.config.sample_size
         noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
         latents = []
+        styles = style_of(noise).tolist()
+        whole = [text if names_style(text) else in_style(text, i) for text, i in zip(captions, styles, strict=True)]
         null = _encode(pipeline, [""])
         for start in tqdm(range(0, preset.pairs, preset.pair_batch), desc="pairs", mininterval=5):
             part = slice(start, start + preset.pair_batch)
-            text = _encode(pipeline, captions[part])
+            text = _encode(pipeline, whole[part])
             latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
         with written_whole(path) as temporary:
             torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
@@ -148,11 +162,14 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
 
 
 def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path, choose: Choose) -> None:
-    """Distill with VSD and KL from the warm start (once), and keep the best checkpoint."""
+    """Distill with VSD and KL from the warm start (once), and keep the best checkpoint.
+
+    All captions name a style. Without a name, VSD would bring back the styles that the teacher prefers.
+    """
     if not (out / SCORES).exists():
         run, method = prepare(
             load_components(teacher),
-            all_captions(drawings),
+            [caption for caption in all_captions(drawings) if names_style(caption)],
             out,
             replace(preset.distill, mixed_precision=precision(), **spaced(preset.distill.iterations)),
             initial=load_student(initial),

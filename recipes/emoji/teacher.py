@@ -16,7 +16,7 @@ from evaluation.encoder.augment import may_be_mirrored
 from evaluation.encoder.sentences import minilm_directory
 from recipes.directory import whole_directory
 from recipes.emoji.autoencoder import encode
-from recipes.emoji.data import STYLES, Drawings
+from recipes.emoji.data import STYLES, Drawings, in_style
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import Loss, autocast, device, minimize, on_device, spaced
 from tiue.diffusion import Diffusion
@@ -75,7 +75,7 @@ class Captions:
             self.base.append(len(texts))
             self.variants.append(len(variants))
             for text in variants:
-                texts += [text] + [f"{text}, {style} style" for style in STYLES]
+                texts += [text] + [in_style(text, style) for style in range(len(STYLES))]
         text_encoder, tokenizer = text_parts()
         self.embeddings = embed(text_encoder.to(device()), tokenizer, texts)
         self.base, self.variants = (torch.tensor(x, device=device()) for x in (self.base, self.variants))
