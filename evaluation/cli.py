@@ -80,15 +80,15 @@ def load_judges(
         known: features of the reference by kind of network, of those that were computed before.
 
     Raises:
-        ValueError: a kind is unknown or named twice, a network cannot be read, or known features are not of as many
-            pictures.
+        ValueError: a kind is unknown or named twice, a network cannot be read, features are not finite, or known ones
+            are not of as many pictures.
     """
     judges = []
     for one in load_extractors(features, _device()):
         real = (known or {}).get(one.name)
         if real is not None and len(real) != (count := len(reference.pictures)):
             raise ValueError(f"{one.name}: expected features of {count} reference pictures, got {real.shape}")
-        judges.append(Judge(one, _features(reference, one) if real is None else real))
+        judges.append(Judge(one, _finite(one, _features(reference, one) if real is None else real)))
     return judges
 
 
@@ -116,7 +116,8 @@ def evaluate(
         The report, made of what JSON can hold: "features" has the figures by kind of network.
 
     Raises:
-        ValueError: there are fewer than two pictures to compare, or fewer than two to compare with.
+        ValueError: there are fewer than two pictures to compare, or fewer than two to compare with, or a network gives
+            features that are not finite.
     """
     for name, count in (("reference", len(reference.pictures)), ("prompts", len(prompts) * config.seeds)):
         if compared and count < 2:
@@ -152,8 +153,15 @@ def _made(
                 with written_whole(save / f"{number:05}-{seed}.png") as temporary:
                     Image.fromarray(picture).save(temporary, "PNG")
         for extractor in extractors:
-            parts[extractor.name].append(extractor.pictures(pictures))
+            parts[extractor.name].append(_finite(extractor, extractor.pictures(pictures)))
     return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _finite(extractor: Extractor, features: Embeddings) -> Embeddings:
+    """Raise ValueError for features that are not finite: no text is nearer to them than the one that was asked for."""
+    if not np.isfinite(features).all():
+        raise ValueError(f"{extractor.name}: expected finite features, got others: its weights may be damaged")
+    return features
 
 
 def _features(reference: Reference, extractor: Extractor, batch: int = 64) -> Embeddings:

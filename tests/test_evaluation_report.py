@@ -232,7 +232,7 @@ def test_a_mistake_is_said_in_one_line(tmp_path, archive, student, capsys, argum
     assert error.count("\n") == 1 and said in error
 
 
-def test_too_few_pictures_are_refused_before_any_is_drawn(archive, encoder):
+def test_too_few_pictures_are_refused_before_any_is_drawn(tmp_path, archive, encoder):
     reference = load_reference(archive)
     judges = cli.load_judges(reference, [f"emoji={encoder}"])
     config = cli.EvaluationConfig(features=(f"emoji={encoder}",), seeds=1)
@@ -242,6 +242,11 @@ def test_too_few_pictures_are_refused_before_any_is_drawn(archive, encoder):
             cli.evaluate(None, prompts, given, judges, config)
     with pytest.raises(ValueError, match=r"emoji: expected features of 36 reference pictures, got \(1, 12\)"):
         cli.load_judges(reference, [f"emoji={encoder}"], {"emoji": judges[0].real[:1]})
+    weights = network.load_encoder(encoder).state_dict()
+    weights["head.bias"][0] = float("nan")
+    network.save_encoder(tmp_path / "nan.safetensors", network.load_encoder(encoder).shape, weights)
+    with pytest.raises(ValueError, match="emoji: expected finite features"):
+        cli.load_judges(reference, [f"emoji={tmp_path / 'nan.safetensors'}"])
 
 
 def test_the_report_may_lie_in_a_new_folder(tmp_path, archive, encoder, student):

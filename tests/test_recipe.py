@@ -121,7 +121,9 @@ def test_a_damaged_package_is_an_error_that_names_it(content, tmp_path, monkeypa
 
 def test_a_damaged_data_set_is_an_error_that_names_the_file(tmp_path, drawings):
     prepared(drawings, tmp_path / "data")
-    assert (data.load(tmp_path / "data").images == drawings.images).all()
+    assert (data.prepare(tmp_path / "data", 64, False).images == drawings.images).all()
+    with pytest.raises(ValueError, match="expected drawings of 128 x 128 pixels, got 64 x 64"):
+        data.prepare(tmp_path / "data", 128, False)
     captions = (tmp_path / "data/captions.json").read_text()
     for content, said in (
         (captions[:-20], "captions.json: expected JSON"),
@@ -408,6 +410,9 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):
     assert best != "step-00000010" and network.weight.item() < grown
     with pytest.raises(ValueError, match="another configuration: learning_rate"):
         minimize(network, loss, tmp_path, iterations=10, learning_rate=2.0, ema_decay=0.0001, seed=0, **spaced(10))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="has no checkpoints to choose from"):
+        load_best(tmp_path, network, lambda: 0.0)
     (tmp_path / "weights.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"weights\.safetensors: expected the weights"):
         minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))

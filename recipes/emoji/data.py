@@ -62,12 +62,22 @@ def names_style(caption: str) -> bool:
 
 
 def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
-    """Make the data set in `directory` (once), and load it."""
+    """Make the data set in `directory` (once), and load it.
+
+    Raises:
+        ValueError: the directory has drawings of another size, or damaged files.
+        OSError: a package could not be fetched.
+    """
     archive, captions = directory / "drawings.npz", directory / "captions.json"
     if not captions.exists():
         directory.mkdir(parents=True, exist_ok=True)
         _render_all(directory, archive, captions, resolution, all_concepts)
-    return load(directory)
+    drawings = load(directory)
+    if (size := drawings.images.shape[1:3]) != (resolution, resolution):
+        raise ValueError(
+            f"{archive}: expected drawings of {resolution} x {resolution} pixels, got {size[0]} x {size[1]}"
+        )
+    return drawings
 
 
 def load(directory: Path) -> Drawings:
