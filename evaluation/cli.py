@@ -20,7 +20,7 @@ from evaluation.figures import Asked, ask, compare, retrieve, styles_of
 from evaluation.painters import Painter, bundle_painter, pipeline_painter, student_painter
 from evaluation.reference import Reference, load_reference
 from tiue.distill.command import status_of
-from tiue.files import write_text
+from tiue.files import write_text, written_whole
 from tiue.prompts import load_prompts
 from tiue.settings import add_flags, check, given, setting
 
@@ -77,13 +77,19 @@ def load_judges(
     Args:
         reference: pictures to compare with.
         features: the networks, as KIND=PATH.
-        known: features of the reference by kind of network, if they were computed before.
+        known: features of the reference by kind of network, of those that were computed before.
 
     Raises:
-        ValueError: a kind is unknown or named twice, or a network cannot be read.
+        ValueError: a kind is unknown or named twice, a network cannot be read, features are not finite, or known ones
+            are not of as many pictures.
     """
-    loaded = load_extractors(features, _device())
-    return [Judge(one, known[one.name] if known else _features(reference, one)) for one in loaded]
+    judges = []
+    for one in load_extractors(features, _device()):
+        real = (known or {}).get(one.name)
+        if real is not None and len(real) != (count := len(reference.pictures)):
+            raise ValueError(f"{one.name}: expected features of {count} reference pictures, got {real.shape}")
+        judges.append(Judge(one, _finite(one, _features(reference, one) if real is None else real)))
+    return judges
 
 
 def evaluate(
@@ -110,7 +116,8 @@ def evaluate(
         The report, made of what JSON can hold: "features" has the figures by kind of network.
 
     Raises:
-        ValueError: there are fewer than two pictures to compare, or fewer than two to compare with.
+        ValueError: there are fewer than two pictures to compare, or fewer than two to compare with, or a network gives
+            features that are not finite.
     """
     for name, count in (("reference", len(reference.pictures)), ("prompts", len(prompts) * config.seeds)):
         if compared and count < 2:
@@ -143,10 +150,18 @@ def _made(
             save.mkdir(parents=True, exist_ok=True)
             for i, picture in enumerate(pictures):
                 number, seed = start + i // len(seeds), seeds[i % len(seeds)]
-                Image.fromarray(picture).save(save / f"{number:05}-{seed}.png")
+                with written_whole(save / f"{number:05}-{seed}.png") as temporary:
+                    Image.fromarray(picture).save(temporary, "PNG")
         for extractor in extractors:
-            parts[extractor.name].append(extractor.pictures(pictures))
+            parts[extractor.name].append(_finite(extractor, extractor.pictures(pictures)))
     return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _finite(extractor: Extractor, features: Embeddings) -> Embeddings:
+    """Raise ValueError for features that are not finite: no text is nearer to them than the one that was asked for."""
+    if not np.isfinite(features).all():
+        raise ValueError(f"{extractor.name}: expected finite features, got others: its weights may be damaged")
+    return features
 
 
 def _features(reference: Reference, extractor: Extractor, batch: int = 64) -> Embeddings:
@@ -223,10 +238,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> None:
-    config = EvaluationConfig(**given(arguments, EvaluationConfig))
+    settings = given(arguments, EvaluationConfig)
+    config = EvaluationConfig(**settings)
+    if ignored := [name for name in ("guidance", "spacing") if name in settings and not arguments.pipeline]:
+        raise ValueError(f"`{ignored[0]}` is a setting of pipelines: bundles and students have their own")
     prompts = load_prompts(arguments.prompts)
     if arguments.out.is_dir():
         raise ValueError(f"--out: {arguments.out} is a directory, expected a file")
+    if arguments.save is not None and arguments.save.exists() and not arguments.save.is_dir():
+        raise ValueError(f"--save: {arguments.save} is a file, expected a directory")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     reference = load_reference(arguments.reference, config.reference_size)
     painter, judges = _painter(arguments, config), load_judges(reference, config.features)

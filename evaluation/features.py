@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 
 from evaluation.encoder.network import load_encoder
 from evaluation.encoder.sentences import Sentences
@@ -91,7 +92,7 @@ class Clip(Extractor):
     def __init__(self, directory: Path, device: torch.device):
         from transformers import AutoTokenizer, CLIPModel
 
-        self._network = _pretrained(CLIPModel, directory).eval().to(device)
+        self._network = load_network(CLIPModel, directory).to(device)
         self._tokenizer, self._device = _pretrained(AutoTokenizer, directory), device
         self._preprocess = _preprocessor(directory)
 
@@ -116,7 +117,7 @@ class Dinov2(Extractor):
     def __init__(self, directory: Path, device: torch.device):
         from transformers import Dinov2Model
 
-        self._network, self._device = _pretrained(Dinov2Model, directory).eval().to(device), device
+        self._network, self._device = load_network(Dinov2Model, directory).to(device), device
         self._preprocess = _preprocessor(directory)
 
     @torch.no_grad()
@@ -153,9 +154,7 @@ def load_extractors(specifications: Sequence[str], device: torch.device) -> list
 
 def _preprocessor(directory: Path) -> Callable[[NDArray[np.uint8]], torch.Tensor]:
     """The resizing and scaling that a network was trained with, from its preprocessor_config.json."""
-    from transformers import AutoImageProcessor
-
-    processor = _pretrained(AutoImageProcessor, directory, use_fast=False)  # the fast ones need torchvision
+    processor = load_processor(directory)
 
     def preprocess(pictures: NDArray[np.uint8]) -> torch.Tensor:
         return processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt").pixel_values
@@ -163,8 +162,31 @@ def _preprocessor(directory: Path) -> Callable[[NDArray[np.uint8]], torch.Tensor
     return preprocess
 
 
+def load_network(cls: Any, directory: Path) -> Any:
+    """Load a network of transformers from safetensors, for evaluation.
+
+    Args:
+        cls: its class.
+        directory: a model saved by transformers.
+
+    Raises:
+        ValueError: the directory holds something else, or not all weights.
+    """
+    network, found = _pretrained(cls, directory, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers only warns, and draws them at random.
+        raise ValueError(f"{directory}: {len(missing)} weights of a {cls.__name__} are missing, such as {missing[0]}")
+    return network.eval()
+
+
+def load_processor(directory: Path) -> Any:
+    """Load the image processor of a network of transformers. Raises ValueError."""
+    from transformers import AutoImageProcessor
+
+    return _pretrained(AutoImageProcessor, directory, use_fast=False)  # the fast ones need torchvision
+
+
 def _pretrained(cls: Any, directory: Path, **options: Any) -> Any:
     try:
         return cls.from_pretrained(directory, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory}: expected a {cls.__name__} of transformers: {one_line(error)}") from error

@@ -76,7 +76,7 @@ def compare(real: Embeddings, made: Embeddings, prompt: NDArray[np.int64], sampl
         found |= metrics.precision_recall_intervals(real, made, prompt, samples)
     if len(spread := metrics.diversity(made, prompt)):
         found["diversity"] = bootstrap(_mean, spread, samples=samples)
-    if len(real) > 1:
+    if (real != real[0]).any():
         found["novelty"] = bootstrap(_mean, metrics.novelty(made, real), groups=(prompt,), samples=samples)
     return found
 

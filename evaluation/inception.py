@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tiue.files import one_line
+
 PACKAGE = "nsfwjs@4.4.0"
 SIZE = 299  # pixels, height and width that the network takes
 FEATURES = 2048
@@ -106,8 +108,11 @@ def load_inception(package: Path) -> Inception:
         raise ValueError("the npm package is JavaScript: reading it needs Node, which is not installed") from error
     except subprocess.CalledProcessError as error:
         raise ValueError(f"{package}: Node cannot read the model: {error.stderr.decode()[-200:]}") from error
-    content = json.loads(done.stdout)
-    return Inception(content["layers"], _weights(content)).eval()
+    try:
+        content = json.loads(done.stdout)
+        return Inception(content["layers"], _weights(content)).eval()
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{package}: the model of {PACKAGE} is damaged: {one_line(error)}") from error
 
 
 def _weights(content: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ neighborhoods that are not drawn again. The kernel distance has weights that lea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,36 +47,50 @@ def frechet(real: Features, made: Features) -> float:
         ValueError: a set has fewer than two pictures, or the sets have features of different lengths.
     """
     _check(real, made, least=2)
+    if min(len(real), len(made)) < real.shape[1]:
+        return _frechet_of_few(real, made)(np.ones(len(real)), np.ones(len(made)))
     first, second = real.astype(np.float64), made.astype(np.float64)
     shift = first.mean(axis=0) - second.mean(axis=0)
     x, y = _scaled(first), _scaled(second)  # S_1 = x^T x, S_2 = y^T y
-    if min(len(x), len(y)) < x.shape[1]:
-        # tr((S_1 S_2)^(1/2)) is the sum of the singular values of x y^T, which is smaller where pictures are few.
-        cross = svdvals(x @ y.T).sum()
-    else:
-        # It is also the sum of the square roots of the eigenvalues of S_1^(1/2) S_2 S_1^(1/2).
-        values, vectors = eigh(x.T @ x)
-        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-        cross = np.sqrt(eigh(root @ (y.T @ y) @ root, eigvals_only=True).clip(min=0)).sum()
-    return float(max(np.square(shift).sum() + np.square(x).sum() + np.square(y).sum() - 2 * cross, 0.0))
+    # tr((S_1 S_2)^(1/2)) is the sum of the square roots of the eigenvalues of S_1^(1/2) S_2 S_1^(1/2).
+    values, vectors = eigh(x.T @ x)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(eigh(root @ (y.T @ y) @ root, eigvals_only=True).clip(min=0)).sum()
+    return _distance(shift, np.square(x).sum() + np.square(y).sum(), cross)
 
 
 def frechet_interval(
     real: Features, made: Features, group: NDArray[np.integer] | None = None, samples: int = SAMPLES, seed: int = 0
 ) -> Interval:
-    """Compute the Frechet distance and its interval, as `bootstrap` would, but from inner products that are kept.
-
-    Drawing a picture k times scales its row of the centered inner products by k^(1/2), and changes the means.
-    """
+    """Compute the Frechet distance and its interval, as `bootstrap` would; where pictures are few, in less time."""
+    _check(real, made, least=2)
     if min(len(real), len(made)) >= real.shape[1]:
         return bootstrap(frechet, real, made, groups=(None, group), samples=samples, seed=seed, biased=True)
-    value, random = frechet(real, made), np.random.default_rng(seed)
-    x, y = (rows.astype(np.float64) - real.mean(axis=0) for rows in (real, made))
-    inner, squares_x, squares_y = x @ y.T, np.square(x).sum(axis=1), np.square(y).sum(axis=1)
+    distance, random = _frechet_of_few(real, made), np.random.default_rng(seed)
 
     def again() -> float:
-        of_x = _counts(_again(np.arange(len(x)), random), len(x))
-        of_y = _counts(_again(np.arange(len(y)) if group is None else group, random), len(y))
+        of_real = _counts(_again(np.arange(len(real)), random), len(real))
+        of_made = _counts(_again(np.arange(len(made)) if group is None else group, random), len(made))
+        return distance(of_real, of_made)
+
+    value = distance(np.ones(len(real)), np.ones(len(made)))
+    return _interval(value, np.array([again() for _ in range(samples)]), biased=True)
+
+
+def _frechet_of_few(real: Features, made: Features) -> Callable[[NDArray[np.float64], NDArray[np.float64]], float]:
+    """Prepare Frechet distances of samples of sets, of which one has fewer pictures than features.
+
+    tr((S_1 S_2)^(1/2)) is the sum of the singular values of the centered inner products, which are kept. Drawing a
+    picture k times scales its row of them by k^(1/2), and changes the means.
+
+    Returns:
+        A function of how often each real picture (n,) and each made one (m,) is drawn.
+    """
+    middle = real.mean(axis=0, dtype=np.float64)
+    x, y = (rows.astype(np.float64) - middle for rows in (real, made))
+    inner, squares_x, squares_y = x @ y.T, np.square(x).sum(axis=1), np.square(y).sum(axis=1)
+
+    def distance(of_x: NDArray[np.float64], of_y: NDArray[np.float64]) -> float:
         n, m = of_x.sum(), of_y.sum()
         mean_x, mean_y = of_x @ x / n, of_y @ y / m
         spread_x = (of_x @ squares_x - n * mean_x @ mean_x) / (n - 1)
@@ -85,9 +99,14 @@ def frechet_interval(
         rows, columns = np.flatnonzero(of_x), np.flatnonzero(of_y)
         scale = np.sqrt(np.outer(of_x[rows] / (n - 1), of_y[columns] / (m - 1)))
         cross = svdvals(scale * centered[np.ix_(rows, columns)]).sum()
-        return max(np.square(mean_x - mean_y).sum() + spread_x + spread_y - 2 * cross, 0.0)
+        return _distance(mean_x - mean_y, spread_x + spread_y, cross)
 
-    return _interval(value, np.array([again() for _ in range(samples)]), biased=True)
+    return distance
+
+
+def _distance(shift: NDArray[np.float64], traces: float, cross: float) -> float:
+    """Sum the Frechet distance up: of the means' difference, tr(S_1 + S_2), and tr((S_1 S_2)^(1/2))."""
+    return float(max(np.square(shift).sum() + traces - 2 * cross, 0.0))
 
 
 def kernel_distance(real: Features, made: Features) -> float:
@@ -187,16 +206,19 @@ def diversity(made: Features, prompt: NDArray[np.integer]) -> NDArray[np.float64
 def novelty(made: Features, training: Features) -> NDArray[np.float64]:
     """Compute the distance of each picture to the nearest training picture, (n,).
 
-    The unit is the median distance of a training picture to the nearest other one. 1 is as far as training pictures
-    are from each other, and 0 is a copy.
+    The unit is the median distance of a training picture to the nearest other one, where equal pictures count as one.
+    1 is as far as training pictures are from each other, and 0 is a copy.
 
     Raises:
-        ValueError: there are fewer than two training pictures, no made ones, or features of different lengths.
+        ValueError: there are fewer than two different training pictures, no made ones, or features of different
+            lengths.
     """
     _check(training, made, least=1)
-    if len(training) < 2:
-        raise ValueError(f"training: expected at least 2 pictures, got {len(training)}")
-    return cdist(made, training).min(axis=1) / max(float(np.median(_radii(training, 1))), 1e-12)
+    different = np.unique(training, axis=0)
+    if len(different) < 2:
+        raise ValueError(f"training: expected at least 2 different pictures, got {len(different)}")
+    nearest = np.concatenate([distances.min(axis=1) for _, distances in _distances(made, different)])
+    return nearest / np.median(_radii(different, 1))
 
 
 def evenness(counts: NDArray[np.integer]) -> float:
@@ -277,11 +299,17 @@ def _drawn(
 
 
 def _neighborhoods(real: Features, made: Features, k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Say which made pictures lie in the neighborhood of each real one, and the other way round, both (n, m)."""
+    """Say which made pictures lie in the neighborhood of each real one, and the other way round, both (n, m).
+
+    A copy lies there always, also where so many pictures are equal that the neighborhood has no radius.
+    """
     _check(real, made, least=k + 1)
-    real_radii, made_radii = _radii(real, k), _radii(made, k)  # first, since each needs a matrix of its own
-    distances = cdist(real, made)
-    return distances < real_radii[:, None], distances < made_radii[None, :]
+    real_radii, made_radii = _radii(real, k), _radii(made, k)
+    around_real, around_made = (np.empty((len(real), len(made)), np.bool_) for _ in range(2))
+    for part, distances in _distances(real, made):
+        around_real[part] = (distances < real_radii[part, None]) | (distances == 0)
+        around_made[part] = (distances < made_radii) | (distances == 0)
+    return around_real, around_made
 
 
 def _of_pictures(
@@ -340,9 +368,15 @@ def _kernel_distances(
 
 def _radii(features: Features, k: int) -> NDArray[np.float64]:
     """Distances to the k-th neighbor, not counting the picture itself."""
-    distances = cdist(features, features)
-    distances.partition(k, axis=1)
-    return distances[:, k].copy()  # A view would keep the whole matrix.
+    parts = (np.partition(distances, k, axis=1)[:, k] for _, distances in _distances(features, features))
+    return np.concatenate([part.copy() for part in parts])  # A view would keep the distances of its part.
+
+
+def _distances(x: Features, y: Features) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Go through the rows of x in parts => their place, and their distances to all rows of y."""
+    for start in range(0, len(x), _ROWS):
+        part = slice(start, start + _ROWS)
+        yield part, cdist(x[part], y)
 
 
 def _check(real: Features, made: Features, least: int) -> None:

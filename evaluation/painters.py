@@ -71,9 +71,14 @@ def pipeline_painter(
         steps: number of steps.
         guidance: 1 for none. With an LCMScheduler, it is the guidance that the UNet takes as an input, if it takes one.
         spacing: of DDIM's timesteps, "leading", "trailing" or "linspace"; None for the pipeline's own.
+
+    Raises:
+        ValueError: the directory holds no pipeline, or the settings do not fit its scheduler.
     """
     components = load_components(path, guided=True)
     if components.scheduler_config["_class_name"] == "LCMScheduler":
+        if spacing is not None:
+            raise ValueError(f"`spacing` is a setting of DDIM, and {path} has an LCMScheduler")
         return _few_steps_painter(components, device, steps, guidance)
     changes = {} if spacing is None else {"timestep_spacing": spacing}
     schedule = NoiseSchedule.from_config(components.scheduler_config | changes)

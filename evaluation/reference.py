@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tiue.files import one_line
 
@@ -84,7 +86,7 @@ class Files:
         try:
             with Image.open(path) as file:
                 return square(file, self._size)
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow has them
             raise ValueError(f"{path}: expected a picture: {one_line(error)}") from error
 
 
@@ -115,34 +117,62 @@ def load_reference(path: Path, size: int = 512) -> Reference:
         if not files:
             raise ValueError(f"{path}: expected PNG, JPEG or WebP files, found none")
         return Reference(Files(files, size))
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            content = {name: arrays[name] for name in ("images", "concept", "style") if name in arrays}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise ValueError(f"{path}: expected a folder of pictures or an NPZ: {one_line(error)}") from error
-    images = content.pop("images", None)
+    content = read_arrays(path, ("images", "concept", "style"), "a folder of pictures or an NPZ")
+    images = content.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         found = "none" if images is None else f"{images.dtype} {images.shape}"
         raise ValueError(f"{path}: expected `images`, uint8 (n, H, W, 3), got {found}")
+    numbers = {name: content[name] for name in ("concept", "style") if name in content}
+    captions, styles = path.with_name("captions.json"), path.with_name("styles.json")
     reference = Reference(
-        images, **content, captions=_beside(path, "captions.json"), styles=_beside(path, "styles.json")
+        images,
+        **numbers,
+        captions=read_captions(captions) if captions.exists() else [],
+        styles=_texts(styles, read_json(styles)) if styles.exists() else [],
     )
     _check(path, reference)
     return reference
 
 
-def _beside(path: Path, name: str) -> list[Any]:
-    file = path.with_name(name)
-    if not file.exists():
-        return []
+def read_arrays(path: Path, names: Sequence[str], expected: str = "an NPZ") -> dict[str, NDArray[Any]]:
+    """Read those arrays of an NPZ archive that it has. Raises ValueError, which names the file and what is expected."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON: {one_line(error)}") from error
+        with path.open("rb") as file:  # np.load itself would leave a damaged one open.
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, NpzFile):
+                raise ValueError(f"found {type(arrays).__name__}")
+            return {name: arrays[name] for name in names if name in arrays}
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected {expected}: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ValueError, which names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {one_line(error)}") from error
+
+
+def read_captions(path: Path) -> list[list[str]]:
+    """Read the captions of each concept, the label first. Raises ValueError, which names the file."""
+    found = read_json(path)
+    if not isinstance(found, list) or not all(found):
+        raise ValueError(f"{path}: expected a list with the captions of each concept")
+    return [_texts(path, captions) for captions in found]
+
+
+def _texts(path: Path, found: Any) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{path}: expected lists of texts, got {one_line(repr(found), 100)}")
+    return found
 
 
 def _check(path: Path, reference: Reference) -> None:
     """Raise ValueError unless concepts and styles are numbers of those that have names."""
+    for name, numbers in (("concept", reference.concept), ("style", reference.style)):
+        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+            raise ValueError(f"{path}: expected `{name}`, int64 (n,), got {numbers.dtype} {numbers.shape}")
     for name, numbers, names in (
         ("concept", reference.concept, reference.captions),
         ("style", reference.style, reference.styles),

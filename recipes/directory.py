@@ -1,12 +1,20 @@
-"""A directory of a recipe belongs to one preset."""
+"""The directories of a recipe: each belongs to one preset and one source, and its parts are whole or not there."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evaluation.reference import read_json
+from tiue.distill.config import RunConfig
+from tiue.distill.runs import Identity, check_same_run
 from tiue.files import shortened, write_text
 
 
@@ -14,7 +22,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Record the settings of a recipe in preset.json of its directory, since it takes results there as its own.
 
     Raises:
-        ValueError: the directory has results of other settings.
+        ValueError: the directory has results of other settings, or preset.json is damaged.
     """
     path = out / "preset.json"
     if not path.exists():
@@ -22,11 +30,57 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     # Settings that only one of both has are of another version of the recipe. They cannot be compared.
-    found, wanted = (dict(_flat(one)) for one in (json.loads(path.read_text(encoding="utf-8")), settings))
+    found, wanted = (dict(_flat(one)) for one in (read_object(path), settings))
     names = [name for name in wanted if name in found and found[name] != wanted[name]]
     if names:
         differences = ", ".join(f"{n} {found[n]} -> {wanted[n]}" for n in names)
         raise ValueError(f"{out} has results of other settings: {shortened(differences)}")
+
+
+def check_finished(out: Path, config: RunConfig, identity: Identity | None = None) -> None:
+    """Refuse the result of a finished run of other settings. It serves machines of another precision, too.
+
+    Args:
+        out: directory of the run.
+        config: the settings.
+        identity: further values that must be the same.
+
+    Raises:
+        ValueError: the message lists the differences.
+    """
+    if (path := out / "config.json").exists():
+        precision = read_object(path).get("mixed_precision", config.mixed_precision)
+        check_same_run(out, replace(config, mixed_precision=precision), identity or {})
+
+
+def content_hash(path: Path) -> str:
+    """Identify a file, or all files of a folder with their names, by 16 hex digits."""
+    hashed = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                of_file = hashlib.file_digest(opened, "sha256").hexdigest()
+            hashed.update(f"{file.relative_to(path).as_posix()} {of_file}\n".encode())
+    return hashed.hexdigest()[:16]
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Give the path of a directory to make. When it is complete, it takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        made = Path(temporary) / path.name
+        yield made
+        shutil.rmtree(path, ignore_errors=True)
+        made.rename(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises ValueError, which names the file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

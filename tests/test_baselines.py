@@ -37,6 +37,7 @@ from tiue.distill.config import DistillConfig, preset_names, read_preset
 from tiue.distill.draws import Draws
 from tiue.distill.loop import train
 from tiue.distill.scores import guided
+from tiue.losses import CLIP_MARGIN
 from tiue.one_step import one_step
 from tiue.schedule import NoiseSchedule
 
@@ -446,6 +447,8 @@ def test_a_resumed_run_gives_the_same_pipeline(name, data, encoder, tmp_path):
     pictures = painter(["a cat", "x"], range(1, 3))
     assert pictures.shape == (4, 16, 16, 3)
     assert np.array_equal(painter(["x"], range(1, 3)), pictures[2:])  # Seeds decide all noise.
+    with pytest.raises(ValueError, match="`spacing` is a setting of DDIM"):
+        pipeline_painter(tmp_path / "whole/pipeline", CPU, 2, 4.0, "trailing")
 
 
 def arguments(method: str, folder: Path, encoder: Path, out: Path) -> list[str]:
@@ -495,6 +498,10 @@ def test_a_dry_run_prints_settings_and_memory(method, folder, encoder, tmp_path,
     config = METHODS[method].config(**METHODS[method].defaults)
     averages = [replace(config, **changes) for changes in ({}, {"ema_on_cpu": True}, {"ema_decay": 0.0})]
     assert [memory(method, pipeline, one)["EMA"] > 0 for one in averages] == [True, False, False]
+    if method == "swiftbrushv2":  # Of its student, adapters alone have gradients.
+        whole, adapters = (memory(method, pipeline, replace(config, student_rank=rank)) for rank in (0, 2))
+        saved = whole["gradients"] - adapters["gradients"]
+        assert 0 < saved < whole["gradients"] and whole["Adam"] - adapters["Adam"] == 2 * saved
 
 
 @pytest.mark.parametrize("preset", preset_names(PRESETS))
@@ -502,6 +509,7 @@ def test_presets_are_settings_of_their_method(preset):
     command = METHODS[preset.split("-")[0]]
     config = command.config(**command.defaults | read_preset(preset, command.config, PRESETS))
     assert config.iterations > 100
+    assert getattr(config, "clip_margin", CLIP_MARGIN) == CLIP_MARGIN
 
 
 def test_wrong_settings_are_named_by_their_flags(folder, encoder, tmp_path, capsys):
@@ -510,6 +518,33 @@ def test_wrong_settings_are_named_by_their_flags(folder, encoder, tmp_path, caps
     assert "--guidance-min must not exceed --guidance-max, got 9.0 and 8.0" in capsys.readouterr().err
     assert main(["merge", "--full", "a", "--lora", "b", "--share", "2", "--out", "c"]) == 2
     assert "--share must be a number from 0 to 1" in capsys.readouterr().err
+    aligned = arguments("swiftbrushv2", folder, encoder, tmp_path)
+    assert main([*aligned, "--tiny-vae", str(tmp_path)]) == 2
+    assert f"--tiny-vae is for a CLIP directory, and {encoder} is none" in capsys.readouterr().err
+
+
+def test_a_start_that_does_not_fit_the_teacher_is_refused(folder, encoder, tmp_path, capsys):
+    given = arguments("lcm", folder, encoder, tmp_path)
+    other = tiny.save_pipeline(tiny.sd15(), tmp_path / "other")
+    assert main([*given, "--init", str(other)]) == 2
+    assert f"{other} cannot start for this teacher: its in_channels is 4" in capsys.readouterr().err
+    scheduler = tmp_path / "teacher/scheduler/scheduler_config.json"
+    changed = json.loads(scheduler.read_text()) | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    epsilon = tiny.save_pipeline(teacher(), tmp_path / "epsilon")
+    (epsilon / "scheduler/scheduler_config.json").write_text(json.dumps(changed))
+    assert main([*given, "--init", str(epsilon)]) == 2
+    assert "it predicts epsilon, and the teacher v_prediction" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_resume_with_another_observer(folder, encoder, tmp_path, capsys):
+    given = arguments("add", folder, encoder, tmp_path)
+    assert main(given) == 0
+    other = tmp_path / "other.safetensors"
+    shape = Shape(resolution=16, widths=(8, 8, 16, 16), embedding=16, text_hidden=8)
+    save_encoder(other, shape, Encoder(shape).state_dict())
+    assert main([*given, "--observer", str(other), "--iterations", "2"]) == 2
+    assert "another configuration: observer" in capsys.readouterr().err
 
 
 def test_a_student_of_swiftbrush_can_be_exported_as_one_step(tmp_path):

@@ -1,5 +1,6 @@
 """The evaluation's figures on sets whose answer is known."""
 
+import json
 import subprocess
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -64,11 +65,15 @@ def test_the_kernel_distance_is_unbiased():
     assert metrics.kernel_distance(real, real) == pytest.approx(1 + 1 - 2 * (1 + 1 + 1 + 8) / 4)
 
 
-def test_the_kernel_distance_of_many_pictures_is_computed_in_parts(monkeypatch):
+def test_distances_of_many_pictures_are_computed_in_parts(monkeypatch):
     real, made = gaussian(23), gaussian(17)
-    whole = metrics.kernel_distance(real, made)
+    kernel, around, novelty = metrics.kernel_distance(real, made), means(real, made), metrics.novelty(made, real)
+    rows, cdist = [], metrics.cdist
+    monkeypatch.setattr(metrics, "cdist", lambda x, y: rows.append(len(x)) or cdist(x, y))
     monkeypatch.setattr(metrics, "_ROWS", 5)
-    assert metrics.kernel_distance(real, made) == pytest.approx(whole, rel=1e-9)
+    assert metrics.kernel_distance(real, made) == pytest.approx(kernel, rel=1e-9)
+    assert means(real, made) == around and metrics.novelty(made, real).tolist() == novelty.tolist()
+    assert max(rows) == 5 and min(rows) > 0
 
 
 def test_copies_in_a_bootstrap_sample_do_not_count_as_near_pictures():
@@ -104,6 +109,12 @@ def test_precision_and_recall_by_hand():
     found = metrics.precision_recall(real, made, k=1)  # radii 1, 1, 2 and 8.5, 0.5, 0.5
     assert found["precision"].tolist() == [1, 0, 0] and found["density"].tolist() == [2, 0, 0]
     assert found["recall"].tolist() == [1, 1, 1] and found["coverage"].tolist() == [1, 1, 0]
+
+
+def test_a_copy_of_a_picture_that_is_there_often_is_near_it():
+    real = np.vstack([np.zeros((8, 4)), gaussian(8, mean=50)])  # Eight equal pictures have neighborhoods of no size.
+    found = means(real, np.zeros((7, 4)))
+    assert found["precision"] == 1 and found["recall"] == found["coverage"] == 0.5
 
 
 def test_intervals_of_recall_and_coverage_are_over_prompts():
@@ -148,7 +159,12 @@ def test_diversity_by_prompt():
 
 def test_novelty_is_relative_to_distances_between_training_pictures():
     training = np.array([[1.0], [4.0], [7.0]])
-    assert metrics.novelty(np.array([[0.0], [10.0], [4.0]]), training).tolist() == [1 / 3, 1.0, 0.0]
+    made = np.array([[0.0], [10.0], [4.0]])
+    assert metrics.novelty(made, training).tolist() == [1 / 3, 1.0, 0.0]
+    assert metrics.novelty(made, np.vstack([training] * 2)).tolist() == [1 / 3, 1.0, 0.0]  # Copies change nothing.
+    with pytest.raises(ValueError, match="2 different pictures, got 1"):
+        metrics.novelty(made, training[[0, 0]])
+    assert "novelty" not in figures.compare(training[[0, 0]], made, np.arange(3), samples=2)
 
 
 @pytest.mark.parametrize(("counts", "expected"), [([4, 4], 1), ([8, 0], 0), ([1, 1, 0, 0], 0.5), ([0, 0], 0), ([3], 0)])
@@ -226,7 +242,7 @@ def test_a_package_without_the_model_is_refused(tmp_path):
         inception.load_inception(tmp_path)
 
 
-def test_node_is_asked_for_when_it_is_missing(tmp_path, monkeypatch):
+def test_node_is_asked_for_when_it_is_missing_and_a_damaged_model_is_named(tmp_path, monkeypatch):
     folder = tmp_path / "dist/models/inception_v3"
     folder.mkdir(parents=True)
     (folder / "model.min.js").touch()
@@ -237,6 +253,12 @@ def test_node_is_asked_for_when_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", missing)
     with pytest.raises(ValueError, match="needs Node"):
         inception.load_inception(tmp_path)
+    entry = {"name": "conv/kernel", "shape": [9], "quantization": {"dtype": "uint8", "scale": 1, "min": 0}}
+    for content in ({"layers": [], "weights": [entry], "data": "AAAA"}, {"weights": [], "data": ""}, []):
+        done = SimpleNamespace(stdout=json.dumps(content))
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
+        with pytest.raises(ValueError, match=f"{tmp_path}: the model of .* is damaged"):
+            inception.load_inception(tmp_path)
 
 
 def test_ranks_do_not_depend_on_how_many_pictures_are_compared_at_once(monkeypatch):

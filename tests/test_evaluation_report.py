@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiue_runtime import Pipeline
 from tiue_runtime.noise import gaussian
 from torch import nn
@@ -221,6 +221,9 @@ def test_guidance_is_compared_by_a_command(tmp_path, capsys):
         (["--features", "clip=absent"], "absent"),
         (["--seeds", "0"], "--seeds"),
         (["--features", "emoji=absent", "--out", "."], "--out: . is a directory"),
+        (["--features", "emoji=absent", "--save", __file__], "is a file, expected a directory"),
+        (["--features", "emoji=absent", "--guidance", "3"], "--guidance is a setting of pipelines"),
+        (["--features", "emoji=absent", "--spacing", "trailing"], "--spacing is a setting of pipelines"),
     ],
 )
 def test_a_mistake_is_said_in_one_line(tmp_path, archive, student, capsys, arguments, said):
@@ -229,7 +232,7 @@ def test_a_mistake_is_said_in_one_line(tmp_path, archive, student, capsys, argum
     assert error.count("\n") == 1 and said in error
 
 
-def test_too_few_pictures_are_refused_before_any_is_drawn(archive, encoder):
+def test_too_few_pictures_are_refused_before_any_is_drawn(tmp_path, archive, encoder):
     reference = load_reference(archive)
     judges = cli.load_judges(reference, [f"emoji={encoder}"])
     config = cli.EvaluationConfig(features=(f"emoji={encoder}",), seeds=1)
@@ -237,6 +240,13 @@ def test_too_few_pictures_are_refused_before_any_is_drawn(archive, encoder):
     for prompts, given, name in ((["a cat"], reference, "prompts"), (["a cat", "a dog"], one, "reference")):
         with pytest.raises(ValueError, match=f"{name}: expected at least 2 pictures, got 1"):
             cli.evaluate(None, prompts, given, judges, config)
+    with pytest.raises(ValueError, match=r"emoji: expected features of 36 reference pictures, got \(1, 12\)"):
+        cli.load_judges(reference, [f"emoji={encoder}"], {"emoji": judges[0].real[:1]})
+    weights = network.load_encoder(encoder).state_dict()
+    weights["head.bias"][0] = float("nan")
+    network.save_encoder(tmp_path / "nan.safetensors", network.load_encoder(encoder).shape, weights)
+    with pytest.raises(ValueError, match="emoji: expected finite features"):
+        cli.load_judges(reference, [f"emoji={tmp_path / 'nan.safetensors'}"])
 
 
 def test_the_report_may_lie_in_a_new_folder(tmp_path, archive, encoder, student):
@@ -324,6 +334,14 @@ def test_dinov2_gives_its_class_token_at_its_own_size(tmp_path):
     expected = Dinov2Model.from_pretrained(tmp_path).eval()(pixels).last_hidden_state[:, 0].detach().numpy()
     np.testing.assert_allclose(extractor.pictures(pictures), expected, atol=1e-5)
     assert extractor.pictures(np.zeros((1, 64, 50, 3), np.uint8)).shape == (1, 16)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layernorm.bias"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{tmp_path}: 1 weights of a Dinov2Model are missing, such as layernorm.bias"):
+        load_extractors([f"dinov2={tmp_path}"], CPU)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected a Dinov2Model"):
+        load_extractors([f"dinov2={tmp_path}"], CPU)
 
 
 def test_an_encoder_comes_back_from_its_file_and_takes_any_size(encoder):
@@ -408,6 +426,14 @@ def test_a_finished_encoder_is_not_taken_for_another(tmp_path, archive, capsys):
     assert encoder_main([*command, "--mixed-precision", "no"]) == 0
     assert encoder_main([*command, "--seed", "9"]) == 2
     assert "another configuration: seed" in capsys.readouterr().err
+    other = shutil.copytree(archive.parent, tmp_path / "other") / "drawings.npz"
+    with np.load(archive) as arrays:
+        np.savez(other, **{**arrays, "images": 255 - arrays["images"]})
+    assert encoder_main([*command[:-1], str(other)]) == 2
+    assert "another configuration: drawings" in capsys.readouterr().err
+    (tmp_path / "run/report.json").write_text('{"settings"')
+    assert encoder_main(command) == 2
+    assert f"{tmp_path / 'run/report.json'}: expected JSON" in capsys.readouterr().err
 
 
 def test_drawings_of_which_none_is_held_out_are_refused(archive, tmp_path, monkeypatch):
@@ -441,6 +467,36 @@ def test_drawings_without_concepts_are_refused(tmp_path, capsys):
     assert "captions.json" in capsys.readouterr().err
 
 
+IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "captions", "said"),
+    [
+        ({"images": IMAGES, "concept": np.zeros(2)}, None, r"x\.npz: expected `concept`, int64 \(n,\), got float64"),
+        ({"images": IMAGES, "style": np.zeros((2, 1), int)}, None, r"x\.npz: expected `style`, int64 \(n,\)"),
+        ({"images": IMAGES}, '[["a cat"], ["a d', r"captions\.json: expected JSON"),
+        ({"images": IMAGES}, '[["a cat"], []]', r"captions\.json: expected a list with the captions"),
+        ({"images": IMAGES}, '["a cat"]', r"captions\.json: expected lists of texts, got 'a cat'"),
+        (IMAGES, None, r"x\.npz: expected a folder of pictures or an NPZ: found ndarray"),
+        (b"", None, r"x\.npz: expected a folder of pictures or an NPZ"),
+    ],
+)
+def test_damaged_drawings_are_refused_by_the_name_of_their_file(tmp_path, content, captions, said):
+    path = tmp_path / "x.npz"
+    with path.open("wb") as file:
+        if isinstance(content, dict):
+            np.savez(file, **content)
+        elif isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.save(file, content)
+    if captions is not None:
+        (tmp_path / "captions.json").write_text(captions)
+    with pytest.raises(ValueError, match=said):
+        load_reference(path)
+
+
 @pytest.mark.parametrize(
     "content", [{}, {"images": np.zeros((2, 8, 8), np.uint8)}, {"images": np.zeros((0, 8, 8, 3), np.uint8)}]
 )
@@ -450,7 +506,7 @@ def test_an_archive_without_pictures_is_refused(tmp_path, content):
         load_reference(tmp_path / "x.npz")
 
 
-def test_pictures_of_a_folder_are_squares_on_white(tmp_path):
+def test_pictures_of_a_folder_are_squares_on_white(tmp_path, monkeypatch):
     Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGB", (10, 30), (255, 0, 0)).save(tmp_path / "red.png")
     (tmp_path / "broken.jpg").write_text("no picture")
@@ -459,3 +515,6 @@ def test_pictures_of_a_folder_are_squares_on_white(tmp_path):
     assert (reference.pictures[[1]] == 255).all() and (reference.pictures[[2]] == [255, 0, 0]).all()
     with pytest.raises(ValueError, match=r"broken\.jpg"):
         reference.pictures[[0]]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # A red one has 300, over twice as many.
+    with pytest.raises(ValueError, match=r"red\.png: expected a picture: .*decompression bomb"):
+        reference.pictures[[2]]

@@ -12,16 +12,19 @@ from evaluation.painters import torch_painter
 from recipes.baselines import lcm
 from recipes.baselines.config import LcmConfig
 from recipes.baselines.pictures import CaptionedPictures
-from recipes.directory import claim
+from recipes.directory import claim, whole_directory
 from recipes.emoji.__main__ import main as main_of_emoji
+from recipes.quality import page
 from recipes.quality.__main__ import main
 from recipes.quality.contest import Contest
+from recipes.quality.cost import Cost
 from recipes.quality.judging import Judging, separate_painter
 from recipes.quality.material import Material
 from recipes.quality.rows import PRESETS, ROWS
 from tiue.checkpoint import load_student
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
+from tiue.distill.runs import record_run
 from tiue.distill.vsd import prepare
 
 BUNDLE = Path(__file__).parents[1] / "models/emoji/tiue_emoji"
@@ -51,11 +54,55 @@ def test_the_results_of_one_preset_are_not_taken_for_those_of_another(tmp_path, 
     expected = 'has results of other settings: name "smoke" -> "cpu", judge.seed 0 -> 9$'
     with pytest.raises(ValueError, match=expected):
         claim(tmp_path, {"name": "cpu", "rates": [1, 2], "judge": {"seed": 9, "width": 8}})
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/captions.json").write_text("[]")
-    assert main(["--source", str(tmp_path), "--out", str(tmp_path)]) == 2
+    source = _source(tmp_path / "source")
+    assert main(["--source", str(source), "--out", str(tmp_path)]) == 2
     assert main_of_emoji(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("has results of other settings") == 2
+    (tmp_path / "preset.json").write_text('{"name"')
+    assert main_of_emoji(["--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'preset.json'}: expected JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["data/captions.json", "data/drawings.npz", "polished/unet/weights", "warm.safetensors"]
+)
+def test_the_results_of_one_source_are_not_taken_for_those_of_another(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("recipes.emoji.data.load", _stopped)
+    command = ["--source", str(_source(tmp_path / "source")), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert main(command) == 2
+        assert "stopped here" in capsys.readouterr().err
+    (tmp_path / "source" / name).write_text("changed")
+    assert main(command) == 2
+    assert f"has results of other settings: source.{name.split('/unet')[0]}" in capsys.readouterr().err
+    preset = json.loads((tmp_path / "out/preset.json").read_text())
+    del preset["source"]  # as an older version left it
+    (tmp_path / "out/preset.json").write_text(json.dumps(preset))
+    assert main(command) == 2
+    assert "stopped here" in capsys.readouterr().err
+
+
+def _stopped(*_):
+    raise ValueError("stopped here")
+
+
+def _source(directory):
+    for name in ("data/captions.json", "data/drawings.npz", "polished/unet/weights", "warm.safetensors"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    return directory
+
+
+def test_a_directory_is_whole_or_as_before(tmp_path):
+    for content in ("first", "second"):
+        with whole_directory(tmp_path / "made") as unfinished:
+            unfinished.mkdir()
+            (unfinished / "file").write_text(content)
+    with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "made") as unfinished:
+        unfinished.mkdir()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made/file").read_text() == "second"
 
 
 def test_a_student_of_several_steps_runs_its_graphs_in_a_loop(tmp_path, monkeypatch):
@@ -102,6 +149,50 @@ def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path
     (tmp_path / "rows/tiue/search.json").write_text(json.dumps(tried))
     assert contest.best(_row("TiUE without KL")) == contest.best(_row("TiUE")) == tried[-1]["settings"]
     assert contest.best(_row("warm start")) == {}
+    for content, said in ((tried[:1], "another search"), ("[", "expected JSON")):
+        (tmp_path / "rows/tiue/search.json").write_text(content if content == "[" else json.dumps(content))
+        with pytest.raises(ValueError, match=rf"search\.json.* {said}"):
+            contest.best(_row("TiUE"))
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_that_of_a_row(tmp_path):
+    contest, row = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)), _row("LCM")
+    out, cost = tmp_path / "seed-1", Cost(passes=300.0, operations=1.0)
+    config = contest._config(row, {**row.settings, "iterations": 100, "seed": 1})
+    for change in ({}, {"mixed_precision": "fp16"}):  # of another machine
+        record_run(out, replace(config, **change), {"teacher": "1"})
+        (out / "training.json").write_text("{}")
+        assert contest._trained(row, row.settings, out, 1, cost) == out / "pipeline"
+    record_run(out, replace(config, guidance_max=3.0), {})
+    with pytest.raises(ValueError, match=r"another configuration: guidance_max 3\.0 -> 4\.0$"):
+        contest._trained(row, row.settings, out, 1, cost)
+
+
+def test_a_merge_that_was_stopped_is_made_again(tmp_path, monkeypatch):
+    contest, out = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)), tmp_path / "merged"
+    monkeypatch.setattr(contest, "results", lambda row: [tmp_path / row.name])
+    for name, result in {"load_student": None, "swiftbrushv2.merge": None}.items():
+        monkeypatch.setattr(f"recipes.quality.contest.{name}", lambda *_, result=result: result)
+    monkeypatch.setattr("recipes.quality.contest.save_student", lambda path, _: path.write_text("merged"))
+    out.mkdir()
+    (out / "student.safetensors").write_text("before")
+    path = contest._merged(_row("SwiftBrush v2"), out)
+    assert path.read_text() == "merged" and len(json.loads((out / "training.json").read_text())["sha256"]) == 64
+
+
+def test_the_table_and_the_plot_say_how_many_seeds_a_row_has_and_leave_gaps_blank(tmp_path, monkeypatch):
+    figures = [{"emoji": {"frechet": {"value": v, "low": v - 1, "high": v + 2}}} for v in (4.0, 6.0)]
+    latency, nothing = {"median": 0.05}, float("nan")
+    both = page.Entry(_row("TiUE"), 4, figures, [{"iterations": 9, "seconds": 60}] * 2, latency, nothing, tmp_path)
+    alone = page.Entry(_row("LCM"), 1, figures[:1], [{}], latency, 2e9, tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.table([both, alone]).splitlines()[2:]]
+    assert lines[0][:7] == ["TiUE, 4 steps", "2", "9", "1.0", "50", "", "5 (3 to 8)"] and set(lines[0][7:]) == {""}
+    assert lines[1][:7] == ["LCM, 1 step", "1", "", "", "50", "2.0", "4 (3 to 6)"]
+    plots = []
+    monkeypatch.setattr(page, "save_plot", lambda figure, path: plots.append(figure))
+    page.plot_latency([both, alone], tmp_path / "latency.png")
+    (legend,) = plots[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["TiUE (2 seeds)", "LCM"]
 
 
 def test_only_seeds_with_all_figures_are_finished(tmp_path):

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from invented import prepared, random_drawings
 from PIL import Image
 from tiue_runtime import Pipeline
+from tiue_runtime.bundle import Bundle, write_bundle
 from tolerances import FRECHET, OF_4000_SAMPLES, REORDERED
 
 from evaluation.metrics import frechet
@@ -23,8 +24,8 @@ from recipes.emoji.autoencoder import encode, to_pixels, whiten
 from recipes.emoji.best import load_best
 from recipes.emoji.presets import PRESETS
 from recipes.emoji.stage import autocast, minimize, spaced
-from recipes.emoji.student import bundle, style_of
-from recipes.emoji.studies import drift
+from recipes.emoji.student import bundle, load_pairs, style_of
+from recipes.emoji.studies import drift, sharing
 from recipes.emoji.teacher import SCHEDULER, load_teacher, with_mirrored
 from recipes.quality.__main__ import main as compare
 from recipes.quality.rows import PRESETS as COMPARISONS
@@ -108,6 +109,45 @@ def test_a_package_that_cannot_be_fetched_is_an_error_of_one_line(error, said, t
         data.fetch("x@1", tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_package_is_an_error_that_names_it(content, tmp_path, monkeypatch):
+    name = pack(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60] if content is None else content)
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=f"{name}\n"))
+    with pytest.raises(OSError, match="npm fetched a damaged x@1"):
+        data.fetch("x@1", tmp_path)
+    assert not (tmp_path / "x-1").exists()
+
+
+def test_a_damaged_data_set_is_an_error_that_names_the_file(tmp_path, drawings):
+    prepared(drawings, tmp_path / "data")
+    assert (data.prepare(tmp_path / "data", 64, False).images == drawings.images).all()
+    with pytest.raises(ValueError, match="expected drawings of 128 x 128 pixels, got 64 x 64"):
+        data.prepare(tmp_path / "data", 128, False)
+    captions = (tmp_path / "data/captions.json").read_text()
+    for content, said in (
+        (captions[:-20], "captions.json: expected JSON"),
+        ('[["one"]]', "drawings of the 1 concepts"),
+    ):
+        (tmp_path / "data/captions.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            data.load(tmp_path / "data")
+    archive = tmp_path / "data/drawings.npz"
+    archive.write_bytes(archive.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"drawings\.npz: expected an NPZ"):
+        data.load(tmp_path / "data")
+
+
+def test_damaged_pairs_are_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "pairs.pt"
+    torch.save({"captions": ["a"], "noise": torch.zeros(2, 1), "latents": torch.zeros(2, 1)}, path)
+    with pytest.raises(ValueError, match=r"pairs\.pt: expected as many captions as noise"):
+        load_pairs(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"pairs\.pt: expected the teacher's pairs"):
+        load_pairs(path)
+
+
 @pytest.mark.parametrize(
     ("label", "icon"),
     [
@@ -144,9 +184,12 @@ def test_a_spoken_name_belongs_to_one_concept():
 
 def test_captions_hold_the_label_first_then_what_people_say():
     entry = {"label": "hot beverage", "hexcode": "2615", "tags": ["coffee", "tea"]}
-    captions = data._captions(entry, [{"2615": "coffee"}], {"coffee": 1, "tea": 2}, ["cup of coffee"])
+    taken = {"hot beverage", "a hot beverage", "mug", "a mug"}
+    names = [{"2615": ["coffee", "mug"]}]
+    captions = data._captions(entry, names, {"coffee": 1, "tea": 2}, ["cup of coffee", "Mug"], taken)
     assert captions[:4] == ["hot beverage", "a hot beverage", "cup of coffee", "a cup of coffee"]
     assert "coffee" in captions and "tea" not in captions  # Another concept has the tag "tea" as well.
+    assert not {"mug", "Mug", "a Mug"} & set(captions)  # It is another concept's label.
 
 
 def test_the_teacher_starts_at_pure_noise():
@@ -217,8 +260,12 @@ def test_all_stages_run_and_begin_again_where_they_stopped(made, monkeypatch):
     assert Pipeline.load(made / "bundle")("a thing 2", seed=3).images[0].size == (64, 64)
 
     (made / "distill/best.json").unlink()  # as if it had been stopped while checkpoints were scored
-    assert main([*command, "--until", "distill"]) == 0
+    manifest = Bundle.load(made / "bundle").manifest
+    assert manifest.prompts is not None and manifest.prompts.vocabulary
+    write_bundle(made / "bundle", replace(manifest, prompts=None))  # as if it had been stopped after the export
+    assert main([*command, "--until", "bundle"]) == 0
     assert (made / "distill/best.json").exists()
+    assert Bundle.load(made / "bundle").manifest.prompts == manifest.prompts
 
 
 def _check_only_the_decoder_was_fitted(made: Path) -> None:
@@ -310,6 +357,24 @@ def _steps(row) -> str:
     return "1 step" if row.steps == (1,) else f"{row.steps[0]} steps"
 
 
+@pytest.mark.parametrize("study", [drift, sharing])
+def test_a_study_draws_at_the_size_of_the_shipped_student_and_refuses_other_results(
+    study, tmp_path, monkeypatch, capsys
+):
+    sizes = []
+
+    def stopped(directory, resolution, all_concepts):
+        sizes.append(resolution)
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr(data, "prepare", stopped)
+    command = ["--preset", "cpu", "--out", str(tmp_path), "--steps"]
+    assert study.main([*command, "7"]) == 2
+    assert "stopped here" in capsys.readouterr().err and sizes == [64]
+    assert study.main([*command, "8"]) == 2
+    assert "has results of other settings: steps 7 -> 8" in capsys.readouterr().err and sizes == [64]
+
+
 @pytest.mark.slow  # The recipe itself is tested above.
 def test_the_drift_of_predicted_noise_is_measured(tmp_path, drawings, monkeypatch):
     monkeypatch.setattr(report, "MEASURED", 8)
@@ -343,3 +408,11 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):
     best = min(scores, key=scores.__getitem__)
     assert len(scores) == 4 and scores[best] < scores["step-00000010"]
     assert best != "step-00000010" and network.weight.item() < grown
+    with pytest.raises(ValueError, match="another configuration: learning_rate"):
+        minimize(network, loss, tmp_path, iterations=10, learning_rate=2.0, ema_decay=0.0001, seed=0, **spaced(10))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="has no checkpoints to choose from"):
+        load_best(tmp_path, network, lambda: 0.0)
+    (tmp_path / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"weights\.safetensors: expected the weights"):
+        minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))

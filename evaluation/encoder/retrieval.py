@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from evaluation.encoder.encoder_config import EncoderConfig
 from evaluation.encoder.network import Encoder, load_encoder
 from evaluation.encoder.sentences import Sentences
 from evaluation.metrics import bootstrap, rank_of_asked, unit
-from evaluation.reference import Reference
+from evaluation.reference import Reference, read_json
 from tiue.distill.loop import train
 from tiue.distill.method import Run
 from tiue.distill.runs import check_same_run
@@ -42,20 +43,41 @@ def train_encoder(reference: Reference, out: Path, config: EncoderConfig, texts:
     if not held_out(reference).any():
         raise ValueError(f"no drawing would be held out of {len(reference.pictures)}: give more drawings")
     path, weights = out / "report.json", out / EncoderTraining.result
-    captions = digest([text for variants in reference.captions for text in variants])
+    identity = {
+        "captions": digest([text for variants in reference.captions for text in variants]),
+        "drawings": _digest(reference),
+    }
     if path.exists():  # A finished encoder serves machines of another precision, too.
-        precision = json.loads(path.read_text(encoding="utf-8"))["settings"]["mixed_precision"]
-        check_same_run(out, replace(config, mixed_precision=precision), {"captions": captions})
+        precision = _read_report(path)["settings"]["mixed_precision"]
+        check_same_run(out, replace(config, mixed_precision=precision), identity)
     else:
         run = Run(out, config)
-        run.identify(captions=captions)
+        run.identify(**identity)
         texts = texts or Texts(reference, Sentences(run.accelerator.device))
         begun = time.process_time()
         train(run, EncoderTraining(run, config, reference, texts))
         trained = {"settings": asdict(config), "cpu_seconds_of_the_last_part": round(time.process_time() - begun)}
         found = retrieval_report(load_encoder(weights), reference, texts) | trained
         write_text(path, json.dumps(found, indent=2) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read_report(path)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    settings = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(settings, dict) or "mixed_precision" not in settings:
+        raise ValueError(f"{path}: expected the report of python -m evaluation.encoder")
+    return found
+
+
+def _digest(reference: Reference) -> str:
+    """Identify the pictures, their concepts and their styles by 16 hex digits."""
+    hashed = hashlib.sha256()
+    for pictures in reference.batches(1024):
+        hashed.update(f"{pictures.shape}".encode() + np.ascontiguousarray(pictures).tobytes())
+    for numbers in (reference.concept, reference.style):
+        hashed.update(numbers.astype(np.int64).tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def retrieval_report(encoder: Encoder, reference: Reference, texts: Texts) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _distill(arguments: argparse.Namespace, config: Any) -> None:
             raise ValueError(f"{arguments.method} needs --{flag}")
     teacher = load_components(arguments.teacher)
     samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
-    initial = load_unet(arguments.init) if arguments.init else None
+    initial = load_unet(arguments.init, teacher) if arguments.init else None
     run, method = _PREPARE[arguments.method](arguments, teacher, config, initial, samples)
     print(f"result written to {train(run, method)}")
 
@@ -142,10 +142,13 @@ def _prepare_add(arguments: argparse.Namespace, teacher: Any, config: Any, initi
 
     from recipes.baselines import add
     from recipes.baselines.observers import load_observer
+    from recipes.directory import content_hash
 
     data, observer = _pictures(arguments, teacher), load_observer(arguments.observer, PartialState().device)
     samples = samples or data.first(8)
-    return add.prepare(teacher, data, arguments.out, config, observer, initial=initial, sample_prompts=samples)
+    made = add.prepare(teacher, data, arguments.out, config, observer, initial=initial, sample_prompts=samples)
+    made[0].identify(observer=content_hash(arguments.observer))
+    return made
 
 
 def _prepare_swiftbrush(arguments: argparse.Namespace, teacher: Any, config: Any, initial: Any, samples: Any) -> Any:
@@ -159,6 +162,7 @@ def _prepare_swiftbrush(arguments: argparse.Namespace, teacher: Any, config: Any
 def _prepare_v2(arguments: argparse.Namespace, teacher: Any, config: Any, initial: Any, samples: Any) -> Any:
     from recipes.baselines import swiftbrushv2
     from recipes.baselines.observers import EncoderAlignment
+    from recipes.directory import content_hash
     from tiue.distill.clip import load_clip
     from tiue.prompts import read_prompts
 
@@ -166,12 +170,16 @@ def _prepare_v2(arguments: argparse.Namespace, teacher: Any, config: Any, initia
         if arguments.tiny_vae is None:
             raise ValueError("a CLIP directory needs --tiny-vae")
         alignment: Any = load_clip(arguments.clip, arguments.tiny_vae, config.clip_margin)
+    elif arguments.tiny_vae is not None:
+        raise ValueError(f"--tiny-vae is for a CLIP directory, and {arguments.clip} is none")
     else:
         alignment = EncoderAlignment(arguments.clip, teacher, config.clip_margin)
     prompts = read_prompts(arguments.prompts)
-    return swiftbrushv2.prepare(
+    made = swiftbrushv2.prepare(
         teacher, prompts, arguments.out, config, initial=initial, alignment=alignment, sample_prompts=samples
     )
+    made[0].identify(alignment=content_hash(arguments.clip))
+    return made
 
 
 _PREPARE: dict[str, Callable[..., Any]] = {

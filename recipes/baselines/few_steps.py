@@ -6,8 +6,6 @@ diffusers' LCMScheduler does. The result of a run is a pipeline directory with t
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from evaluation.few_steps import distilled, sample_few_steps
 from recipes.baselines.config import FewStepsConfig
 from recipes.baselines.pictures import CaptionedPictures
+from recipes.directory import whole_directory
 from tiue.checkpoint import load_student
 from tiue.components import Components, load_components
 from tiue.diffusion import Diffusion
@@ -138,15 +137,24 @@ def save_pipeline(components: Components, unet: UNet2DConditionModel, scheduler:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        pipeline.save_pretrained(Path(temporary) / path.name)
-        shutil.rmtree(path, ignore_errors=True)
-        (Path(temporary) / path.name).rename(path)
+    with whole_directory(path) as unfinished:
+        pipeline.save_pretrained(unfinished)
 
 
-def load_unet(path: Path) -> UNet2DConditionModel:
-    """Load the UNet of a student.safetensors or of a pipeline directory. Raises ValueError."""
-    return load_components(path).unet if path.is_dir() else load_student(path).components.unet
+def load_unet(path: Path, teacher: Components) -> UNet2DConditionModel:
+    """Load the UNet of a student.safetensors or of a pipeline directory, to start from.
+
+    Raises:
+        ValueError: there is none, or it takes or predicts something else than the teacher.
+    """
+    found = load_components(path) if path.is_dir() else load_student(path).components
+    for name in ("in_channels", "out_channels", "cross_attention_dim"):
+        if (has := found.unet.config[name]) != (needs := teacher.unet.config[name]):
+            raise ValueError(f"{path} cannot start for this teacher: its {name} is {has}, and the teacher's {needs}")
+    has, needs = (model.noise_schedule.prediction_type for model in (found, teacher))
+    if has != needs:
+        raise ValueError(f"{path} cannot start for this teacher: it predicts {has}, and the teacher {needs}")
+    return found.unet
 
 
 def start_run(out: Path, config: FewStepsConfig, teacher: Components, data: CaptionedPictures, initial: Any) -> Run:

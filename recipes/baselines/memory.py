@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import UNet2DConditionModel
+
+from recipes.baselines.swiftbrushv2 import with_adapters
 from tiue.components import read_configs
 from tiue.distill.config import DistillConfig, RunConfig
 from tiue.distill.estimate import estimate
@@ -42,4 +46,12 @@ def memory(method: str, teacher: str | Path, config: RunConfig) -> dict[str, int
     if method in _NETWORKS:  # Only the student is trained.
         weights = 4 * cost.student_parameters
         found |= {"weights": _NETWORKS[method] * weights, "gradients": weights, "Adam": 2 * weights}
+    if rank := getattr(config, "student_rank", 0):  # Only its adapters are trained.
+        with torch.device("meta"):
+            student = with_adapters(UNet2DConditionModel.from_config(unet).requires_grad_(False), rank)
+        adapters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        frozen = cost.student_parameters - adapters
+        found["weights"] += 4 * adapters
+        found["gradients"] -= 4 * frozen
+        found["Adam"] -= (2 if of_vsd.optimizer == "adam8bit" else 8) * frozen
     return found

@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, Dinov2Model
+from transformers import Dinov2Model
 
 from evaluation.encoder.network import Encoder, load_encoder
 from evaluation.encoder.sentences import Sentences
+from evaluation.features import load_network, load_processor
 from tiue.components import Components, decode_latents
-from tiue.files import one_line
 from tiue.losses import clip_loss
 
 _DINO_LAYERS = 4  # hidden states that the critic sees, evenly from all
@@ -78,13 +78,11 @@ class DinoObserver:
     """
 
     def __init__(self, directory: Path, device: torch.device):
-        try:
-            network = Dinov2Model.from_pretrained(directory, local_files_only=True, use_safetensors=True)
-            processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True, use_fast=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{directory}: expected a DINOv2 model of transformers: {one_line(error)}") from error
-        self._network = network.eval().requires_grad_(False).to(device)
-        crop = processor.crop_size
+        network, processor = load_network(Dinov2Model, directory), load_processor(directory)
+        self._network = network.requires_grad_(False).to(device)
+        crop = getattr(processor, "crop_size", None)
+        if crop is None:
+            raise ValueError(f"{directory}: expected a preprocessor that crops, as DINOv2's does")
         self._size = crop["height"] if isinstance(crop, dict) else crop.height
         self._mean, self._deviation = (
             torch.tensor(values, device=device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std)

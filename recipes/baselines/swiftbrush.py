@@ -5,9 +5,10 @@ follows it:
 
     z_0 = (z_T - sqrt(1 - abar_T) eps(z_T, T)) / sqrt(abar_T),
     student:     grad of z_0 = w(t) (eps_teacher(z_t, t) - eps_fake(z_t, t)),    z_t = noised z_0,   t ~ U{20..980},
-    fake score:  |eps_fake(z_t, t) - noise|^2 on the student's pictures, by turns with the student.
+    fake score:  abar_t |eps_fake(z_t, t) - noise|^2 on the student's pictures, by turns with the student.
 
-This is TiUE's VSD (see `tiue.distill.vsd`) with one step and without the KL term, so it is that code.
+Here w(t) = 1 - abar_t. This is TiUE's VSD (see `tiue.distill.vsd`) with one step and without the KL term, so it is that
+code. The fake score's loss is TiUE's, too: in SwiftBrush's paper it has no weight abar_t.
 """
 
 from __future__ import annotations

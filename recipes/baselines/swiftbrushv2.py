@@ -36,13 +36,13 @@ class SwiftBrushV2(Vsd):
         if not self.config.student_rank:
             return super()._trainable(unet)
         torch.manual_seed(self.config.seed)  # The initial weights of adapters are random.
-        return _with_adapters(unet.requires_grad_(False), self.config.student_rank)
+        return with_adapters(unet.requires_grad_(False), self.config.student_rank)
 
     def finished(self, weights: Mapping[str, Tensor]) -> Student:
         """Put the averaged weights into the student, with its adapters merged."""
         if not self.config.student_rank:
             return super().finished(weights)
-        unet = _with_adapters(UNet2DConditionModel.from_config(self.model.config), self.config.student_rank)
+        unet = with_adapters(UNet2DConditionModel.from_config(self.model.config), self.config.student_rank)
         unet.load_state_dict(weights)
         unet.fuse_lora()
         unet.unload_lora()
@@ -88,6 +88,7 @@ def merge(full: Student, lora: Student, share: float = 0.5) -> Student:
     return replace(full, components=replace(full.components, unet=unet), provenance=provenance)
 
 
-def _with_adapters(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
+def with_adapters(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
+    """Add adapters, which can be trained, to all attention of a UNet, in place."""
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return unet

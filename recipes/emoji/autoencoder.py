@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from recipes.directory import whole_directory
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import device, minimize, on_device
@@ -67,7 +68,8 @@ def _train(preset: Preset, drawings: Drawings, directory: Path) -> None:
         seed=preset.seed,
     )
     whiten(vae, encode(vae, images))
-    vae.save_pretrained(directory)
+    with whole_directory(directory) as unfinished:
+        vae.save_pretrained(unfinished)
 
 
 def gradient_loss(y: Tensor, x: Tensor) -> Tensor:

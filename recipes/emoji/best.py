@@ -74,11 +74,16 @@ def load_best(out: Path, network: nn.Module, score: Callable[[], float]) -> dict
 
     Returns:
         The score of each checkpoint, by its name.
+
+    Raises:
+        ValueError: the run has no checkpoints any more.
     """
     scores = {}
     for path in runs.checkpoints(out):
         _fill(network, path)
         scores[path] = score()
+    if not scores:
+        raise ValueError(f"{out} has no checkpoints to choose from: delete the directory to train again")
     _fill(network, min(scores, key=scores.__getitem__))
     return {path.stem: value for path, value in scores.items()}
 

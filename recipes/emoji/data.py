@@ -6,10 +6,9 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import subprocess
 import tarfile
-import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,9 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-from tiue.files import one_line
+from evaluation.reference import read_arrays, read_captions
+from recipes.directory import whole_directory
+from tiue.files import one_line, write_text, written_whole
 
 # Style word in captions => (npm package, license). The order is the style index.
 STYLES = {
@@ -61,18 +62,37 @@ def names_style(caption: str) -> bool:
 
 
 def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
-    """Make the data set in `directory` (once), and load it."""
+    """Make the data set in `directory` (once), and load it.
+
+    Raises:
+        ValueError: the directory has drawings of another size, or damaged files.
+        OSError: a package could not be fetched.
+    """
     archive, captions = directory / "drawings.npz", directory / "captions.json"
     if not captions.exists():
         directory.mkdir(parents=True, exist_ok=True)
         _render_all(directory, archive, captions, resolution, all_concepts)
-    return load(directory)
+    drawings = load(directory)
+    if (size := drawings.images.shape[1:3]) != (resolution, resolution):
+        raise ValueError(
+            f"{archive}: expected drawings of {resolution} x {resolution} pixels, got {size[0]} x {size[1]}"
+        )
+    return drawings
 
 
 def load(directory: Path) -> Drawings:
-    """Load a data set that `prepare` made."""
-    with np.load(directory / "drawings.npz", allow_pickle=False) as arrays:
-        return Drawings(**arrays, captions=json.loads((directory / "captions.json").read_text()))
+    """Load a data set that `prepare` made.
+
+    Raises:
+        ValueError: a file is damaged, or both are not of one data set.
+    """
+    archive, names = directory / "drawings.npz", ("images", "concept", "style", "held_out")
+    arrays, captions = read_arrays(archive, names), read_captions(directory / "captions.json")
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(f"{archive}: expected {', '.join(names)}, found no {missing[0]}")
+    if len({len(values) for values in arrays.values()}) > 1 or arrays["concept"].max(initial=-1) >= len(captions):
+        raise ValueError(f"{archive}: expected drawings of the {len(captions)} concepts of captions.json, found others")
+    return Drawings(**arrays, captions=captions)
 
 
 def is_held_out(hexcode: str, style: str) -> bool:
@@ -87,7 +107,7 @@ def fetch(package: str, directory: Path) -> Path:
         Its directory.
 
     Raises:
-        OSError: npm is missing, or could not fetch the package.
+        OSError: npm is missing, or could not fetch the package whole.
     """
     target = directory / re.sub(r"[^\w.]+", "-", package).strip("-")
     if not (target / "package").is_dir():
@@ -98,11 +118,11 @@ def fetch(package: str, directory: Path) -> Path:
             raise OSError(f"npm is not installed, and only it can fetch {package}") from error
         except subprocess.CalledProcessError as error:
             raise OSError(f"npm could not fetch {package}: {one_line(error.stderr or error)}") from error
-        with tempfile.TemporaryDirectory(dir=directory) as temporary:
-            with tarfile.open(directory / done.stdout.split()[-1]) as tar:
-                tar.extractall(Path(temporary) / "whole", filter="data")
-            shutil.rmtree(target, ignore_errors=True)
-            (Path(temporary) / "whole").rename(target)
+        try:
+            with whole_directory(target) as unfinished, tarfile.open(directory / done.stdout.split()[-1]) as tar:
+                tar.extractall(unfinished, filter="data")
+        except (tarfile.TarError, EOFError, IndexError, zlib.error) as error:
+            raise OSError(f"npm fetched a damaged {package}: {one_line(error)}") from error
     return target / "package"
 
 
@@ -111,25 +131,30 @@ def _render_all(directory: Path, archive: Path, captions_file: Path, resolution:
     packages.mkdir(exist_ok=True)
     sets = {style: _IconSet(fetch(package, packages)) for style, (package, _) in STYLES.items()}
     labels = fetch(LABELS, packages)
-    emoji = json.loads((labels / "en/data.json").read_text())
-    names = [json.loads((labels / f"en/shortcodes/{source}.json").read_text()) for source in ("github", "emojibase")]
+    emoji = json.loads((labels / "en/data.json").read_text(encoding="utf-8"))
+    names = [
+        json.loads((labels / f"en/shortcodes/{source}.json").read_text(encoding="utf-8"))
+        for source in ("github", "emojibase")
+    ]
     everywhere = {e["label"]: e for e in emoji if all(s.find(e) is not None for s in sets.values())}
     chosen = list(everywhere) if all_concepts else concept_list()
     if missing := [label for label in chosen if label not in everywhere]:
         raise ValueError(f"not drawn in all six styles: {', '.join(missing)}")
 
     rows, captions, spoken = [], [], spoken_names()
+    taken = {text.lower() for label in chosen for text in (label, _with_article(label))}
     tag_owners = _count(tag for label in chosen for tag in set(everywhere[label].get("tags", [])))
     for index, label in enumerate(tqdm(chosen, desc="drawing", unit="concept")):
         entry = everywhere[label]
-        captions.append(_captions(entry, names, tag_owners, spoken.get(label, [])))
+        captions.append(_captions(entry, names, tag_owners, spoken.get(label, []), taken))
         for number, (style, icons) in enumerate(sets.items()):
             image = render(icons.svg(icons.find(entry)), resolution)
             rows.append((image, index, number, is_held_out(entry["hexcode"], style)))
     images, concept, style, held_out = zip(*rows, strict=True)
-    np.savez(archive, images=images, concept=concept, style=style, held_out=held_out)
-    captions_file.with_name("styles.json").write_text(json.dumps(list(STYLES)))  # for python -m evaluation
-    captions_file.write_text(json.dumps(captions, indent=0))
+    with written_whole(archive) as temporary, temporary.open("wb") as file:
+        np.savez(file, images=images, concept=concept, style=style, held_out=held_out)
+    write_text(captions_file.with_name("styles.json"), json.dumps(list(STYLES)))  # for python -m evaluation
+    write_text(captions_file, json.dumps(captions, indent=0))  # last, since it says that the data set is complete
 
 
 def render(svg: str, resolution: int) -> np.ndarray:
@@ -146,8 +171,8 @@ class _IconSet:
     """An iconify package. It finds an emoji's icon by code point, else by name, and wraps it as an SVG."""
 
     def __init__(self, package: Path) -> None:
-        self._set = json.loads((package / "icons.json").read_text())
-        self._by_code = json.loads((package / "chars.json").read_text())
+        self._set = json.loads((package / "icons.json").read_text(encoding="utf-8"))
+        self._by_code = json.loads((package / "chars.json").read_text(encoding="utf-8"))
 
     def find(self, emoji: dict) -> str | None:
         code = emoji["hexcode"].lower().replace("-fe0f", "")
@@ -176,7 +201,7 @@ def _icon_names(label: str) -> list[str]:
 
 def concept_list() -> list[str]:
     """List the concepts that the default model learns."""
-    lines = [line for line in CONCEPTS.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in CONCEPTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return [label.strip() for line in lines for label in line.split(";")]
 
 
@@ -186,10 +211,13 @@ def spoken_names() -> dict[str, list[str]]:
     return {label: names.split(", ") for label, names in (line.split(": ", 1) for line in lines)}
 
 
-def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int], spoken: list[str]) -> list[str]:
+def _captions(
+    entry: dict, names: list[dict], tag_owners: dict[str, int], spoken: list[str], taken: set[str]
+) -> list[str]:
     """List an emoji's captions, the label first, then everything else that people may call it.
 
-    These are: label and spoken names, with and without an article; short names; unique tags; the label with tags.
+    These are: label and spoken names, with and without an article; short names; unique tags; the label with tags. What
+    is another emoji's label, with or without an article, is that emoji's caption alone. `taken` has these of all emoji.
     """
     label, tags = entry["label"], entry.get("tags", [])
     texts = [text for name in (label, *spoken) for text in (name, _with_article(name))]
@@ -199,7 +227,8 @@ def _captions(entry: dict, names: list[dict], tag_owners: dict[str, int], spoken
     texts += [tag for tag in tags if tag_owners[tag] == 1][:4]
     if tags:
         texts.append(f"{label}, {', '.join(tags[:3])}")
-    return list(dict.fromkeys(texts))
+    own = {label, _with_article(label)}
+    return [text for text in dict.fromkeys(texts) if text in own or text.lower() not in taken]
 
 
 def _with_article(name: str) -> str:

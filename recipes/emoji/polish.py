@@ -16,10 +16,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from recipes.directory import whole_directory
 from recipes.emoji.autoencoder import decode, encode, gradient_loss, to_pixels
 from recipes.emoji.data import Drawings
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import Loss, autocast, device, minimize, on_device
+from recipes.emoji.student import load_pairs
 from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import decode_latents, load_components
 from tiue.text_encoder import encode_text
@@ -53,10 +55,9 @@ def polish(preset: Preset, drawings: Drawings, source: Path, directory: Path) ->
         learning_rate=preset.polish_lr,
         seed=preset.seed + 2,
     )
-    unfinished = directory.with_suffix(".tmp")
-    shutil.copytree(source, unfinished, dirs_exist_ok=True)
-    vae.save_pretrained(unfinished / "vae")
-    unfinished.rename(directory)
+    with whole_directory(directory) as unfinished:
+        shutil.copytree(source, unfinished)
+        vae.save_pretrained(unfinished / "vae")
 
 
 def fit(preset: Preset, drawings: Drawings, teacher: Path, pairs: Path, source: Path, path: Path) -> None:
@@ -125,7 +126,7 @@ def student_latents(student: Student, pairs: Path, count: int) -> tuple[Tensor, 
     Raises:
         ValueError: there are fewer pairs.
     """
-    known = torch.load(pairs, weights_only=True)
+    known = load_pairs(pairs)
     if count > (known_pairs := len(known["noise"])):
         raise ValueError(f"`fit_pairs` must be at most {known_pairs}, the teacher's pairs, got {count}")
     noise, latents = (known[name][:count].to(device()) for name in ("noise", "latents"))

@@ -25,8 +25,10 @@ from recipes.emoji.presets import Preset
 from recipes.emoji.stage import autocast, device
 from recipes.emoji.student import sample_teacher
 from recipes.emoji.teacher import load_teacher
+from recipes.plots import save_plot
 from tiue.checkpoint import Student, load_student
 from tiue.distill.runs import read_log
+from tiue.files import write_text
 from tiue.text_encoder import encode_text
 
 TEACHER_STEPS = 25
@@ -104,7 +106,7 @@ def report(preset: Preset, drawings: Drawings, out: Path) -> None:
         "with its decoder": (sample_student(fitted, captions), concept),
     }
     figures = {name: judge.measure(*pictures) for name, pictures in contenders.items()}
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "figures.json", json.dumps(figures, indent=2) + "\n")
     plot_losses(out, out / "losses.png")
     bundle = Pipeline.load(out / "bundle")
     grid(pipeline, bundle, drawings, GRID_PROMPTS, preset.guidance, out / "grid.png")
@@ -173,8 +175,7 @@ def grid(
         star = " *" if prompt in held else ""
         axes[2 * band, column].set_title(prompt.replace(", ", ",\n") + star, fontsize=7)
     figure.tight_layout(pad=0.4, h_pad=0.8)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    save_plot(figure, path, bbox_inches="tight")
 
 
 def contact_sheet(student: Pipeline, prompts: list[str], path: Path) -> None:
@@ -191,8 +192,7 @@ def contact_sheet(student: Pipeline, prompts: list[str], path: Path) -> None:
     for axis, prompt in zip(axes[0], prompts, strict=True):
         axis.set_title(prompt.replace(", ", ",\n"), fontsize=7)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    save_plot(figure, path, bbox_inches="tight")
 
 
 def plot_students(students: dict[str, Student], path: Path) -> None:
@@ -206,8 +206,7 @@ def plot_students(students: dict[str, Student], path: Path) -> None:
             axis.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=7)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    save_plot(figure, path, bbox_inches="tight")
 
 
 def plot_losses(out: Path, path: Path) -> None:
@@ -225,8 +224,7 @@ def plot_losses(out: Path, path: Path) -> None:
             axis.plot(steps[width - 1 :], np.convolve(values, np.ones(width) / width, "valid"))
         axis.set(title=title, xlabel="step", yscale="log")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_plot(figure, path)
 
 
 def _batches(captions: list[str]) -> Iterator[tuple[int, list[str]]]:

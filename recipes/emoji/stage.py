@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiue_runtime.host.machine import has_bf16
 from torch import Tensor, nn
 
+from recipes.directory import check_finished
 from tiue.distill.config import RunConfig
 from tiue.distill.draws import Batch
 from tiue.distill.loop import train
 from tiue.distill.method import Means, Method, Run, Trained
 from tiue.distill.optimizers import make_muon
-from tiue.files import written_whole
+from tiue.files import one_line, written_whole
 
 # Of the checkpoints of a run, by file name. Written last, so a run without this file is not finished.
 SCORES = "best.json"
@@ -110,17 +112,26 @@ def minimize(
         muon: learning rate of Muon, for convolutions and matrices. 0: AdamW trains everything.
         weight_decay: of the optimizer.
         settings: of RunConfig. `learning_rate` is AdamW's.
+
+    Raises:
+        ValueError: the directory has a run of other settings, or its result is damaged.
     """
-    path = out / Stage.result
-    if not path.exists():
-        settings = {"mixed_precision": precision(), "learning_rate_decay": "linear", "keep": 1} | settings
-        run = Run(out, RunConfig(**settings))
-        rate = run.config.learning_rate
+    path, identity = out / Stage.result, {"muon": str(muon)}
+    settings = {"mixed_precision": precision(), "learning_rate_decay": "linear", "keep": 1} | settings
+    config = RunConfig(**settings)
+    if path.exists():
+        check_finished(out, config, identity)
+    else:
+        run = Run(out, config)
+        rate = config.learning_rate
         if muon:
-            optimizer = make_muon(network, muon, rate, weight_decay, mixed_precision=run.config.mixed_precision)
+            optimizer = make_muon(network, muon, rate, weight_decay, mixed_precision=config.mixed_precision)
         else:
             optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=weight_decay)
-        run.identify(muon=str(muon))
+        run.identify(**identity)
         train(run, Stage(run, out.name, network, loss, optimizer))
-    network.load_state_dict(load_file(path))
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected the weights of the stage {out.name}: {one_line(error)}") from error
     network.eval()

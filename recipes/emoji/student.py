@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from tiue.checkpoint import Student, load_student, save_student
 from tiue.components import load_components
 from tiue.distill.loop import train
 from tiue.distill.vsd import Vsd, prepare
-from tiue.files import written_whole
+from tiue.files import one_line, written_whole
 from tiue.text_encoder import encode_text
 
 # Writes the student of the best checkpoint of a distillation in the place of the last one.
@@ -102,7 +103,23 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
             latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
         with written_whole(path) as temporary:
             torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
-    return torch.load(path, weights_only=True)
+    return load_pairs(path)
+
+
+def load_pairs(path: Path) -> dict:
+    """Load the pairs that `make_pairs` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        counts = {name: len(found[name]) for name in ("captions", "noise", "latents")}
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError) as error:
+        raise ValueError(f"{path}: expected the teacher's pairs of noise and latents: {one_line(error)}") from error
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{path}: expected as many captions as noise and latents, got {counts}")
+    return found
 
 
 def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) -> None:
@@ -120,7 +137,7 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
         noise, latents = (pairs[name].to(device()) for name in ("noise", "latents"))
 
         def loss(generator: torch.Generator, count: int) -> Tensor:
-            rows = torch.randint(preset.pairs, (count,), generator=generator)
+            rows = torch.randint(len(noise), (count,), generator=generator)
             with torch.no_grad():
                 text = encode_text(components, [pairs["captions"][row] for row in rows])
             schedule = schedules[int(torch.randint(len(schedules), (), generator=generator))]
@@ -179,8 +196,9 @@ def bundle(drawings: Drawings, student: Path, out: Path) -> None:
         flags = ["--weights", "fp16", "--text-encoder", "int8", "--out", str(out / "bundle")]
         if status := export(["--ckpt", str(out / "student.safetensors"), *flags]):
             raise ValueError(f"the export ended with status {status}")
-        made = Bundle.load(out / "bundle")
-        write_bundle(made.directory, replace(made.manifest, prompts=Prompts(EXAMPLES, vocabulary(drawings))))
+    made, prompts = Bundle.load(out / "bundle"), Prompts(EXAMPLES, vocabulary(drawings))
+    if made.manifest.prompts != prompts:  # It may have been stopped here.
+        write_bundle(made.directory, replace(made.manifest, prompts=prompts))
 
 
 @torch.no_grad()

@@ -14,10 +14,13 @@ from transformers import AutoTokenizer, BertModel
 
 from evaluation.encoder.augment import may_be_mirrored
 from evaluation.encoder.sentences import minilm_directory
+from recipes.directory import whole_directory
 from recipes.emoji.autoencoder import encode
 from recipes.emoji.data import STYLES, Drawings, in_style
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import Loss, autocast, device, minimize, on_device, spaced
+from tiue.diffusion import Diffusion
+from tiue.schedule import NoiseSchedule
 
 # Gives a UNet the weights of the best checkpoint of its run, in the given directory.
 Choose = Callable[[Path, UNet2DConditionModel, AutoencoderKL], None]
@@ -124,21 +127,19 @@ def denoising(
     v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512). Where there is almost no noise, it is the noise.
     Where there is almost nothing else, it is minus the picture. Its error therefore needs no weights by timestep.
     """
-    scheduler = DDIMScheduler.from_config(dict(scheduler_config))
-    velocity = scheduler.config.prediction_type == "v_prediction"
+    diffusion = Diffusion(NoiseSchedule.from_config(scheduler_config), device())
     captions = Captions(drawings)
     latents, concept, style = with_mirrored(vae, drawings)
 
     def loss(generator: torch.Generator, count: int) -> Tensor:
         random = on_device(generator)
         rows = torch.randint(len(latents), (count,), generator=random, device=latents.device)
-        t = torch.randint(1000, (count,), generator=random, device=latents.device)
+        t = torch.randint(len(diffusion.abar), (count,), generator=random, device=latents.device)
         text = captions.draw(concept[rows], style[rows], random, preset.null_text_probability)
         z_0 = latents[rows]
         noise = torch.randn(z_0.shape, generator=random, device=z_0.device)
-        target = scheduler.get_velocity(z_0, noise, t) if velocity else noise
-        predicted = unet(scheduler.add_noise(z_0, noise, t), t, text.float()).sample
-        return F.mse_loss(predicted.float(), target)
+        predicted = unet(diffusion.noised(z_0, noise, t), t, text.float()).sample
+        return F.mse_loss(predicted.float(), diffusion.target(z_0, noise, t))
 
     return loss
 
@@ -177,8 +178,9 @@ def make_pipeline(unet: UNet2DConditionModel, vae, scheduler_config: Mapping[str
 
 
 def save_teacher(unet: UNet2DConditionModel, vae, directory: Path, scheduler_config: Mapping[str, Any]) -> None:
-    """Write the pipeline."""
-    make_pipeline(unet, vae, scheduler_config).save_pretrained(directory)
+    """Write the pipeline whole or not at all."""
+    with whole_directory(directory) as unfinished:
+        make_pipeline(unet, vae, scheduler_config).save_pretrained(unfinished)
 
 
 def _train(preset: Preset, drawings: Drawings, vae, directory: Path, choose: Choose) -> None:

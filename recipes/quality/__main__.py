@@ -10,6 +10,7 @@ from pathlib import Path
 
 from recipes.quality.rows import PRESETS, Preset
 
+_SOURCE = ("data/captions.json", "data/drawings.npz", "polished", "warm.safetensors")
 _EPILOG = "One judge is an Inception network, which is fetched once with npm (nsfwjs 4.4.0). Smoke has none."
 
 
@@ -57,15 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(preset: Preset, names: Collection[str], source: Path, out: Path) -> None:
-    from recipes.directory import claim
+    from recipes.directory import claim, content_hash
     from recipes.emoji import data
     from recipes.quality.contest import Contest
     from recipes.quality.material import Material
     from recipes.quality.page import collect, write_page
 
-    if not (source / "data/captions.json").exists():
-        raise ValueError(f"--source: {source} has no data/captions.json")
-    claim(out, {name: value for name, value in asdict(preset).items() if name not in ("rows", "seeds")})
+    if missing := [name for name in _SOURCE if not (source / name).exists()]:
+        raise ValueError(f"--source: {source} has no {missing[0]}")
+    settings = {name: value for name, value in asdict(preset).items() if name not in ("rows", "seeds")}
+    claim(out, settings | {"source": {name: content_hash(source / name) for name in _SOURCE}})
     contest = Contest(Material(preset, source, data.load(source / "data"), out))
     for row in preset.rows:
         if row.name in names:

@@ -11,18 +11,20 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
+from evaluation.reference import read_json
 from recipes.baselines import add, lcm, swiftbrush, swiftbrushv2
 from recipes.baselines.config import AddConfig, LcmConfig, SwiftBrushV2Config
 from recipes.baselines.few_steps import FewSteps, load_unet
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import CaptionedPictures
+from recipes.directory import check_finished, read_object
 from recipes.emoji.stage import device, precision
 from recipes.quality.cost import Cost, update_cost
 from recipes.quality.judging import Judging
 from recipes.quality.material import Material
 from recipes.quality.rows import Row, Settings
 from tiue.checkpoint import load_student, save_student
-from tiue.components import load_components
+from tiue.components import Components, load_components
 from tiue.distill import vsd
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
@@ -94,7 +96,10 @@ class Contest:
                 result = self._trained(row, own, out, 0, cost, self.preset.search_share)
                 tried.append({"settings": dict(settings), "frechet": self._judging.frechet(row, result)})
             write_text(path, json.dumps(tried, indent=2) + "\n")
-        return min(json.loads(path.read_text(encoding="utf-8")), key=lambda entry: entry["frechet"])["settings"]
+        found = read_json(path)
+        if not isinstance(found, list) or [one.get("settings") for one in found] != [dict(one) for one in row.search]:
+            raise ValueError(f"{path} has results of another search: delete it, and the folders of that search")
+        return min(found, key=lambda entry: entry["frechet"])["settings"]
 
     def outs(self, row: Row) -> list[Path]:
         """The directories of a row's seeds."""
@@ -110,9 +115,12 @@ class Contest:
 
     def _trained(self, row: Row, settings: Settings, out: Path, seed: int, cost: Cost, share: float = 1.0) -> Path:
         result, finished = out / self._result(row), out / "training.json"
-        if not finished.exists():
-            iterations = max(1, round(share * self.preset.passes / cost.passes))
-            run, method = self._prepared(row, {**settings, "iterations": iterations, "seed": seed}, out)
+        iterations = max(1, round(share * self.preset.passes / cost.passes))
+        settings = {**settings, "iterations": iterations, "seed": seed}
+        if finished.exists():
+            self._check_finished(row, settings, out)
+        else:
+            run, method = self._prepared(row, settings, out)
             train(run, method)
             seconds = round(sum(read_log(out / "losses.csv")["seconds"]))
             found = asdict(cost) | {"iterations": iterations, "seconds": seconds}
@@ -120,12 +128,18 @@ class Contest:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # A gigabyte, which served to resume.
         return result
 
+    def _check_finished(self, row: Row, settings: Settings, out: Path) -> None:
+        """Raise ValueError if a finished run has other settings, which an older version of this file had."""
+        found = read_object(out / "config.json")
+        kept = {name: found[name] for name in ("clip_margin",) if name in found}  # measured, and takes a while
+        check_finished(out, self._config(row, {**settings, **kept}))
+
     def _result(self, row: Row) -> str:
         return FewSteps.result if row.method in ("lcm", "add") else Vsd.result
 
     def _merged(self, row: Row, out: Path) -> Path:
         path = out / "student.safetensors"
-        if not path.exists():
+        if not (out / "training.json").exists():
             out.mkdir(parents=True, exist_ok=True)
             full, lora = (load_student(self.results(self._row(name))[0]) for name in row.start)
             save_student(path, swiftbrushv2.merge(full, lora))
@@ -141,7 +155,7 @@ class Contest:
             mean = Cost(*(statistics.mean(values) for values in zip(*map(astuple, found), strict=True)))
             out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(asdict(mean), indent=2) + "\n")
-        return Cost(**json.loads(path.read_text(encoding="utf-8")))
+        return Cost(**read_object(path))
 
     def _counted(self, row: Row, settings: Settings, probe: Path) -> Cost:
         run, method = self._prepared(row, {**settings, "iterations": 1, "seed": 0}, probe)
@@ -151,17 +165,20 @@ class Contest:
         shutil.rmtree(probe, ignore_errors=True)
         return cost
 
-    def _prepared(self, row: Row, settings: Settings, out: Path) -> tuple[Run, Method]:
+    def _config(self, row: Row, settings: Settings) -> Any:
         common = {"batch_size": self.preset.batch, "mixed_precision": precision(), "checkpoint_every": 20, "keep": 1}
-        if row.method == "swiftbrushv2":
+        if row.method == "swiftbrushv2" and "clip_margin" not in settings:
             common["clip_margin"] = self.material.clip_margin
-        config: Any = _CONFIGS[row.method](**common | {"sample_every": 1_000_000} | dict(settings))
+        return _CONFIGS[row.method](**common | {"sample_every": 1_000_000} | dict(settings))
+
+    def _prepared(self, row: Row, settings: Settings, out: Path) -> tuple[Run, Method]:
+        config = self._config(row, settings)
         teacher, samples = load_components(self.material.teacher), self.material.prompts[:8]
         prompts = self.material.captions
         if row.method == "tiue":
             initial = load_student(self.material.warm) if row.start == ("warm",) else None
             return vsd.prepare(teacher, prompts, out, config, initial=initial, sample_prompts=samples)
-        unet = self._start(row)
+        unet = self._start(row, teacher)
         if row.method in ("lcm", "add"):
             data = CaptionedPictures(
                 self.material.pictures, teacher.geometry.height * teacher.geometry.pixels_per_latent
@@ -178,12 +195,12 @@ class Contest:
             teacher, prompts, out, config, initial=unet, alignment=alignment, sample_prompts=samples
         )
 
-    def _start(self, row: Row) -> Any:
+    def _start(self, row: Row, teacher: Components) -> Any:
         """The UNet that a row starts from; None for the teacher's."""
         (start,) = row.start
         if start == "teacher":
             return None
-        return load_unet(self.material.warm if start == "warm" else self.results(self._row(start))[0])
+        return load_unet(self.material.warm if start == "warm" else self.results(self._row(start))[0], teacher)
 
     def _row(self, name: str) -> Row:
         return next(row for row in self.preset.rows if row.name == name)

@@ -17,8 +17,10 @@ from tiue_runtime import Pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.cli import EvaluationConfig, Judge, evaluate, load_judges
+from evaluation.features import KINDS
 from evaluation.few_steps import sample_few_steps
 from evaluation.painters import Painter, pipeline_painter, student_painter, torch_painter
+from evaluation.reference import read_arrays
 from export.onnx import main as export
 from recipes.baselines.config import LcmConfig
 from recipes.baselines.few_steps import WITHOUT_BOUNDARY, lcm_scheduler
@@ -86,12 +88,10 @@ class Judging:
     @cached_property
     def _judges(self) -> list[Judge]:
         """The judges. Their features of the reference are kept, which take longer than a student's pictures."""
-        path, known = self._material.out / "reference.npz", None
-        if path.exists():
-            with np.load(path, allow_pickle=False) as arrays:
-                known = dict(arrays)
+        path = self._material.out / "reference.npz"
+        known = read_arrays(path, list(KINDS)) if path.exists() else {}
         judges = load_judges(self._material.reference, self._evaluation.features, known)
-        if known is None:
+        if any(judge.extractor.name not in known for judge in judges):
             with written_whole(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **{judge.extractor.name: judge.real for judge in judges})
         return judges

@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from evaluation.reference import read_json
+from recipes.plots import save_plot
 from recipes.quality.contest import Contest
 from recipes.quality.rows import Row
 from tiue.distill.runs import read_log
@@ -61,7 +63,7 @@ class Entry:
         return f"{self.row.name}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     def value(self, network: str, figure: str) -> tuple[float, float, float]:
-        """Return a figure's mean over training seeds, and the widest interval of one seed around it."""
+        """Return a figure's mean over training seeds, and an interval from the lowest end of a seed to the highest."""
         found = [of_seed.get(network, {}).get(figure) for of_seed in self.figures]
         if not all(found):
             return (float("nan"),) * 3
@@ -93,7 +95,7 @@ def write_page(contest: Contest, entries: Sequence[Entry]) -> None:
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """Lay the figures out in Markdown: value (low to high). Intervals hold prompts, and training seeds if several."""
+    """Lay the figures out in Markdown: value (low to high), see `Entry.value`. A cell without a figure is blank."""
     titles = [
         "",
         "seeds",
@@ -106,7 +108,7 @@ def table(entries: Sequence[Entry]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for entry in entries:
         cells = [entry.title, str(len(entry.figures)), *_training(entry.training)]
-        cells += [_milliseconds(entry.latency), f"{entry.operations / 1e9:.1f}"]
+        cells += [_milliseconds(entry.latency), "" if np.isnan(entry.operations) else f"{entry.operations / 1e9:.1f}"]
         cells += [_cell(entry.value(network, figure), figure) for _, network, figure in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -122,7 +124,10 @@ def records(contest: Contest, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def plot_latency(entries: Sequence[Entry], path: Path) -> None:
-    """Plot quality and diversity over the time of a picture, of the rows that have graphs. Numbers are steps."""
+    """Plot quality and diversity over the time of a picture, of the rows that have graphs. Numbers are steps.
+
+    The legend says over how many training seeds a row is, if several.
+    """
     timed: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.latency is not None:
@@ -135,18 +140,22 @@ def plot_latency(entries: Sequence[Entry], path: Path) -> None:
             at = [entry.latency["median"] * 1000 for entry in of_row if entry.latency is not None]
             values, lows, highs = np.transpose([entry.value(network, name) for entry in of_row])
             beyond = np.maximum([values - lows, highs - values], 0)
-            axis.errorbar(at, values, beyond, fmt="o-", capsize=2, linewidth=0.8, markersize=4, label=row)
+            seeds = len(of_row[0].figures)
+            label = f"{row} ({seeds} seeds)" if seeds > 1 else row
+            axis.errorbar(at, values, beyond, fmt="o-", capsize=2, linewidth=0.8, markersize=4, label=label)
             for entry, x, y in zip(of_row, at, values, strict=True):
                 axis.annotate(str(entry.steps), (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
         axis.set(title=title, xlabel="milliseconds a picture, two cores")
     if timed:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
+    save_plot(figure, path)
 
 
 def plot_losses(contest: Contest, rows: Sequence[Row], path: Path) -> None:
-    """Plot the first loss of every trained row over its updates: each update, and the mean of a tenth of the run."""
+    """Plot the first loss of every trained row over its updates: each update, and the mean of a tenth of the run.
+
+    Of several training seeds, it is the first.
+    """
     logs = {row.name: contest.folder(row) / "seed-0/losses.csv" for row in rows}
     logs = {name: log for name, log in logs.items() if log.exists()}
     columns = 4
@@ -165,12 +174,14 @@ def plot_losses(contest: Contest, rows: Sequence[Row], path: Path) -> None:
         axis.set_ylim(min(0, np.nanmin(values)), None)
         axis.set_title(f"{name}: {column}", fontsize=8)
         axis.tick_params(labelsize=7)
-    figure.savefig(path)
-    plt.close(figure)
+    save_plot(figure, path)
 
 
 def contact_sheet(contest: Contest, entries: Sequence[Entry], path: Path) -> None:
-    """Plot the first picture of the same prompts by every entry, unselected, from the same noise."""
+    """Plot the first picture of the same prompts by every entry, unselected, from the same noise.
+
+    Of several training seeds, it is the first.
+    """
     chosen = np.unique(np.linspace(0, len(contest.material.prompts) - 1, _SHEET).round().astype(int))
     figure, axes = plt.subplots(
         len(entries), len(chosen), figsize=(1.1 * len(chosen) + 1.5, 1.1 * len(entries)), dpi=100, squeeze=False
@@ -184,8 +195,7 @@ def contact_sheet(contest: Contest, entries: Sequence[Entry], path: Path) -> Non
     for axis, number in zip(axes[0], chosen, strict=True):
         axis.set_title(contest.material.prompts[number].replace(", ", ",\n"), fontsize=6)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    save_plot(figure, path, bbox_inches="tight")
 
 
 def _training(training: Sequence[dict[str, Any]]) -> list[str]:
@@ -206,5 +216,5 @@ def _cell(value: tuple[float, float, float], figure: str) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _json(path: Path) -> Any:
+    return read_json(path) if path.exists() else {}
