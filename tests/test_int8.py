@@ -141,3 +141,5 @@ def test_prompts_of_ones_own(bundles, tmp_path, capsys):
 def test_int8_is_for_cpus():
     with pytest.raises(ExportError, match="CUDA has no such kernels"):
         Options(precision="int8", target=("portable", "cuda"))
+    with pytest.raises(ExportError, match="`calibration_prompts` are for `precision` int8"):
+        Options(calibration_prompts=("a cat",))
