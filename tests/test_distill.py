@@ -623,7 +623,7 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
 
 def test_a_run_begins_from_an_initial_student(tmp_path):
     components = dataclasses.replace(changed(tiny.emoji()), name="started")
-    initial = Student(components, 751, {4: [751, 501, 251, 1]}, provenance={"history": ["warm"]})
+    initial = Student(components, 751, {4: [751, 501, 251, 1]}, provenance={"history": "warm"})
     _, method = prepare(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
     assert torch.equal(method.model.conv_out.bias, components.unet.conv_out.bias)
     finished = method.finished(method.model.state_dict())

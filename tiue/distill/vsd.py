@@ -181,7 +181,8 @@ class Vsd(Method):
         """Put the averaged weights and the settings of this run into the student."""
         unet = UNet2DConditionModel.from_config(self.model.config).eval()
         unet.load_state_dict(weights)
-        history = [*self._declared.provenance.get("history", []), {"distilled": asdict(self.config)}]
+        before = self._declared.provenance.get("history", [])  # Other programs may write something else than a list.
+        history = [*(before if isinstance(before, list) else [before]), {"distilled": asdict(self.config)}]
         provenance = self._declared.provenance | {"history": history}
         components = replace(self._declared.components, unet=unet)
         return replace(self._declared, components=components, provenance=provenance)
