@@ -89,13 +89,15 @@ class Options:
             raise ExportError(f"`weights` {self.weights}: graphs that compute in fp16 have fp16 weights; leave it out")
         if self.precision == "int8" and self.weights == "int8":
             raise ExportError("`weights` int8: graphs that compute in int8 store what they can so; leave it out")
-        if self.precision == "fp16" and self.variants in ((bundle.CPU,), (bundle.WEB,)):
-            only = self.variants[0]
-            raise ExportError(f"`precision` fp16: the {only} target computes in fp32; `weights` fp16 halves its files")
+        if self.precision == "fp16" and self.variants and {*self.variants} <= {bundle.CPU, bundle.WEB}:
+            named = f"{self.variants[0]} target computes" if len(self.variants) == 1 else "targets cpu and web compute"
+            raise ExportError(f"`precision` fp16: the {named} in fp32; `weights` fp16 halves the files")
         if self.precision == "int8" and bundle.CUDA in self.target:
             raise ExportError("`precision` int8: CUDA has no such kernels; export the cuda target in fp16")
         if self.precision == "int8" and bundle.WEB in self.target:
             raise ExportError("`precision` int8: WebGPU has no such kernels; `weights` int8 quarters the files")
+        if self.calibration_prompts and self.precision != "int8":
+            raise ExportError("`calibration_prompts` are for `precision` int8; leave them out")
         if (bundle.TINY in self.vae) != (self.tiny_vae is not None):
             raise ExportError("`vae` tiny and `vae_path`, a directory of a diffusers AutoencoderTiny, need each other")
         self._check_triton()

@@ -22,6 +22,7 @@ from export.execution import Array, in_one_line
 # Seven bits: without VNNI, x86 adds two products in 16 bits, which 255 * 127 * 2 exceeds. Saturation would take 5 to
 # 8 dB from the default model's latents. The eighth bit would give 2 dB, and its kernels take a quarter longer.
 WEIGHT_LEVELS = 64
+_LARGEST_COUNT = 2**30  # of a bias; the sums of products are added to it in 32 bits
 _OUTPUT_CHANNELS = {"Conv": 0, "MatMul": 1}  # the axis of the weights
 
 
@@ -168,14 +169,17 @@ def _quantize(
     before, axis = Tape(), _OUTPUT_CHANNELS[node.op_type]
     if x not in rounded:
         rounded[x] = _round_trip(graph, before, node.inputs[0], x, ranges[x])
-    scale, quantized, _ = _quantized_weights(node)
+    bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) == 3 else None
+    # A channel of tiny weights has larger steps than its weights need, so that 32 bits hold its bias.
+    least = 0.0 if bias is None else np.abs(_array(bias)) / (_LARGEST_COUNT * ranges[x].scale)
+    scale, quantized, _ = _quantized_weights(node, least)
     replaced = [node.inputs[1]]
-    new = [rounded[x], _restored(graph, before, node.inputs[1], quantized, scale, axis)]
-    if node.op_type == "Conv" and len(node.inputs) == 3:  # in 32 bits, with the step of the sum
+    new = [rounded[x], _restored(graph, before, node, 1, quantized, scale, axis)]
+    if bias is not None:  # in 32 bits, with the step of the sum
         step = scale * np.float32(ranges[x].scale)
-        counted = np.rint(_array(node.inputs[2]) / step).astype(np.int32)
-        replaced.append(node.inputs[2])
-        new.append(_restored(graph, before, node.inputs[2], counted, step, 0))
+        counted = np.rint(_array(bias) / step).astype(np.int32)
+        replaced.append(bias)
+        new.append(_restored(graph, before, node, 2, counted, step, 0))
     for i, value in enumerate(new):
         node.replace_input_with(i, value)
     for value in replaced:
@@ -213,11 +217,17 @@ def _round_trip(graph: ir.Model, tape: Tape, value: ir.Value | None, name: str, 
 
 
 def _restored(
-    graph: ir.Model, tape: Tape, weight: ir.Value | None, integers: Array, scale: Array, axis: int
+    graph: ir.Model, tape: Tape, node: ir.Node, index: int, integers: Array, scale: Array, axis: int
 ) -> ir.Value:
-    """Return a float32 value that is stored as integers."""
+    """Return a float32 value that is stored as integers, for an input of a layer.
+
+    Layers that share a bias do not share its integers, because their steps differ.
+    """
+    weight = node.inputs[index]
     assert weight is not None
     name = f"{weight.name}.{integers.dtype}"
+    if len(weight.uses()) > 1:
+        name = f"{name}.{node.outputs[0].name}"
     inputs = [
         _initializer(graph, name, integers),
         _initializer(graph, f"{name}.scale", scale.astype(np.float32)),
@@ -236,12 +246,12 @@ def _initializer(graph: ir.Model, name: str, array: Array) -> ir.Value:
     return known
 
 
-def _quantized_weights(node: ir.Node) -> tuple[Array, Array, Array]:
-    """Return (scale of each output channel, int8 weights, float32 weights)."""
+def _quantized_weights(node: ir.Node, least: float | Array = 0.0) -> tuple[Array, Array, Array]:
+    """Return (scale of each output channel, at least `least`; int8 weights; float32 weights)."""
     values = _array(node.inputs[1])
     axis = _OUTPUT_CHANNELS[node.op_type]
     largest = np.abs(values).max(axis=tuple(i for i in range(values.ndim) if i != axis))
-    scale = np.where(largest > 0, largest / WEIGHT_LEVELS, 1).astype(np.float32)
+    scale = np.maximum(np.where(largest > 0, largest / WEIGHT_LEVELS, 1), least).astype(np.float32)
     shaped = scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
     return scale, np.rint(values / shaped).astype(np.int8), values
 

@@ -77,6 +77,8 @@ def _export(arguments: argparse.Namespace) -> Path:
 
     source = arguments.ckpt  # A Path drops ./, and owner/name would then look like an id of the Hub.
     chosen = Source(**given(arguments, Source))
+    if chosen.safety_checker_path is not None and arguments.safety_checker is False:
+        raise ValueError("`safety_checker` off leaves out the one in `safety_checker_path`; leave one of the flags out")
     out = Path(chosen.out or f"{Path(source).resolve().name.removesuffix('.safetensors')}-bundle")
     loras = [parse_lora(text) for text in chosen.lora]
     prompts = load_prompts(Path(chosen.calibration_prompts)) if chosen.calibration_prompts else ()

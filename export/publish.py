@@ -7,6 +7,7 @@ So the next export into the same folder, under any name, says what was left and 
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -21,6 +22,7 @@ from export.errors import ExportError
 _PREFIX, _LOCK = ".tiue-export-", ".lock"
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
 _HERE = -100  # AT_FDCWD
+_MOUNTS = Path("/proc/self/mountinfo")  # of Linux; the fifth word of a line is a mount point
 
 
 def check_target(out: Path, manifest: str, *, overwrite: bool) -> Path:
@@ -41,6 +43,8 @@ def check_target(out: Path, manifest: str, *, overwrite: bool) -> Path:
         target = out.resolve()
     except (OSError, RuntimeError) as error:  # Python 3.13 raises OSError for a loop, earlier versions RuntimeError.
         raise ExportError(f"`out`: {out} cannot be followed, it may be a link to itself") from error
+    if _is_mount_point(target):  # Nothing can be renamed to it. That would be noticed at the end of the export.
+        raise ExportError(f"`out`: {out} is a mount point, which cannot be replaced; name a directory in it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
     if not overwrite:
@@ -101,6 +105,18 @@ def publish(built: Path, out: Path) -> None:
             raise
         aside.rename(built)
     shutil.rmtree(built, ignore_errors=True)  # What cannot be removed is left for the next export to name.
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Return whether a path is a mount point. Of bind mounts of the same file system, only Linux's table knows."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    name = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(path))
+    return any(line.split()[4] == name for line in lines)
 
 
 def _exchange(first: Path, second: Path) -> bool:

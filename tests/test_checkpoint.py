@@ -75,7 +75,7 @@ def test_a_file_of_before_the_rename_has_its_license(path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     metadata["licence"] = metadata.pop("license")
-    save_file(load_file(path), path, metadata)
+    save_file(load_file(path), path, metadata | {"format": "pt"})  # with another program's key, which is not JSON
     assert load_student(path).components.license == "apache-2.0"
 
 
@@ -180,6 +180,10 @@ def incomplete(path):
     rewrite(path, vae=json.dumps({}))
 
 
+def of_other_types(path):
+    rewrite(path, share_encoder='"false"')
+
+
 def of_an_unknown_class(path):
     rewrite(path, vae=json.dumps({"_class_name": "VQModel"}))
 
@@ -230,9 +234,10 @@ def with_too_many_shared_up_blocks(path):
         (misshapen, r"a wrong shape for unet\.conv_in\.weight"),
         (malformed, "malformed metadata"),
         (incomplete, "incomplete or malformed metadata"),
+        (of_other_types, "share_encoder is 'false': expected bool"),
         (of_an_unknown_class, "VQModel is not supported: expected AutoencoderKL or AutoencoderTiny"),
         (with_a_damaged_tokenizer, "a malformed tokenizer"),
-        (without_a_named_schedule, "incomplete or malformed metadata"),
+        (without_a_named_schedule, r"malformed metadata: schedules is \[\]: expected dict"),
         (without_a_schedule, "names no schedule"),
         (with_an_empty_schedule, r"timesteps must lie in 0\.\.999, got \[\]"),
         (unordered, r"timesteps must be descending, got \[1, 501\]"),
@@ -422,6 +427,8 @@ def test_a_model_that_cannot_be_saved_or_exported_is_refused(changes, message):
 def test_provenance_that_is_not_json_is_refused():
     with pytest.raises(CheckpointError, match="provenance cannot be stored as JSON"):
         check_savable(replace(student(tiny.sd15()), provenance={"made by": object()}))
+    with pytest.raises(CheckpointError, match=r"provenance is \['warm'\]: expected dict"):
+        check_savable(replace(student(tiny.sd15()), provenance=["warm"]))
 
 
 @pytest.mark.parametrize("name", ["", "two\nlines", "half\ud83d", "bell\x07", "x" * 300, 7])

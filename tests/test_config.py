@@ -43,6 +43,8 @@ def test_a_distillation_of_stable_diffusion_has_the_settings_of_the_paper():
         ('"guidance": Infinity', "guidance", "a number of at least 0", "inf"),
         ('"ema_decay": 1.5', "ema_decay", "a number of at least 0 and at most 1", "1.5"),
         ('"t_min": 990', "t_min", "not exceed `t_max`", "990 and 980"),
+        ('"seed": 1000000000001', "seed", "a whole number of at least 0 and at most 1e+12", "1000000000001"),
+        (f'"guidance": 1{"0" * 400}', "guidance", "a number of at least 0", f"1{'0' * 95} ..."),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path, setting, name, expected, received):

@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 import errno
@@ -19,13 +20,13 @@ from processes import launched, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import ALMOST_ZERO, AMPLIFIED, CUT_LOSSES, EMBEDDINGS, REORDERED, SHARED_LOSSES, SHARED_WEIGHTS
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from tiue.checkpoint import CheckpointError, Student, load_student
 from tiue.distill import runs
 from tiue.distill.average import Average
 from tiue.distill.cli import main
-from tiue.distill.clip import ClipScore
+from tiue.distill.clip import ClipScore, load_clip
 from tiue.distill.command import status_of
 from tiue.distill.config import DistillConfig
 from tiue.distill.draws import Draws, SharedDraws
@@ -206,22 +207,34 @@ def changed(components):
     return components
 
 
-@pytest.mark.parametrize("name", ["teacher", "prompts", "init"])
-def test_a_run_is_not_resumed_with_another(tmp_path, name):
+@pytest.mark.parametrize("name", ["teacher", "noise_process", "prompts", "init", "clip"])
+def test_a_run_is_not_resumed_with_another(tmp_path, name, clip):
     distill(tmp_path, iterations=1)
+    teacher = changed(tiny.emoji()) if name == "teacher" else tiny.emoji()
+    if name == "noise_process":
+        of_v = teacher.scheduler_config | {"prediction_type": "v_prediction"}
+        teacher = dataclasses.replace(teacher, scheduler_config=of_v)
     given = {
-        "teacher": changed(tiny.emoji()) if name == "teacher" else tiny.emoji(),
+        "teacher": teacher,
         "prompts": PROMPTS[::-1] if name == "prompts" else PROMPTS,
         "initial": Student(tiny.emoji(), 751, {4: [751, 501, 251, 1]}) if name == "init" else None,
+        "clip": clip if name == "clip" else None,
     }
     with pytest.raises(ValueError, match=rf"another configuration: {name} \S+ -> '[0-9a-f]{{16}}'$"):
         prepare(**given, out=tmp_path, config=CONFIG)
 
 
 def test_a_mistake_leaves_no_run_behind(tmp_path):
-    initial = Student(tiny.emoji(), 501, {2: [501, 1]})
-    with pytest.raises(ValueError, match="this run needs"):
-        prepare(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
+    of_v = tiny.emoji().scheduler_config | {"prediction_type": "v_prediction"}
+    for initial, message in (
+        (Student(tiny.emoji(), 501, {2: [501, 1]}), "this run needs"),
+        (
+            Student(dataclasses.replace(tiny.emoji(), scheduler_config=of_v), 751, {4: [751, 501, 251, 1]}),
+            r"the initial student learned v_prediction .*; the teacher has epsilon",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
     assert not list(tmp_path.iterdir())
 
 
@@ -276,22 +289,30 @@ def by_one_process(tmp_path_factory, teacher_directory, prompts_file) -> tuple[l
 
 
 @pytest.mark.parametrize(
-    ("kind", "version", "accumulated", "changes", "message"),
+    ("kind", "version", "environment", "changes", "message"),
     [
-        ("DEEPSPEED", 1, 1, {}, "configured for DEEPSPEED; a run is shared by DDP or FSDP 2"),
-        ("FSDP", 1, 1, {}, "configured for FSDP 1; set fsdp_version: 2"),
-        ("FSDP", 2, 1, {"optimizer": "adam8bit"}, "`optimizer` adam8bit does not work with FSDP"),
-        ("MULTI_GPU", 1, 4, {}, "configured to accumulate 4 gradients; set `accumulate` instead"),
+        ("DEEPSPEED", 1, {}, {}, "configured for DEEPSPEED; a run is shared by DDP or FSDP 2"),
+        ("FSDP", 1, {}, {}, "configured for FSDP 1; set fsdp_version: 2"),
+        ("FSDP", 2, {}, {"optimizer": "adam8bit"}, "`optimizer` adam8bit does not work with FSDP"),
+        (
+            "MULTI_GPU",
+            1,
+            {"GRADIENT_ACCUMULATION_STEPS": "4"},
+            {},
+            "configured to accumulate 4 gradients; set `accumulate` instead",
+        ),
+        ("MULTI_GPU", 1, {"MIXED_PRECISION": "bf16"}, {}, "mixed precision in bf16; set `mixed_precision` instead"),
     ],
 )
 def test_what_accelerate_can_and_a_run_cannot_is_refused(
-    tmp_path, monkeypatch, kind, version, accumulated, changes, message
+    tmp_path, monkeypatch, kind, version, environment, changes, message
 ):
     class Launched(Accelerator):
         distributed_type = DistributedType(kind)
         is_fsdp2 = version == 2
 
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulated))
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
     monkeypatch.setattr("tiue.distill.method.Accelerator", Launched)
     with pytest.raises(ValueError, match=message):
         made(tmp_path, **changes)
@@ -520,6 +541,21 @@ def test_the_clip_loss_needs_clip(tmp_path):
         made(tmp_path, clip_weight=0.1)
 
 
+def test_clip_is_loaded_whole_and_in_float32(tmp_path, clip):
+    tiny.taesd(latent_channels=16).save_pretrained(tmp_path / "vae")
+    model = copy.deepcopy(clip._model).half()
+    model.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="holds no tokenizer of CLIP"):
+        load_clip(tmp_path / "clip", tmp_path / "vae")
+    (tmp_path / "clip/vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}')
+    (tmp_path / "clip/merges.txt").write_text("#version: 0.2\n")
+    loaded = load_clip(tmp_path / "clip", tmp_path / "vae")
+    assert loaded.loss(torch.zeros(1, 16, 8, 8), ["a"]).dtype == torch.float32
+    CLIPTextModel(model.config.text_config).save_pretrained(tmp_path / "clip")  # as in a pipeline
+    with pytest.raises(ValueError, match="lacks tensor logit_scale"):
+        load_clip(tmp_path / "clip", tmp_path / "vae")
+
+
 def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):
     components = tiny.with_unet(tiny.unet(cross_attention_dim=24))
     with pytest.raises(ValueError, match=r"embeddings of 24 .* makes 16"):
@@ -550,7 +586,7 @@ def test_a_report_ends_the_run(tmp_path):
         (OSError(), 2, "OSError"),
         (DivergedError("x"), 1, "x"),
         (StoppedError("x", 15), 143, "x"),
-        (KeyboardInterrupt(), 2, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_a_command_ends_with_a_status_and_one_line(error, status, said, capsys):
@@ -581,13 +617,13 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tiue.components.load_components", interrupted)
-    assert main(["--teacher", "t", "--prompts", "p.txt", "--out", "o"]) == 2
+    assert main(["--teacher", "t", "--prompts", "p.txt", "--out", "o"]) == 130
     assert capsys.readouterr().err == "python -m tiue: error: interrupted\n"
 
 
 def test_a_run_begins_from_an_initial_student(tmp_path):
     components = dataclasses.replace(changed(tiny.emoji()), name="started")
-    initial = Student(components, 751, {4: [751, 501, 251, 1]}, provenance={"history": ["warm"]})
+    initial = Student(components, 751, {4: [751, 501, 251, 1]}, provenance={"history": "warm"})
     _, method = prepare(tiny.emoji(), PROMPTS, tmp_path, CONFIG, initial=initial)
     assert torch.equal(method.model.conv_out.bias, components.unet.conv_out.bias)
     finished = method.finished(method.model.state_dict())
@@ -602,7 +638,7 @@ def test_a_student_with_a_shared_up_block(tmp_path):
 def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
     distill(tmp_path, iterations=2)
     settings = json.loads((tmp_path / "config.json").read_text())
-    for name in ("shared_up_blocks", "teacher", "prompts", "init", "processes"):
+    for name in ("shared_up_blocks", "teacher", "noise_process", "prompts", "init", "clip", "processes"):
         del settings[name]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="another configuration: shared_up_blocks 0 -> 1"):
@@ -619,6 +655,9 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
         (["--batch-size", "0"], "--batch-size must be a whole number of at least 1, got 0"),
         (["--learning-rate", "nan"], "--learning-rate must be a number above 0, got nan"),
         (["--ema-decay", "1.5"], "--ema-decay must be a number of at least 0 and at most 1, got 1.5"),
+        (["--clip", "x"], "--clip-weight, --clip and --tiny-vae need each other"),
+        (["--clip-weight", "0.1"], "--clip-weight, --clip and --tiny-vae need each other"),
+        (["--prompt-field", "caption"], "prompts.txt: a .txt has no fields, so it has no caption"),
         (["--t-max", "1000"], "--t-max must be below the teacher's 1000 timesteps, got 1000"),
         (["--init", "{tmp}/none.safetensors"], "no such checkpoint"),
         (["--preset", "{tmp}/none.json"], "none.json: No such file"),

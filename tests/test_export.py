@@ -451,6 +451,18 @@ def test_a_link_to_itself_is_refused(students, tmp_path, capsys):
     assert_refused(capsys, export("--ckpt", students["sd15"], "--out", out), "--out", tmp_path, ["out"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the table of mounts is Linux's")
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match=r"/proc is a mount point, .* name a directory in it"):
+        publish.check_target(Path("/proc"), bundle.MANIFEST, overwrite=True)
+    out, table = tmp_path / "a volume", tmp_path / "mountinfo"
+    out.mkdir()
+    table.write_text(f"36 35 8:1 /b {str(out).replace(' ', chr(92) + '040')} rw shared:1 - ext4 /dev/sda1 rw\n")
+    monkeypatch.setattr(publish, "_MOUNTS", table)
+    with pytest.raises(ExportError, match="a volume is a mount point"):
+        publish.check_target(out, bundle.MANIFEST, overwrite=False)
+
+
 def test_a_read_only_bundle_is_not_replaced(directories):
     _, out = directories
     out.chmod(0o555)
@@ -517,6 +529,8 @@ def test_parts_that_do_not_fit(tmp_path, capsys):
         (("--ckpt", "x", "--target", "cpu,cpu"), "--target"),
         (("--ckpt", "x", "--precision", "fp16", "--weights", "fp32"), "--weights"),
         (("--ckpt", "x", "--vae", "tiny"), "--vae-path"),
+        (("--ckpt", "x", "--target", "cpu,web", "--precision", "fp16"), "targets cpu and web compute in fp32"),
+        (("--ckpt", "x", "--no-safety-checker", "--safety-checker-path", "y"), "--safety-checker-path"),
     ],
 )
 def test_usage(arguments, flag, capsys):

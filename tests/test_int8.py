@@ -88,6 +88,25 @@ def test_what_is_quantized_computes_in_8_bits_and_nothing_else_does(tmp_path):
             assert INT8_FLOOR_DB < psnr(value, expected[name]) < INT8_CEILING_DB
 
 
+def test_biases_are_kept_whatever_the_weights_of_their_channel(tmp_path):
+    """Two layers share a bias, and have other steps. In one, a channel has almost no weights."""
+    model = graph()
+    second, third = quantizable(model)[:2]
+    values = second.inputs[1].const_value.numpy().copy()
+    values[3] *= 1e-12
+    second.inputs[1].const_value = ir.tensor(values)
+    second.inputs[2].const_value = ir.tensor(RNG.standard_normal(8).astype(np.float32) * 300)
+    third.replace_input_with(2, second.inputs[2])
+    ranges, made = calibrate(model, RUNS)
+    assert quantize(model, ranges, floor_db=0) == 3
+    run = session(model, tmp_path / "optimized.onnx")
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert operators["QLinearConv"] == 2
+    for feeds, expected in zip(RUNS, made, strict=True):
+        for name, value in zip(("y", "b"), run.run(["y", "b"], feeds), strict=True):
+            assert psnr(value, expected[name]) > INT8_FLOOR_DB
+
+
 def test_a_layer_that_would_lose_too_much_stays_in_float():
     model = graph()
     outlier = [{"x": RUNS[0]["x"].copy()}]
@@ -141,3 +160,5 @@ def test_prompts_of_ones_own(bundles, tmp_path, capsys):
 def test_int8_is_for_cpus():
     with pytest.raises(ExportError, match="CUDA has no such kernels"):
         Options(precision="int8", target=("portable", "cuda"))
+    with pytest.raises(ExportError, match="`calibration_prompts` are for `precision` int8"):
+        Options(calibration_prompts=("a cat",))

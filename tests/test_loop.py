@@ -36,6 +36,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, number,
     def interrupted(self, step, batch):
         if step == 4:
             os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # launchers and schedulers send several
         return update(self, step, batch)
 
     with monkeypatch.context() as patch:
@@ -43,6 +44,17 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, number,
         with pytest.raises(StoppedError, match=f"stopped by {number.name} after step 5, saved at step 5"):
             toy.run(tmp_path / "stopped", 8, **changes)
     assert torch.equal(load_file(toy.run(tmp_path / "stopped", 8, **changes))["weight"], whole)
+
+
+def test_ctrl_c_after_a_signal_does_not_wait(tmp_path, monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(toy.Regression, "update", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path, 8)
+    assert not runs.checkpoints(tmp_path)
 
 
 def test_a_killed_run_resumes_from_its_checkpoint_or_the_one_before(tmp_path, monkeypatch, caplog):

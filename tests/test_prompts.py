@@ -220,6 +220,8 @@ def test_stored_prompts_are_unique_and_read_one_by_one(tmp_path):
     assert Prompts(tmp_path / "other").digest != stored.digest
     store_prompts([*given, "x"], tmp_path / "same")
     assert Prompts(tmp_path / "same").digest == stored.digest
+    store_prompts(["other"], tmp_path / "s")  # by a second process, while the first one trains
+    assert list(stored) == ["a red heart", "çedilla", "", "x"] and list(Prompts(tmp_path / "s")) == ["other"]
 
 
 def test_prompts_that_are_half_written_cannot_be_opened(tmp_path):

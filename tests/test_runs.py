@@ -1,3 +1,4 @@
+import io
 import resource
 import signal
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
     assert "step-00000002.pt is damaged" in caplog.text
 
 
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path):
+    """The run goes on from step 1, and is stopped before step 4."""
+    emptied(saved(tmp_path, 1, 4))
+    saved(tmp_path, 2, 3, keep=2)
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-00000002.pt", "step-00000003.pt"]
+
+
 def test_without_a_whole_checkpoint_a_run_begins_anew(tmp_path, caplog):
     emptied(saved(tmp_path, 1))
     assert restored(tmp_path) == (0, 0)
@@ -143,6 +151,23 @@ def test_a_checkpoint_that_finds_no_space_leaves_those_that_there_are(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
+def test_an_interrupted_checkpoint_leaves_those_that_there_are(tmp_path, monkeypatch):
+    """A second Ctrl-C while it is written."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, _: self.touch() or Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
 
 

@@ -35,6 +35,14 @@ from tiue.weights import Stored, WeightsError, fill, read_headers, without_wrapp
 FORMAT = 1
 PARTS = ("unet", "text_encoder", "vae")
 _DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
+# The keys of the metadata besides tiue_student, and the types of their values. Other keys belong to other programs.
+_KEYS: dict[str, type] = {
+    **dict.fromkeys((*PARTS, "scheduler", "tokenizer", "tokenizer_settings"), dict),
+    **dict.fromkeys(("name", "license", "licence", "base_model"), str),
+    **dict.fromkeys(("encoder_timestep", "shared_up_blocks"), int),
+    **dict.fromkeys(("schedules", "provenance", "aliases"), dict),
+    "share_encoder": bool,
+}
 _LONGEST_TEXT = 200  # characters of a name, as in bundle.json
 _QUANTIZERS = ("bitsandbytes", "torchao", "torch.ao", "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq")
 
@@ -281,9 +289,14 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not (version.isascii() and version.isdigit() and len(version) < 10) or int(version) > FORMAT:
         raise CheckpointError(f"{path} has student format {version[:100]}; this tiue reads up to {FORMAT}")
     try:
-        return {key: json.loads(value) for key, value in metadata.items()}
+        values = {key: json.loads(metadata[key]) for key in _KEYS if key in metadata}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has malformed metadata: {one_line(error)}") from error
+    for key, value in values.items():
+        if type(value) is not _KEYS[key]:
+            expected = _KEYS[key].__name__
+            raise CheckpointError(f"{path} has malformed metadata: {key} is {value!r:.100}: expected {expected}")
+    return values
 
 
 def _empty_modules(metadata: Mapping[str, Any]) -> dict[str, Any]:

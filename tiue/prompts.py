@@ -62,6 +62,8 @@ def read_prompts(path: Path, field: str | None = None, skipped: Skipped | None =
         files = _files(path, counts)
     except OSError as error:
         raise ValueError(f"{one_line(str(path))}: {one_line(error.strerror or error)}") from error
+    if field is not None and all(file.suffix.lower() == ".txt" for file in files):
+        raise ValueError(f"{path}: a .txt has no fields, so it has no {one_line(field, 100)}")
     for file in files:
         try:
             for caption in _READERS[file.suffix.lower()](file, field, counts):

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass
 from types import NoneType
@@ -175,7 +175,7 @@ def _fits(value: Any, kind: type, rule: _Rule) -> bool:
         return False
     if kind in (int, float):
         return (
-            math.isfinite(value)
+            abs(value) <= sys.float_info.max  # false for NaN; math.isfinite fails for whole numbers beyond
             and (rule.at_least is None or value >= rule.at_least)
             and (rule.above is None or value > rule.above)
             and (rule.at_most is None or value <= rule.at_most)

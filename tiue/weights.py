@@ -32,6 +32,7 @@ _HARMLESS = {
     "unet": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),  # counters of an average
     "vae": re.compile(r"(.*\.)?(num_updates|decay|optimization_step)$"),
     "safety_checker": re.compile(r"(.*\.)?position_ids$"),
+    "clip": re.compile(r"(.*\.)?position_ids$"),
     "text_encoder": re.compile(
         r"(.*\.)?position_ids$"  # the numbers 0 to L - 1, which the model computes itself
         r"|(.*\.)?(num_updates|decay|optimization_step)$"
@@ -70,7 +71,7 @@ def choose_weights(part: str, names: Iterable[str]) -> tuple[str | None, list[st
         WeightsError: there are no weights in safetensors.
     """
     names = sorted(names)
-    stem = "model" if part in ("text_encoder", "safety_checker") else "diffusion_pytorch_model"
+    stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"  # of diffusers, and of transformers
     for variant, middle, shards in (
         (None, "", rf"{stem}-\d+-of-\d+\.safetensors"),
         ("fp16", ".fp16", rf"{stem}(\.fp16-\d+-of-\d+|-\d+-of-\d+\.fp16)\.safetensors"),  # new and old style

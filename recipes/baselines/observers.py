@@ -19,6 +19,7 @@ from evaluation.encoder.network import Encoder, load_encoder
 from evaluation.encoder.sentences import Sentences
 from evaluation.features import load_network, load_processor
 from tiue.components import Components, decode_latents
+from tiue.files import fingerprint
 from tiue.losses import clip_loss
 
 _DINO_LAYERS = 4  # hidden states that the critic sees, evenly from all
@@ -112,6 +113,11 @@ class EncoderAlignment:
         self._encoder, self._margin = load_encoder(path).requires_grad_(False), margin
         self._vae = copy.deepcopy(components.vae).requires_grad_(False)  # The sample grids move the model's own.
         self._sentences: Sentences | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of both networks."""
+        return fingerprint(self._encoder, self._vae)
 
     def to(self, device: torch.device) -> EncoderAlignment:
         """Move both networks."""

@@ -30,7 +30,7 @@ files of a run:
 
 stopping and resuming:
   The same command resumes from the newest undamaged checkpoint. The weights are then those of an uninterrupted run.
-  SIGTERM and Ctrl-C write a checkpoint first. A second Ctrl-C does not wait. Changed settings are refused and named.
+  SIGTERM and Ctrl-C write a checkpoint first. Ctrl-C after that does not wait. Changed settings are refused and named.
 
 several GPUs, several machines, FSDP:
   accelerate config                     asks once for your hardware
@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     settings = read_preset(arguments.preset) if arguments.preset else {}
     config = DistillConfig(**settings | given(arguments, DistillConfig))
+    if len({arguments.clip is not None, arguments.tiny_vae is not None, config.clip_weight > 0}) > 1:
+        raise ValueError("`clip_weight`, --clip and --tiny-vae need each other")
     if arguments.dry_run:
         _dry_run(arguments, config)
     else:
@@ -149,11 +151,7 @@ def _distill(arguments: argparse.Namespace, config: DistillConfig) -> None:
     from tiue.prompts import load_prompts, read_prompts
 
     samples = load_prompts(arguments.sample_prompts) if arguments.sample_prompts else None
-    clip = None
-    if config.clip_weight:
-        if not (arguments.clip and arguments.tiny_vae):
-            raise ValueError("`clip_weight` needs --clip and --tiny-vae")
-        clip = load_clip(arguments.clip, arguments.tiny_vae)
+    clip = load_clip(arguments.clip, arguments.tiny_vae) if config.clip_weight else None
     teacher = load_components(arguments.teacher)
     initial = load_student(arguments.init) if arguments.init else None
     prompts = read_prompts(arguments.prompts, arguments.prompt_field)

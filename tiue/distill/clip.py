@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizerFast
 
 from tiue.components import decode_latents, load_tiny_vae
-from tiue.files import one_line
+from tiue.files import fingerprint, one_line
+from tiue.loading import load_part
 from tiue.losses import CLIP_MARGIN, clip_loss
 
 # Mean and standard deviation of red, green and blue in CLIP's training pictures.
@@ -22,7 +23,14 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Alignment(Protocol):
-    """A frozen network that says how well pictures match their captions."""
+    """A frozen network that says how well pictures match their captions.
+
+    Attributes:
+        fingerprint: of its weights. A run resumes only with the same.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
 
     def to(self, device: torch.device) -> Any:
         """Move it, and return it."""
@@ -50,6 +58,11 @@ class ClipScore(Alignment):
         self._tokenizer, self._margin = tokenizer, margin
         size = model.config.vision_config.image_size
         self._size = (size, size)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of both networks."""
+        return fingerprint(self._model, self._vae)
 
     def to(self, device: torch.device) -> ClipScore:
         """Move both networks."""
@@ -84,13 +97,13 @@ def load_clip(directory: Path, tiny_vae: Path, margin: float = CLIP_MARGIN) -> C
         The CLIP loss.
 
     Raises:
-        ValueError: a directory is missing, or holds something else. The message names it.
+        ValueError: a directory is missing or incomplete, or holds something else. The message names it.
     """
     if not directory.is_dir():
         raise ValueError(f"no such directory: {directory}")
+    model = load_part(CLIPModel, directory, "clip")
     try:
-        model = CLIPModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
         tokenizer = CLIPTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} holds no CLIP model: {one_line(error)}") from error
+    except Exception as error:  # The tokenizers library raises bare Exceptions.
+        raise ValueError(f"{directory} holds no tokenizer of CLIP: {one_line(error)}") from error
     return ClipScore(model, tokenizer, load_tiny_vae(tiny_vae), margin)

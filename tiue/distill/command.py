@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -38,5 +39,5 @@ def status_of(program: str, work: Callable[[], object], settings: type | None = 
     except (ValueError, OSError) as error:
         return failed(error, 2)
     except KeyboardInterrupt:
-        return failed("interrupted", 2)
+        return failed("interrupted", 128 + signal.SIGINT)
     return 0

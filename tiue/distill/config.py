@@ -12,6 +12,7 @@ from tiue.settings import check, setting
 if TYPE_CHECKING:
     import torch
 
+LARGEST_SEED = 10**12  # The order of captions is seeded by a million times as much, and torch's seeds end at 2**64.
 _PRESETS = Path(__file__).with_name("presets")
 
 
@@ -35,7 +36,9 @@ class RunConfig:
         0.999, "decay per update of the student's average, which is saved; 0: no average", at_least=0, at_most=1
     )
     ema_every: int = setting(1, "updates between two averagings", at_least=1)
-    seed: int = setting(0, "the same seed, settings and machine give the same weights", at_least=0)
+    seed: int = setting(
+        0, "the same seed, settings and machine give the same weights", at_least=0, at_most=LARGEST_SEED
+    )
 
     mixed_precision: str = setting(
         "no",

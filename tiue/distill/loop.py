@@ -199,6 +199,5 @@ def _bar(run: Run, method: Method, first: int, progress: bool) -> tqdm:
 
 
 def _stopped(step: int, saved: int, number: int) -> str:
-    where = f"saved at step {saved}" if saved else "not saved"
-    name = signal.Signals(number).name
-    return f"stopped by {name} after step {step + 1}, {where}; the same command resumes from there"
+    where = f"saved at step {saved}; the same command resumes from there" if saved else "not saved"
+    return f"stopped by {signal.Signals(number).name} after step {step + 1}, {where}"

@@ -6,6 +6,7 @@ defines one update. The loop does the rest: resume, signals, log, checkpoints, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -83,7 +84,8 @@ class Run:
         config: the settings.
 
     Raises:
-        ValueError: accelerate is configured for something unsupported: DeepSpeed, FSDP 1, or its own accumulation.
+        ValueError: accelerate is configured for something unsupported: DeepSpeed, FSDP 1, or its own accumulation; or
+            for a mixed precision that is not the settings'.
     """
 
     def __init__(self, out: Path, config: RunConfig):
@@ -191,5 +193,8 @@ def _check_launch(accelerator: Accelerator) -> None:
         raise ValueError(f"accelerate is configured for {kind.value}; a run is shared by DDP or FSDP 2")
     if sharded and not accelerator.is_fsdp2:
         raise ValueError("accelerate is configured for FSDP 1; set fsdp_version: 2")
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch`
+    if wanted not in ("no", accelerator.mixed_precision):
+        raise ValueError(f"accelerate is configured for mixed precision in {wanted}; set `mixed_precision` instead")
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise ValueError(f"accelerate is configured to accumulate {steps} gradients; set `accumulate` instead")

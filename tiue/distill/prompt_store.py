@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tiue.files import written_whole
+
 _DIGEST_BYTES = 16
 
 
@@ -39,7 +41,8 @@ class Prompts(Sequence[str]):
 def store_prompts(captions: Iterable[str], directory: Path) -> int:
     """Write captions for `Prompts`, each once, in the order of their first appearance.
 
-    Memory holds about 100 bytes per caption, to recognize repetitions.
+    Memory holds about 100 bytes per caption, to recognize repetitions. Processes that have the store open keep reading
+    its old captions.
 
     Returns:
         The number of repetitions.
@@ -48,7 +51,7 @@ def store_prompts(captions: Iterable[str], directory: Path) -> int:
     (directory / "digest").unlink(missing_ok=True)  # A store without a digest cannot be opened.
     ends, seen, total = array("q"), set[bytes](), 0
     whole = hashlib.sha256()
-    with (directory / "text.bin").open("wb") as file:
+    with written_whole(directory / "text.bin") as temporary, temporary.open("wb") as file:
         end = 0
         for caption in captions:
             total += 1
@@ -59,7 +62,8 @@ def store_prompts(captions: Iterable[str], directory: Path) -> int:
                 end += file.write(encoded)
                 ends.append(end)
                 whole.update(len(encoded).to_bytes(8, "little") + encoded)
-    np.save(directory / "ends.npy", np.array(ends, np.int64))
+    with written_whole(directory / "ends.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(ends, np.int64))
     (directory / "digest").write_text(whole.hexdigest()[:16])
     return total - len(ends)
 

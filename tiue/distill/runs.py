@@ -68,19 +68,22 @@ def _recorded(config: RunConfig, identity: Identity) -> dict[str, Any]:
 
 
 def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep`.
+    """Write a checkpoint, then delete all but this one and those before it, `keep` in all.
+
+    A checkpoint of a later step is damaged, or the run would have resumed from it. It is deleted, too.
 
     Args:
         out: directory of the run.
         state: the state dictionary of every part, by name.
         step: the number of finished updates.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints stay, at least 1.
 
     Returns:
         The path of the checkpoint.
 
     Raises:
         OSError: it could not be written. The older checkpoints are unchanged.
+        KeyboardInterrupt: as for OSError.
     """
     directory = out / "checkpoints"
     directory.mkdir(exist_ok=True)
@@ -90,12 +93,15 @@ def save(out: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
     try:
         with written_whole(path) as temporary, temporary.open("wb") as file:
             torch.save({"format": _FORMAT, "step": step, "state": dict(state)}, file)
-    except RuntimeError as error:  # torch.save raises it from the OSError of a full disk.
-        if isinstance(error.__context__, OSError):
+    except RuntimeError as error:  # torch.save raises it from the OSError of a full disk, or from a second Ctrl-C.
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
             raise error.__context__ from None
         raise
-    for old in checkpoints(out)[:-keep]:
-        old.unlink()
+    found = checkpoints(out)
+    kept = found[: found.index(path) + 1][-keep:]
+    for other in found:
+        if other not in kept:
+            other.unlink()
     return path
 
 

@@ -11,9 +11,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Records a signal inside a `with` block instead of ending the process. A second signal raises KeyboardInterrupt.
+    """Records a signal inside a `with` block instead of ending the process.
 
-    Python handles signals on the main thread only. On other threads, nothing is recorded.
+    Ctrl-C after a signal raises KeyboardInterrupt. A second SIGTERM does not: launchers and schedulers send several,
+    and the checkpoint that the first one asked for would be lost. Python handles signals on the main thread only. On
+    other threads, nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
+        self.number = self.number or number

@@ -27,7 +27,7 @@ from tiue.distill.method import Means, Method, Run, Trained
 from tiue.distill.optimizers import check_optimizer, make_optimizer
 from tiue.distill.samples import pictures, sample_noise
 from tiue.distill.scores import Scores
-from tiue.files import fingerprint
+from tiue.files import digest, fingerprint
 from tiue.schedule import Schedule
 from tiue.unet import Predictor, TiUE, check_shared_up_blocks
 
@@ -181,7 +181,8 @@ class Vsd(Method):
         """Put the averaged weights and the settings of this run into the student."""
         unet = UNet2DConditionModel.from_config(self.model.config).eval()
         unet.load_state_dict(weights)
-        history = [*self._declared.provenance.get("history", []), {"distilled": asdict(self.config)}]
+        before = self._declared.provenance.get("history", [])  # Other programs may write something else than a list.
+        history = [*(before if isinstance(before, list) else [before]), {"distilled": asdict(self.config)}]
         provenance = self._declared.provenance | {"history": history}
         components = replace(self._declared.components, unet=unet)
         return replace(self._declared, components=components, provenance=provenance)
@@ -237,7 +238,8 @@ def prepare(
         prompts: captions. No pictures are needed. Repetitions are dropped.
         out: directory of the run, the same for all its processes.
         config: the settings.
-        initial: a student to start from, instead of the teacher's weights. It must have the run's schedules.
+        initial: a student to start from, instead of the teacher's weights. It must have the run's schedules, and the
+            teacher's noise process.
         sample_prompts: prompts of the sample grid, by default the first eight of `prompts`.
         clip: the CLIP loss, required by `clip_weight`.
         method: the class, for a method that derives from this one.
@@ -246,9 +248,9 @@ def prepare(
         The run and the method.
 
     Raises:
-        ValueError: `out` holds another run; `initial` has other schedules; teacher and text encoder do not fit; the
-            student could not be saved; the disk is too small for the text embeddings; a package is not installed; or
-            accelerate is configured for something unsupported.
+        ValueError: `out` holds another run; `initial` does not fit the teacher or the settings; teacher and text
+            encoder do not fit; the student could not be saved; the disk is too small for the text embeddings; a package
+            is not installed; or accelerate is configured for something unsupported.
     """
     check_shared_up_blocks(teacher.unet, config.shared_up_blocks)
     if config.clip_weight and clip is None:
@@ -260,7 +262,9 @@ def prepare(
     student = _student(teacher, initial, config)
     run.identify(
         teacher=fingerprint(teacher.unet, teacher.text_encoder),
+        noise_process=digest([repr(teacher.noise_schedule)]),
         init=None if initial is None else fingerprint(initial.components.unet),
+        clip=None if clip is None else clip.fingerprint,
     )
     check_savable(student)
     # Up to here, nothing was written.
@@ -282,6 +286,10 @@ def _student(teacher: Components, initial: Student | None, config: DistillConfig
         return Student(components, first, schedules, teacher.name, **sharing)
     if initial.encoder_timestep != first or any(initial.schedules.get(n) != s for n, s in schedules.items()):
         raise ValueError(f"the initial student has schedules {initial.schedules}, this run needs {schedules}")
+    theirs, ours = initial.components.noise_schedule, teacher.noise_schedule
+    if (theirs.prediction_type, theirs.abar) != (ours.prediction_type, ours.abar):
+        found = f"{theirs.prediction_type} and its own noise process"
+        raise ValueError(f"the initial student learned {found}; the teacher has {ours.prediction_type} and another one")
     kept = {name: getattr(initial.components, name) for name in ("unet", "name", "license")}
     return replace(initial, components=replace(teacher, **kept), schedules=schedules, **sharing)
 
