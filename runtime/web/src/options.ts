@@ -62,7 +62,7 @@ export interface LoadOptions {
   /**
    * Threads of a graph. In a page, more than one needs cross-origin isolation.
    * Default: all cores; at most four in a page; one in a page without isolation, and for "wasm" in Node.
-   * ONNX Runtime for WebAssembly keeps the threads of the first load, unless a worker runs it. Another number is refused.
+   * Without a worker, ONNX Runtime for WebAssembly keeps the threads of the first load. Another number is refused.
    */
   threads?: number | undefined;
   /** Called while files are fetched. */
