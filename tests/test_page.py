@@ -418,7 +418,8 @@ def test_the_last_choice_of_a_model_counts_and_other_choices_stay(open_page, add
     until(page, "document.querySelector('#model-choice').value === 'quick'")
     page.fill("#prompt", "a red heart")
     page.click("#draw")
-    idle(page)
+    while not asked:
+        page.wait_for_timeout(10)
     assert [(wish["model"], wish["n"]) for wish in asked] == [("quick", 4)]
 
 
@@ -508,7 +509,7 @@ def test_a_server_that_ends_in_the_middle_of_a_drawing_is_missed(open_page):
 
 
 def test_wrong_fields_and_unknown_words_are_explained(open_page, address):
-    page = open_page(address)
+    page = open_page(address, expect_errors=True)
     page.wait_for_selector("#counts input")
     draw(page, prompt=" ")
     assert "for example: a red heart" in notice(page)
