@@ -1,6 +1,7 @@
 """The server's page in headless Chromium, as people use it: make test-browser."""
 
 import base64
+import functools
 import io
 import re
 import shutil
@@ -191,8 +192,18 @@ def test_the_gallery_outlives_the_page_and_forgets_what_it_is_told_to(page):
     page.click("#clear")
     page.click("#confirm button[value=yes]")
     page.wait_for_selector("#empty", state="visible")
+    assert page.evaluate("document.activeElement.id") == "prompt"
     page.reload()
     page.wait_for_selector("#empty", state="visible")
+    draw(page)
+    page.click("#clear")
+    page.click("#confirm button[value=yes]")
+    page.wait_for_selector("#empty", state="visible")
+    draw(page)
+    page.click("#clear")
+    page.keyboard.press("Escape")  # The answer of the last time was yes.
+    page.reload()
+    page.wait_for_selector("#gallery li")
 
 
 def test_older_pictures_are_shown_on_request(page):
@@ -207,11 +218,13 @@ def test_older_pictures_are_shown_on_request(page):
     page.reload()
     until(page, "document.querySelectorAll('#gallery li').length === 48")
     assert page.text_content("#gallery-count") == "100 pictures"
-    page.click("#more")
+    page.evaluate("['first', 'second'].forEach(() => document.querySelector('#more').click())")
     until(page, "document.querySelectorAll('#gallery li').length === 96")
-    page.click("#more")
+    page.focus("#more")
+    page.keyboard.press("Enter")
     until(page, "document.querySelectorAll('#gallery li').length === 100")
-    assert not page.is_visible("#more")
+    until(page, "document.querySelector('#more').hidden")
+    assert page.evaluate("document.activeElement.closest('#gallery') !== null")
     assert page.locator("#gallery .seed").last.text_content() == "seed 0"
 
 
@@ -331,12 +344,112 @@ def test_cancel_and_escape_end_the_drawing(page):
     assert page.locator("#gallery li").count() == 1
 
 
+def press(page, **event):
+    """Send a key to the prompt, with facts of its event that a keyboard cannot be told to give."""
+    page.evaluate(
+        """(event) => document.querySelector("#prompt").dispatchEvent(
+            new KeyboardEvent("keydown", { bubbles: true, cancelable: true, ...event }))""",
+        event,
+    )
+
+
+def test_keys_of_an_input_method_neither_draw_nor_cancel(page):
+    page.route("**/generations", lambda route: None)  # It is never answered.
+    page.fill("#prompt", "a red heart")
+    for facts in ({"isComposing": True}, {"keyCode": 229}):
+        press(page, key="Enter", **facts)
+        assert page.locator(".plate").count() == 0
+    press(page, key="Enter")
+    page.wait_for_selector(".plate")
+    for facts in ({"isComposing": True}, {"keyCode": 229}):
+        press(page, key="Escape", **facts)
+        assert page.text_content("#draw") == "Cancel"
+    press(page, key="Escape")
+    idle(page)
+
+
+def test_a_double_click_or_two_keys_draw_once(open_page, address):
+    page = open_page("about:blank", expect_errors=True)
+    page.route("**/v1/models", lambda route: route.abort())
+    page.goto(address)
+    assert "cannot be reached" in notice(page)
+    page.unroute("**/v1/models")
+    page.fill("#prompt", "a red heart")
+    page.evaluate("['first', 'second'].forEach(() => document.querySelector('#composer').requestSubmit())")
+    page.wait_for_selector("#gallery button")
+    idle(page)
+    assert page.locator("#gallery li").count() == 1
+    page.dblclick("#draw")
+    idle(page)
+    assert page.locator("#gallery li").count() == 2 and page.text_content("#notice") == ""
+
+
+MODEL = {"license": "unknown", "steps": [1], "default_steps": 1, "examples": [], "device": "cpu", "most_pictures": 10}
+
+
+def test_the_last_choice_of_a_model_counts_and_other_choices_stay(open_page, address):
+    page = open_page("about:blank", expect_errors=True)
+    asked, held = [], []
+
+    def models(route):
+        name = route.request.url.rpartition("/")[2]
+        if name == "models":
+            content = {"data": [{"id": name} for name in ("one", "slow", "quick", "gone")]}
+        else:
+            content = {"tiue": {**MODEL, "sizes": ["64x64", "64x32" if name == "one" else "32x64"]}}
+        fulfill = functools.partial(route.fulfill, status=404 if name == "gone" else 200, json=content)
+        held.append(fulfill) if name == "slow" else fulfill()
+
+    page.route("**/v1/models**", models)
+    page.route("**/generations", lambda route: (asked.append(route.request.post_data_json), route.abort()))
+    page.goto(address)
+    page.wait_for_selector("#counts input")
+    page.select_option("#size", "64x32")
+    page.locator('#counts input[value="4"]').check(force=True)
+    page.select_option("#model-choice", "slow")
+    page.select_option("#model-choice", "quick")
+    until(page, "document.querySelector('#size').lastElementChild.value === '32x64'")
+    assert page.input_value("#size") == "64x64"
+    while not held:
+        page.wait_for_timeout(10)
+    held[0]()
+    page.select_option("#model-choice", "gone")
+    assert "status 404" in notice(page)
+    until(page, "document.querySelector('#model-choice').value === 'quick'")
+    page.fill("#prompt", "a red heart")
+    page.click("#draw")
+    while not asked:
+        page.wait_for_timeout(10)
+    assert [(wish["model"], wish["n"]) for wish in asked] == [("quick", 4)]
+
+
+def test_a_picture_that_the_full_storage_gives_up_at_last_is_not_called_kept(page):
+    page.evaluate(
+        """() => {
+            const add = IDBObjectStore.prototype.add;
+            IDBObjectStore.prototype.add = function (picture) {
+                const request = add.call(this, picture);
+                request.addEventListener("success", () => this.transaction.abort());
+                return request;
+            };
+        }"""
+    )
+    draw(page, prompt="zorblax")
+    said = notice(page)
+    assert "does not keep the picture" in said and "knows no word of 'zorblax'" in said
+    assert not page.evaluate("document.querySelector('#notice').classList.contains('note')")
+
+
 def test_an_api_key_is_asked_for_and_kept_in_the_tab(open_page):
     with serving("--api-key", "secret") as (address, _):
         page = open_page(address, expect_errors=True)
         page.wait_for_selector("#key-form")
+        page.fill("#key", "\u043a\u043b\u044e\u0447")
+        page.click("#key-form button")
+        until(page, "document.querySelector('#notice').textContent.includes('no key can have')")
         page.fill("#key", "wrong")
         page.click("#key-form button")
+        until(page, "document.querySelector('#notice').textContent.includes('Authorization')")
         until(page, "document.querySelector('#key').value === ''")
         assert "API key" in notice(page) and page.is_visible("#key-form")
         page.fill("#key", "secret")
@@ -396,7 +509,7 @@ def test_a_server_that_ends_in_the_middle_of_a_drawing_is_missed(open_page):
 
 
 def test_wrong_fields_and_unknown_words_are_explained(open_page, address):
-    page = open_page(address)
+    page = open_page(address, expect_errors=True)
     page.wait_for_selector("#counts input")
     draw(page, prompt=" ")
     assert "for example: a red heart" in notice(page)
@@ -409,6 +522,17 @@ def test_wrong_fields_and_unknown_words_are_explained(open_page, address):
     assert page.text_content("#gallery .seed") == f"seed {2**64 - 1}"
     draw(page, prompt="zorblax")
     assert "knows no word of 'zorblax'" in notice(page) and page.locator("#gallery li").count() == 2
+    page.fill("#seed", "")
+    page.focus("#seed")
+    page.keyboard.insert_text(f"  {2**64 - 4}  ")  # Nothing is cut off what is pasted.
+    page.click("#draw")
+    idle(page)
+    assert page.text_content("#gallery .seed") == f"seed {2**64 - 4}"
+    page.fill("#prompt", "")
+    page.focus("#prompt")
+    page.keyboard.insert_text("x" * 4001)
+    page.click("#draw")
+    until(page, "document.querySelector('#notice').textContent.includes('at most 4,000 characters, got 4,001')")
 
 
 def test_nothing_runs_but_the_page_s_own_scripts_and_nothing_comes_from_elsewhere(open_page, chromium, address):

@@ -1,9 +1,9 @@
 // The window, and the process that draws. It gets Electron as an argument, so that tests can stand in for it.
-import { fileURLToPath, pathToFileURL } from "node:url";
+import { fileURLToPath } from "node:url";
 import { checkMessage } from "./messages.js";
 
 const path = (name) => fileURLToPath(new URL(name, import.meta.url));
-export const PAGE = path("page/index.html");
+export const PAGE = new URL("page/index.html", import.meta.url).href;
 export const CHANNEL = "artist";
 
 /** Start the application. `bundle` is the directory of the model. */
@@ -22,11 +22,11 @@ export async function start({ app, BrowserWindow, ipcMain, utilityProcess }, bun
     if (!window.isDestroyed()) window.webContents.send(CHANNEL, message);
   });
   ipcMain.on(CHANNEL, (event, message) => {
-    const trusted = event.senderFrame?.url === pathToFileURL(PAGE).href;
+    const trusted = event.senderFrame?.url === PAGE;
     if (trusted && checkMessage(message)) artist.tell(message);
   });
   app.on("will-quit", () => artist.end());
-  await window.loadFile(PAGE);
+  await window.loadURL(PAGE); // loadFile would write a path with % in another way.
   return window;
 }
 
@@ -49,6 +49,7 @@ class Artist {
   }
 
   tell(message) {
+    if (this.#ending) return;
     this.#process ??= this.#start();
     if (this.#waiting) this.#waiting.push(message);
     else this.#process.postMessage(message);

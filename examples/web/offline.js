@@ -2,7 +2,8 @@
 // server will do. The package keeps the model itself.
 const FILES = ["./"]; // build.mjs puts the page's files here,
 const VERSION = "development"; // and a hash of them here.
-const CACHE = `painter-${VERSION}`;
+const OWN = `painter ${self.registration.scope} `; // Pages in other folders of this host have caches of their own.
+const CACHE = `${OWN}${VERSION}`;
 const ISOLATION = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
 
 const keep = async () => {
@@ -10,7 +11,7 @@ const keep = async () => {
   await cache.addAll(FILES.map((file) => new Request(file, { cache: "no-cache" })));
 };
 const dropOlder = async () => {
-  const names = (await caches.keys()).filter((name) => name.startsWith("painter-") && name !== CACHE);
+  const names = (await caches.keys()).filter((name) => name.startsWith(OWN) && name !== CACHE);
   await Promise.all(names.map((name) => caches.delete(name)));
   await clients.claim();
 };
@@ -31,7 +32,8 @@ async function answer(request) {
   let response = await cache.match(request, { ignoreSearch: true });
   if (!response) {
     response = await fetch(request);
-    if (response.ok && !response.redirected) await cache.put(request, response.clone());
+    // A full storage keeps nothing more, and the page goes on.
+    if (response.ok && !response.redirected) await cache.put(request, response.clone()).catch(console.warn);
   }
   const headers = new Headers(response.headers);
   for (const [name, value] of Object.entries(ISOLATION)) headers.set(name, value);

@@ -54,7 +54,11 @@ async function load() {
   } finally {
     showProgress(null);
   }
-  storage()?.setItem(KEPT, "yes");
+  try {
+    storage()?.setItem(KEPT, "yes");
+  } catch (error) {
+    console.warn(`The page will ask again: ${error.message}`); // A full storage.
+  }
   part("start").hidden = true;
   part("form").hidden = false;
   const { device, threads, manifest } = pipeline;
@@ -83,13 +87,21 @@ function showIdeas(ideas) {
   );
 }
 
+/** Show one of the buttons. The focus goes from one to the other. */
+function setBusy(busy) {
+  const [shown, hidden] = busy ? [part("cancel"), part("draw")] : [part("draw"), part("cancel")];
+  const focused = document.activeElement === hidden;
+  shown.hidden = false;
+  hidden.hidden = true;
+  if (focused) shown.focus();
+}
+
 /** Draw pictures of a prompt. `seed` is a number, or undefined for new pictures. */
 async function draw(prompt, seed) {
   drawing?.abort();
   const controller = new AbortController();
   drawing = controller;
-  part("draw").hidden = true;
-  part("cancel").hidden = false;
+  setBusy(true);
   part("problem").textContent = "";
   status.textContent = "Drawing …";
   const { show, finish } = blankPictures(part("pictures"), COUNT, prompt);
@@ -121,8 +133,7 @@ async function draw(prompt, seed) {
   } finally {
     if (current()) {
       drawing = null;
-      part("draw").hidden = false;
-      part("cancel").hidden = true;
+      setBusy(false);
       showProgress(null);
     }
   }

@@ -52,4 +52,7 @@ async function download(picture, name) {
   setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }
 
-const fileName = (prompt) => prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "picture";
+function fileName(prompt) {
+  const words = prompt.toLowerCase().normalize("NFC").replace(/[^\p{L}\p{N}]+/gu, "-");
+  return Array.from(words).slice(0, 60).join("").replace(/^-|-$/g, "") || "picture";
+}

@@ -20,8 +20,10 @@ function show({ width, height, data }) {
 }
 
 function finish(message) {
+  const focused = document.activeElement === cancel;
   draw.hidden = false;
   cancel.hidden = true;
+  if (focused) draw.focus();
   progress.value = 0;
   status.textContent = message;
 }
@@ -46,7 +48,10 @@ const answers = {
     finish([`Drawn in ${seconds.toFixed(1)} s.`, ...warnings].join(" "));
   },
   cancelled: () => finish("Cancelled."),
-  failed: ({ message }) => finish(message),
+  failed({ message }) {
+    draw.disabled = false; // The next request starts a process that died while it loaded the model.
+    finish(message);
+  },
 };
 
 form.addEventListener("submit", (event) => {

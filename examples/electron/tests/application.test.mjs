@@ -5,13 +5,12 @@ import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:f
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, test } from "node:test";
-import { pathToFileURL } from "node:url";
 import { Pipeline } from "tiue-runtime";
 import { CHANNEL, PAGE, start } from "../application.js";
 import { checkMessage } from "../messages.js";
 import { FakeElectron, runPreload } from "./stand_in.mjs";
 
-const PAGE_FRAME = { senderFrame: { url: pathToFileURL(PAGE).href } };
+const PAGE_FRAME = { senderFrame: { url: PAGE } };
 const BUNDLE = process.env.BUNDLE;
 const electron = new FakeElectron();
 const window = await start(electron, BUNDLE);
@@ -36,7 +35,7 @@ test("the page is isolated, sandboxed, and without node", () => {
   assert.equal(electron.app.sandboxed, true);
   const { contextIsolation, sandbox, nodeIntegration } = window.options.webPreferences;
   assert.deepEqual({ contextIsolation, sandbox, nodeIntegration }, { contextIsolation: true, sandbox: true, nodeIntegration: false });
-  assert.equal(window.file, PAGE);
+  assert.equal(window.url, PAGE, "the address that is trusted");
 });
 
 test("the page opens no window, goes nowhere, and gets no permission", () => {

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { realpathSync } from "node:fs";
 import { createRequire } from "node:module";
 import { after, before, test } from "node:test";
-import { fileURLToPath, pathToFileURL } from "node:url";
+import { fileURLToPath } from "node:url";
 import { CHANNEL, PAGE, start } from "../application.js";
 import { FakeElectron, runPreload } from "./stand_in.mjs";
 
@@ -25,7 +25,7 @@ before(async () => {
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
 
   const { exposed, ipcRenderer } = runPreload();
-  const frame = { senderFrame: { url: pathToFileURL(PAGE).href } };
+  const frame = { senderFrame: { url: PAGE } };
   ipcRenderer.send = (channel, message) => electron.ipcMain.emit(channel, frame, message);
   electron.sent.on(CHANNEL, (message) => ipcRenderer.emit(CHANNEL, {}, message));
   await page.exposeFunction("artistDraw", exposed.artist.draw);
@@ -43,7 +43,7 @@ before(async () => {
       },
     };
   });
-  await page.goto(pathToFileURL(PAGE).href);
+  await page.goto(PAGE);
 });
 after(async () => {
   await browser?.close();
@@ -62,6 +62,7 @@ test("a person draws, sees it, and can save it", async () => {
   await page.getByLabel("What should it show?").fill("a red heart");
   await page.keyboard.press("Enter");
   await says("Drawn in");
+  assert.equal(await page.evaluate(() => document.activeElement.id), "draw");
   assert.ok((await colors()) > 20);
   assert.match(await page.getByRole("link", { name: "Save as PNG" }).getAttribute("href"), /^blob:/);
   assert.equal(await page.getByRole("img").getAttribute("aria-label"), "A picture of: a red heart");
@@ -73,6 +74,19 @@ test("a person cancels, and draws again", async () => {
   await page.evaluate(() => ["draw", "cancel"].forEach((id) => document.getElementById(id).click()));
   await says("Cancelled.");
   await page.getByRole("button", { name: "Draw" }).click();
+  await says("Drawn in");
+});
+
+test("a process that dies before the model is there leaves a form that draws", async () => {
+  electron.processes.at(-1).kill("SIGKILL");
+  await says("The drawing process ended");
+  const count = electron.processes.length;
+  await page.reload();
+  while (electron.processes.length === count) await page.waitForTimeout(10);
+  electron.processes.at(-1).kill("SIGKILL");
+  await says("The drawing process ended");
+  await page.getByLabel("What should it show?").fill("a red heart");
+  await page.keyboard.press("Enter");
   await says("Drawn in");
 });
 

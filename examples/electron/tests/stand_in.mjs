@@ -33,8 +33,8 @@ export class FakeElectron {
           session: { setPermissionRequestHandler: (handler) => (this.permissionHandler = handler) },
         });
       }
-      async loadFile(file) {
-        this.file = file;
+      async loadURL(url) {
+        this.url = url;
       }
       isDestroyed() {
         return false;

@@ -1,13 +1,13 @@
 /** The exceptions of this package, for problems that the caller can fix. They are of the same kinds as Python's. */
 
-/** Characters of a value in a message. */
+/** Characters of a value in a message. As in Python, a pair of surrogates is one character. */
 export const SHOWN = 100;
 const LONGEST = 1000;
 
 /** Base of every error that this package throws on purpose. Its message is always one line. */
 export class TiueError extends Error {
   constructor(message: string, options?: ErrorOptions) {
-    super(cut(printable(message.slice(0, LONGEST)), LONGEST), options);
+    super(cut(printable(firstCharacters(message, LONGEST + 1)), LONGEST), options);
   }
 
   // Written out in each class, because minifiers change the names of classes.
@@ -109,8 +109,7 @@ export function shorten(value: unknown): string {
 export function clip(text: string, most: number = SHOWN): string {
   return cut(
     printable(
-      text
-        .slice(0, 4 * most)
+      firstCharacters(text, 4 * most)
         .split(/\s+/)
         .filter(Boolean)
         .join(" "),
@@ -120,7 +119,7 @@ export function clip(text: string, most: number = SHOWN): string {
 }
 
 function shown(value: unknown): string {
-  if (typeof value === "string") return `'${value.slice(0, 4 * SHOWN)}'`;
+  if (typeof value === "string") return `'${firstCharacters(value, 4 * SHOWN)}'`;
   if (typeof value === "bigint" || typeof value === "number") return String(value);
   if (typeof value === "function") return `function ${value.name}`;
   try {
@@ -136,10 +135,19 @@ const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
 function printable(text: string): string {
   return text.replace(UNPRINTABLE, (one) => {
     const code = one.codePointAt(0) ?? 0;
-    return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16).padStart(4, "0")}`;
+    const [letter, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
+    return `\\${letter}${code.toString(16).padStart(digits, "0")}`;
   });
 }
 
 function cut(text: string, most: number): string {
-  return text.length <= most ? text : `${text.slice(0, most - 3)}...`;
+  return firstCharacters(text, most) === text ? text : `${firstCharacters(text, most - 3)}...`;
+}
+
+/** Return the beginning of a text. It counts characters as Python does, not halves of surrogate pairs. */
+export function firstCharacters(text: string, most: number): string {
+  if (text.length <= most) return text;
+  return Array.from(text.slice(0, 2 * most))
+    .slice(0, most)
+    .join("");
 }

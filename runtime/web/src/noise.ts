@@ -32,10 +32,13 @@ export function checkSeed(seed: unknown, count = 1): bigint {
  *
  * @param seed 0 <= seed < 2**64.
  * @param count elements, fewer than 2**32.
+ * @throws RequestError if an argument is wrong.
  */
 export function gaussian(seed: bigint | number, count: number): Float32Array {
   const first = checkSeed(seed);
-  if (count > WORD) throw new RequestError(`shape: expected fewer than 2**32 elements, got ${count}`);
+  if (!Number.isInteger(count) || count < 0 || count > WORD) {
+    throw new RequestError(`count: expected an integer in [0, 2**32), got ${shorten(count)}`);
+  }
   const low = Number(first & 0xffffffffn);
   const high = Number(first >> 32n);
   const values = new Float32Array(count);

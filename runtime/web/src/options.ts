@@ -2,6 +2,7 @@
 import { RequestError, shorten } from "./errors.js";
 import { LESSONS } from "./generated/lessons.js";
 import type { LoadProgress } from "./bundle/files.js";
+import type { PngOptions } from "./picture/picture.js";
 import type { Progress } from "./progress.js";
 
 export const MODES = ["parallel", "partial", "sequential"] as const;
@@ -60,7 +61,8 @@ export interface LoadOptions {
   memory?: Memory | undefined;
   /**
    * Threads of a graph. In a page, more than one needs cross-origin isolation.
-   * Default: all cores; one in a page without isolation, and for "wasm" in Node.
+   * Default: all cores; at most four in a page; one in a page without isolation, and for "wasm" in Node.
+   * Without a worker, ONNX Runtime for WebAssembly keeps the threads of the first load. Another number is refused.
    */
   threads?: number | undefined;
   /** Called while files are fetched. */
@@ -106,6 +108,13 @@ const LOAD: Record<keyof LoadOptions, Kind> = {
   wasmPaths: "url",
   cache: "boolean",
 };
+
+const PNG: Record<keyof PngOptions, Kind> = { metadata: "boolean", aiMark: "boolean" };
+
+/** Return the options of a PNG file if their names and types are right. Throws RequestError. */
+export function checkPngOptions(given: unknown): PngOptions {
+  return check<PngOptions>(given, PNG, false);
+}
 
 /** Return the options of a request if their names and types are right. Throws RequestError. */
 export function checkRequestOptions(given: unknown): RequestOptions {

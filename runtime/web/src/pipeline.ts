@@ -141,33 +141,35 @@ class Loaded {
     this.#warnOfSize(request, warn);
     const maker = new ProgressMaker(request.shape, info.manifest);
     const stopped = new AbortController();
-    // An error of onProgress ends the request, and the caller gets that error.
+    // An error of onProgress or onWarning ends the request, and the caller gets that error.
     let failure: { error: unknown } | undefined;
+    const tell = (listener: () => void): void => {
+      if (stopped.signal.aborted) return;
+      try {
+        listener();
+      } catch (error) {
+        failure ??= { error };
+        stopped.abort(error);
+      }
+    };
     const sampling = this.engine.sample(
       request,
       {
-        onReport: (report) => {
-          if (stopped.signal.aborted) return;
-          try {
-            onProgress?.(maker.make(report));
-          } catch (error) {
-            failure ??= { error };
-            stopped.abort(error);
-          }
-        },
-        onWarning: warn,
+        onReport: (report) => tell(() => onProgress?.(maker.make(report))),
+        onWarning: (message) => tell(() => warn(message)),
       },
       signal ? AbortSignal.any([signal, stopped.signal]) : stopped.signal,
     );
     let sampled: Sampled;
+    let images: Picture[];
     try {
       sampled = await untilAborted(sampling, signal);
+      images = await untilAborted(this.#pictures(request, sampled), signal);
     } catch (error) {
       stopped.abort();
       throw failure ? failure.error : error;
     }
     if (failure) throw failure.error;
-    const images = await this.#pictures(request, sampled);
     return {
       images,
       seeds: request.seeds,
@@ -242,5 +244,6 @@ function untilAborted<T>(result: Promise<T>, signal: AbortSignal | undefined): P
     const stop = (): void => reject(new Cancelled("cancelled", { cause: signal.reason }));
     signal.addEventListener("abort", stop, { once: true });
     result.then(resolve, reject).finally(() => signal.removeEventListener("abort", stop));
+    if (signal.aborted) stop();
   });
 }

@@ -7,6 +7,7 @@ import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { afterAll, beforeEach, test } from "vitest";
 import { externalData } from "../src/bundle/external_data.js";
+import { Bundle } from "../src/bundle/files.js";
 import { readManifest } from "../src/bundle/manifest.js";
 import {
   BundleError,
@@ -238,13 +239,35 @@ test("external data is found in graphs, and must be listed", async () => {
   await refused(/expected external data among the files of bundle\.json, got weights\.data/);
 });
 
-/** Return an ONNX file of one tensor whose bytes lie in another file. */
-function withExternalData(location: string): Uint8Array {
+test("after a file of external data that fails, no other one is fetched", async () => {
+  const manifest = JSON.parse(await readFile(join(TINY, "bundle.json"), "utf8"));
+  for (const name of ["a.data", "b.data"]) manifest.files[name] = { size: 1, sha256: "0".repeat(64) };
+  const asked: string[] = [];
+  const bundle = await Bundle.load({
+    where: "here",
+    canReread: true,
+    manifest: () => Promise.resolve(Buffer.from(JSON.stringify(manifest))),
+    check: () => Promise.resolve(),
+    path: () => null,
+    read: (name) => {
+      asked.push(name);
+      return name === "a.data" ? Promise.reject(new BundleError("gone")) : Promise.resolve(graph);
+    },
+  });
+  const graph = withExternalData("a.data", "b.data");
+  await assert.rejects(bundle.graph("unet_decoder.onnx", false), /gone/);
+  assert.deepEqual(asked, ["unet_decoder.onnx", "a.data"]);
+});
+
+/** Return an ONNX file of tensors whose bytes lie in other files. */
+function withExternalData(...locations: string[]): Uint8Array<ArrayBuffer> {
   const field = (number: number, data: Uint8Array): Uint8Array =>
     Buffer.concat([Buffer.from([number * 8 + 2, data.length]), data]);
-  const entry = Buffer.concat([field(1, Buffer.from("location")), field(2, Buffer.from(location))]);
-  const tensor = field(13, entry);
-  return new Uint8Array(field(7, field(5, tensor)));
+  const tensors = locations.map((location) => {
+    const entry = Buffer.concat([field(1, Buffer.from("location")), field(2, Buffer.from(location))]);
+    return field(5, field(13, entry));
+  });
+  return new Uint8Array(field(7, Buffer.concat(tensors)));
 }
 
 test("a bundle behind a URL draws in Node, and damage is noticed by its sha256", async () => {

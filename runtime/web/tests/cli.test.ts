@@ -67,6 +67,11 @@ test("without a name, the file is named after prompt and seed, and never replace
   }
 });
 
+test("the name of a file has whole characters and fits into a file system", async () => {
+  const { out } = await run(["generate", `e\u0301${"\u{1d41a}".repeat(70)}`, "--seed", "1", "--bundle", TINY]);
+  assert.match(out, /^\u00e9\u{1d41a}{29}-1\.png /u);
+});
+
 const MISTAKES: [string[], RegExp][] = [
   [["generate", "a", "--steps", "3", "--bundle", TINY], /^--steps: this bundle was trained for 2, 4, got 3$/],
   [["generate", "a", "--steps", "x", "--bundle", TINY], /^--steps: expected an integer, got 'x'$/],

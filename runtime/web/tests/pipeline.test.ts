@@ -7,11 +7,15 @@ import { afterAll, beforeAll, test, vi } from "vitest";
 import { inflateSync } from "node:zlib";
 import {
   Cancelled,
+  DeviceError,
+  gaussian,
   OutOfMemoryError,
   Pipeline,
   RequestError,
   type DeviceName,
   type LoadOptions,
+  type Memory,
+  type PngOptions,
   type RequestOptions,
   type Result,
 } from "../src/index.js";
@@ -83,6 +87,30 @@ for (const device of ["cpu", "wasm"] as DeviceName[]) {
     await loaded.dispose();
   });
 }
+
+test("ONNX Runtime for WebAssembly keeps the threads of its first load", async () => {
+  const load = (threads?: number) => Pipeline.load(TINY, { ...QUIET, device: "wasm", threads });
+  for (const threads of [1, undefined]) {
+    const loaded = await load(threads);
+    assert.equal(loaded.threads, 1);
+    await loaded.dispose();
+  }
+  await assert.rejects(load(2), (error) => {
+    assert.ok(error instanceof DeviceError);
+    return /^threads: .* runs with 1 here since the first load, and cannot change to 2: load with/.test(error.message);
+  });
+});
+
+test("Node says which options only pages take", async () => {
+  const warnings: string[] = [];
+  const onWarning = (message: string): unknown => warnings.push(message);
+  const loaded = await Pipeline.load(TINY, { onWarning, worker: false, cache: true, wasmPaths: "/ort/" });
+  await loaded.dispose();
+  assert.deepEqual(
+    warnings.map((warning) => warning.split(":", 1)[0]),
+    ["wasmPaths", "cache"],
+  );
+});
 
 test("all memory modes make the same picture", async () => {
   const expected = await pipe("a red heart", { seed: 3 });
@@ -163,6 +191,15 @@ test("a PNG file holds the pixels", async () => {
   assert.deepEqual(unfiltered(png, image.width), Buffer.from(rgbOf(image)));
 });
 
+test("a misspelt option of a file is refused, and so is a number of elements that is none", async () => {
+  const { images } = await pipe("a red heart", { seed: 1 });
+  for (const options of [{ aimark: false }, { metadata: "no" }, null]) {
+    await assert.rejects(images[0]?.png(options as PngOptions) ?? Promise.resolve(), RequestError);
+    await assert.rejects(images[0]?.toBlob(options as PngOptions) ?? Promise.resolve(), RequestError);
+  }
+  for (const count of [-1, 1.5, NaN, 2 ** 32]) assert.throws(() => gaussian(1, count), RequestError);
+});
+
 /** Decode a PNG file in RGB whose rows have Paeth's filter. */
 function unfiltered(png: Uint8Array, width: number): Buffer {
   const at = Buffer.from(png).indexOf("IDAT");
@@ -189,6 +226,7 @@ const WRONG: [unknown, unknown, RegExp][] = [
   [[], {}, /^prompt: expected at least one prompt/],
   [["a", 1], {}, /^prompt\[1\]: expected a string, got number$/],
   ["a \ud800 heart", {}, /^prompt\[0\]: expected whole characters, got half of one in a \\ud800 heart$/],
+  [`\ud800${"\u{1f600}".repeat(99)}`, {}, /^prompt\[0\]: .* in \\ud800\u{1f600}{91}\.\.\.$/u],
   ["a", { steps: 3 }, /^steps: this bundle was trained for 2, 4, got 3$/],
   ["a", { steps: "4" }, /^steps: expected an integer, got '4'$/],
   ["a", { seed: -1 }, /^seed: expected an integer in \[0, 2\*\*64\), got -1$/],
@@ -229,10 +267,25 @@ test("a signal cancels at once, and later calls work", async () => {
 
 test("loading is cancelled before and between graphs", async () => {
   await assert.rejects(Pipeline.load(TINY, { ...QUIET, signal: AbortSignal.abort("enough") }), Cancelled);
+  for (const memory of ["auto", "low"] as Memory[]) {
+    const controller = new AbortController();
+    const loading = Pipeline.load(TINY, { ...QUIET, memory, signal: controller.signal });
+    controller.abort();
+    await assert.rejects(loading, /^Cancelled: cancelled while the bundle was loaded$/);
+  }
+});
+
+test("a call that is cancelled before its turn does nothing to the others", async () => {
+  const first = pipe("a red heart", { seed: 1 });
   const controller = new AbortController();
-  const loading = Pipeline.load(TINY, { ...QUIET, signal: controller.signal });
+  const second = pipe("a red heart", { memory: "low", signal: controller.signal });
   controller.abort();
-  await assert.rejects(loading, /^Cancelled: cancelled while the bundle was loaded$/);
+  await assert.rejects(second, Cancelled);
+  await first;
+  const create = vi.spyOn(InferenceSession, "create");
+  await pipe("a red heart", { seed: 1 });
+  assert.equal(create.mock.calls.length, 0, "no graph was freed");
+  create.mockRestore();
 });
 
 test("many pictures can be cancelled while their noise is drawn", async () => {

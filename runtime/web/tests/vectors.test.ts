@@ -50,6 +50,14 @@ test("prompts have the same tokens", async () => {
   }
 });
 
+test("of a long prompt whose end is kept, everything before the end is cut off", async () => {
+  const json = await readFile(join(ROOT, "runtime/tests/data/tiny/tokenizer.json"), "utf8");
+  const tokenizer = new PromptTokenizer(Buffer.from(json.replaceAll('"direction": "Right"', '"direction": "Left"')), 8);
+  const [cut = ""] = tokenizer.encode([`${"\u{1f600}zebra ".repeat(2000)}a red heart`]).cut;
+  assert.ok(cut.isWellFormed());
+  assert.match(cut, /^(\u{1f600}zebra ?){1990,2000}$/u);
+});
+
 test("schedules have the same rows and weights", async () => {
   type Case = { bundle: string; steps: number; rows: number[]; noise_weight: number; step_weights: number[] };
   for (const one of vectors<Case>("schedules.json")) {

@@ -1,6 +1,7 @@
 /** Downloads and kept copies that fail in unusual ways, and URLs that are none. */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
+import { getEventListeners } from "node:events";
 import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -18,7 +19,7 @@ import {
 import { Store } from "../src/bundle/store.js";
 import { directoryUrl } from "../src/bundle/url.js";
 import { WebSource } from "../src/bundle/web_source.js";
-import { BundleError, Pipeline, RequestError, type Memory } from "../src/index.js";
+import { BundleError, Cancelled, Pipeline, RequestError, type Memory } from "../src/index.js";
 import { TINY, UPSCALED } from "./shared.js";
 
 type Answer = (request: IncomingMessage, response: ServerResponse) => void;
@@ -55,6 +56,7 @@ function failing(...operations: (keyof Store)[]): Store {
     manifest: () => Promise.resolve(null),
     manifests: () => Promise.resolve([]),
     keepManifest: () => Promise.resolve(),
+    endLoad: () => Promise.resolve(),
   };
   const broken = () => Promise.reject(new DOMException("the disk is broken", "UnknownError"));
   return Object.assign(store, Object.fromEntries(operations.map((name) => [name, broken]))) as unknown as Store;
@@ -68,7 +70,7 @@ async function fetched(store: Store | null): Promise<{ bytes: number; warnings: 
   assert.ok(info);
   const { length } = await source.read(TOKENIZER, info);
   assert.equal(length, info.size);
-  await source.complete(manifest);
+  await source.complete();
   return { bytes: length, warnings };
 }
 
@@ -134,7 +136,7 @@ function cacheStorage(room = Infinity): { kept: Map<string, Uint8Array>; caches:
       kept.set(key, new Uint8Array(await response.arrayBuffer()));
     },
     keys: () => Promise.resolve([...kept.keys()].map((url) => ({ url }))),
-    delete: ({ url }: { url: string }) => Promise.resolve(kept.delete(url)),
+    delete: (key: string | { url: string }) => Promise.resolve(kept.delete(typeof key === "string" ? key : key.url)),
   };
   return { kept, caches: { open: () => Promise.resolve(cache) } };
 }
@@ -153,17 +155,18 @@ async function changed(contents: Record<string, string>): Promise<Map<string, Bu
   return found.set(MANIFEST, Buffer.from(JSON.stringify(manifest)));
 }
 
-/** Fetch two files of a bundle, as loading would. */
-async function fetchFrom(folder: string): Promise<string[]> {
+/** Fetch some files of a bundle, as loading would. */
+async function fetchFrom(folder: string, names = ["README.md", TOKENIZER]): Promise<string[]> {
   const source = new WebSource(`${url}${folder}`, {}, await Store.open());
   const manifest = readManifest(await source.manifest());
+  await source.check();
   const read: string[] = [];
-  for (const name of ["README.md", TOKENIZER]) {
+  for (const name of names) {
     const info = manifest.files[name];
     assert.ok(info);
     read.push(Buffer.from(await source.read(name, info)).toString());
   }
-  await source.complete(manifest);
+  await source.complete();
   return read;
 }
 
@@ -188,6 +191,105 @@ test("an update of one bundle keeps the files that another bundle shares", async
   answer = gone;
   assert.deepEqual(await fetchFrom("b"), ["other", tokenizer]);
   assert.deepEqual(await fetchFrom("a"), ["new", `${tokenizer}\n`]);
+});
+
+test("files that an interrupted load of an older version has left are deleted", async () => {
+  const { kept, caches } = cacheStorage();
+  vi.stubGlobal("caches", caches);
+  let files = await changed({ "README.md": "first" });
+  answer = (request, response) => {
+    const data = files.get(request.url?.split("/").at(-1) ?? "");
+    if (data) response.end(data);
+    else response.writeHead(404).end();
+  };
+  await fetchFrom("a");
+  files = await changed({ "README.md": "second", [TOKENIZER]: "{}" });
+  files.delete(TOKENIZER);
+  await assert.rejects(fetchFrom("a"), BundleError);
+  assert.equal(kept.size, 5, "bundle.json of both versions, README.md of both, tokenizer.json of the first");
+  files = await changed({ "README.md": "third" });
+  await fetchFrom("a");
+  assert.equal(kept.size, 3, "bundle.json, README.md and tokenizer.json of the third version");
+});
+
+/** Stand in for the network: each request gets the next answer. Returns the requests. */
+function answering(...answers: (() => Response | Promise<Response>)[]): RequestInit[] {
+  const requests: RequestInit[] = [];
+  vi.stubGlobal("fetch", (_: string, init: RequestInit) => {
+    requests.push(init);
+    const next = answers[requests.length - 1];
+    return next ? next() : Promise.reject(new TypeError("gone"));
+  });
+  return requests;
+}
+
+/** Answer with data, and then break. */
+function broken(data: Uint8Array, status = 200): () => Response {
+  const parts = [new Uint8Array(data)];
+  return () => {
+    const pull = (controller: ReadableStreamDefaultController): void => {
+      const part = parts.shift();
+      if (part) controller.enqueue(part);
+      else controller.error(new TypeError("broken"));
+    };
+    return new Response(new ReadableStream({ pull }, { highWaterMark: 0 }), { status });
+  };
+}
+
+const FILE = Uint8Array.from({ length: 1000 }, (_, i) => i % 251);
+const ABOUT = { size: FILE.length, sha256: createHash("sha256").update(FILE).digest("hex") };
+
+test("what came before a break is kept, and the signal keeps no listener", async () => {
+  const { caches } = cacheStorage();
+  vi.stubGlobal("caches", caches);
+  const requests = answering(broken(FILE.subarray(0, 300)), () => new Response(FILE.subarray(300), { status: 206 }));
+  const { signal } = new AbortController();
+  const source = new WebSource(url, { signal }, await Store.open());
+  assert.deepEqual(await source.read("file", ABOUT), FILE);
+  assert.equal(new Headers(requests[1]?.headers).get("Range"), "bytes=300-");
+  assert.ok(requests.every(({ cache }) => cache === "no-cache"));
+  assert.equal(getEventListeners(signal, "abort").length, 0);
+  assert.deepEqual(await source.read("file", ABOUT), FILE);
+  assert.equal(requests.length, 2, "the second read asks nobody");
+});
+
+test("an error of onProgress ends the download", async () => {
+  let cancelled = false;
+  const pull = (controller: ReadableStreamDefaultController): void => controller.enqueue(FILE.slice(0, 1));
+  const cancel = (): void => void (cancelled = true);
+  answering(() => new Response(new ReadableStream({ pull, cancel })));
+  const onProgress = (): void => {
+    throw new RangeError("mine");
+  };
+  await assert.rejects(new WebSource(url, { onProgress }, null).read("file", ABOUT), RangeError);
+  assert.ok(cancelled);
+});
+
+test("answers without ranges that never bring a new byte end in an error", async () => {
+  vi.stubGlobal("setTimeout", (act: () => void) => setImmediate(act));
+  const pieces = [500, 200, 400, 200, 400].map((size) => broken(FILE.subarray(0, size)));
+  const requests = answering(...pieces);
+  await assert.rejects(new WebSource(url, {}, null).read("file", ABOUT), /file: cannot be fetched: broken$/);
+  assert.equal(requests.length, 3);
+});
+
+test("a signal cancels the pause after a break with its reason", async () => {
+  answering();
+  const controller = new AbortController();
+  const reading = new WebSource(url, { signal: controller.signal }, null).read("file", ABOUT);
+  await vi.waitFor(() => assert.equal(getEventListeners(controller.signal, "abort").length, 1));
+  controller.abort("enough");
+  await assert.rejects(reading, (error) => error instanceof Cancelled && error.cause === "enough");
+});
+
+test("a kept bundle.json stands in for one whose answer breaks", async () => {
+  const { caches } = cacheStorage();
+  vi.stubGlobal("caches", caches);
+  const store = await Store.open();
+  const source = new WebSource(url, {}, store);
+  await store?.keepManifest(source.where, new Uint8Array(FILE));
+  answering(broken(FILE.subarray(0, 300)));
+  assert.deepEqual(await source.manifest(), FILE);
 });
 
 for (const memory of ["auto", "low"] as Memory[]) {
@@ -223,7 +325,7 @@ test("after a load, its signal and its onProgress do not concern the files of ca
   const info = manifest.files[TOKENIZER];
   assert.ok(info);
   await source.read(TOKENIZER, info);
-  await source.complete(manifest);
+  await source.complete();
   const before = loaded.length;
   loading.abort();
   await source.read(TOKENIZER, info);

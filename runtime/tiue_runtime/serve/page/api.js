@@ -82,6 +82,7 @@ function lost(finished, count) {
 async function ask(path, options = {}) {
   const key = readNote("sessionStorage", KEY);
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
+  if (!/^[ -~]*$/.test(key ?? "")) throw new ApiError("The API key has a character that no key can have.", 401);
   let answer;
   try {
     answer = await fetch(new URL(path, API), { ...options, headers });

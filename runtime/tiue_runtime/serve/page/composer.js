@@ -18,22 +18,30 @@ export class Composer {
       else actions.draw();
     });
     at("prompt").addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
       event.preventDefault();
       if (!this.busy) actions.draw();
     });
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && this.busy && !document.querySelector("dialog[open]")) actions.cancel();
+      const cancels = event.key === "Escape" && this.busy && !composes(event);
+      if (cancels && !document.querySelector("dialog[open]")) actions.cancel();
     });
+    // The second click of a double one would cancel.
+    at("draw").addEventListener("click", (event) => { if (event.detail > 1) event.preventDefault(); });
   }
 
-  /** Offer what a model can do. */
+  /** Offer what a model can do. What was chosen stays, if the model can do it. */
   offer(facts) {
+    const chosen = at("size").selectedIndex > 0 && facts.sizes.includes(at("size").value);
+    const size = chosen ? at("size").value : facts.sizes[0];
+    const count = document.querySelector("#counts input:checked")?.value;
     at("size").replaceChildren(...facts.sizes.map((size) => new Option(size)));
     at("examples").replaceChildren(...facts.examples.map((example) => chip(example)));
     at("examples").hidden = facts.examples.length === 0;
     const legend = at("counts").querySelector("legend");
     at("counts").replaceChildren(legend, ...COUNTS.filter((count) => count <= facts.most_pictures).map(radio));
+    at("size").value = size;
+    document.querySelectorAll("#counts input").forEach((input) => { input.checked ||= input.value === count; });
   }
 
   /**
@@ -67,6 +75,11 @@ export class Composer {
     this.busy = busy;
     at("draw").textContent = busy ? "Cancel" : "Draw";
   }
+}
+
+/** Say whether a key belongs to an input method that composes text. Safari tells by the code of the last key. */
+function composes(event) {
+  return event.isComposing || event.keyCode === 229;
 }
 
 function refused(id, message) {

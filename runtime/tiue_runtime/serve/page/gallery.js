@@ -15,15 +15,23 @@ export class Gallery {
     this.open = open;
     this.cards = new Map();  // picture => its element and the address of its file
     this.oldest = Infinity;
-    parts.more.addEventListener("click", () => this.showOlder());
+    this.older = null;  // the search for older pictures that runs
   }
 
-  /** Show the newest pictures of the store. */
-  async showOlder() {
+  /** Show the newest pictures of the store, or those that follow the ones that are shown. */
+  showOlder() {
+    this.older ??= this.findOlder().finally(() => { this.older = null; });
+    return this.older;
+  }
+
+  async findOlder() {
+    const { list, more } = this.parts;
     const pictures = await store.listKept(PAGE, this.oldest);
-    for (const picture of pictures) this.parts.list.append(this.card(picture));
+    for (const picture of pictures) list.append(this.card(picture));
     this.oldest = pictures.at(-1)?.id ?? this.oldest;
+    const focused = document.activeElement === more;
     await this.tell();
+    if (focused && more.hidden && pictures.length) this.cards.get(pictures[0]).element.querySelector("button").focus();
   }
 
   /** Show plates for pictures that are being drawn, before all others. Returns them. */
@@ -67,8 +75,9 @@ export class Gallery {
 
   /** Forget all pictures. */
   async clear() {
-    await store.forget();
+    if (await store.countKept().catch(() => 0)) await store.forget();
     for (const picture of [...this.cards.keys()]) this.remove(picture);
+    document.getElementById("prompt").focus();
     await this.tell();
   }
 

@@ -12,7 +12,8 @@ const THEMES = ["auto", "light", "dark"];
 const at = (id) => document.getElementById(id);
 
 let models = [];
-let model = null;
+let model = null;  // null: what the server can draw is not known, or not any more
+let choosing = Promise.resolve();  // of the last choice of a model
 let drawing = null;  // the AbortController of the request that runs
 
 const composer = new Composer({ draw: drawForm, cancel: () => drawing?.abort() });
@@ -40,21 +41,39 @@ async function attempt(act) {
   } catch (error) {
     if (error.name === "AbortError") return;
     if (error instanceof ApiError && error.status === 401) askForKey();
+    if (error instanceof ApiError && [0, 404].includes(error.status)) model = null;  // Another server may come.
     tell(error.message || String(error));
   }
 }
 
 /** Ask the server what it can draw. */
 async function connect() {
+  const chosen = at("model-choice").value;
   models = await listModels();
   at("models").hidden = models.length < 2;
   at("model-choice").replaceChildren(...models.map((name) => new Option(name)));
-  await choose(models[0]);
+  await choose(models.includes(chosen) ? chosen : models[0]);
   at("key-form").hidden = true;
 }
 
-async function choose(name) {
-  const facts = await describeModel(name);
+/** Draw with a model from now on. The last choice counts, whichever answer comes first. */
+function choose(name) {
+  at("model-choice").value = name;
+  const mine = describeModel(name).then(
+    (facts) => { if (choosing === mine) use(name, facts); },
+    (error) => {
+      if (choosing === mine) {
+        at("model-choice").value = model ?? name;
+        choosing = Promise.resolve();
+      }
+      throw error;
+    },
+  );
+  choosing = mine;
+  return mine;
+}
+
+function use(name, facts) {
   model = name;
   at("model").textContent = models.length < 2 ? `${name} on ${facts.device}` : `on ${facts.device}`;
   composer.offer(facts);
@@ -68,29 +87,37 @@ function askForKey() {
 function drawForm() {
   return attempt(async () => {
     if (model === null) await connect();
-    await drawWish({ model, ...composer.read() });
+    await choosing;
+    if (!drawing) await drawWish({ model, ...composer.read() });
   });
 }
 
 /** Make a picture again, from what is known of it. */
 function repeat({ prompt, seed, size, steps, bundle }) {
   return attempt(async () => {
-    if (drawing) throw new Error("Wait until this drawing is done, or cancel it first.");
+    refuseTwo();
     if (model === null) await connect();
     if (!models.includes(bundle)) {
       throw new Error(`The picture was made with the model ${bundle}. This server has ${models.join(", ")}.`);
     }
-    if (bundle !== model) await choose(bundle);
-    at("model-choice").value = bundle;
+    if (bundle !== at("model-choice").value) await choose(bundle);
+    await choosing;
+    refuseTwo();
     composer.fill({ prompt, seed, size });
     scrollTo({ top: 0 });
-    await drawWish({ model, prompt, n: 1, size, seed, steps });
+    await drawWish({ model: bundle, prompt, n: 1, size, seed, steps });
   });
+}
+
+function refuseTwo() {
+  if (drawing) throw new Error("Wait until this drawing is done, or cancel it first.");
 }
 
 async function drawWish(wish) {
   const plates = gallery.addPlates(wish.n, wish.prompt);
   const left = new Set(plates);
+  const notes = new Set();
+  let allKept = true;
   drawing = new AbortController();
   composer.setBusy(true);
   at("status").textContent = wish.n === 1 ? "Drawing a picture." : `Drawing ${wish.n} pictures.`;
@@ -103,8 +130,12 @@ async function drawWish(wish) {
       const { prompt, size, steps = null } = wish;
       const picture = { blob, prompt, seed, size, steps, model: wish.model, made: Date.now() };
       left.delete(plates[index]);
-      await gallery.finish(plates[index], picture).catch(notKept);
-      if (facts.warnings?.length) tell(facts.warnings.join(" "), true);
+      facts.warnings?.forEach((warning) => notes.add(warning));
+      await gallery.finish(plates[index], picture).catch((error) => {
+        allKept = false;
+        notes.add(notKept(error));
+      });
+      if (notes.size) tell([...notes].join(" "), allKept);
     }
     at("status").textContent = wish.n === 1 ? "The picture is finished." : `${wish.n} pictures are finished.`;
   } catch (error) {
@@ -120,7 +151,7 @@ async function drawWish(wish) {
 function notKept(error) {
   const full = error.name === "QuotaExceededError";
   const why = full ? "its storage is full. Delete some." : `${error.message || error.name}.`;
-  tell(`This browser does not keep the picture: ${why} Download what you need.`);
+  return `This browser does not keep the picture: ${why} Download what you need.`;
 }
 
 function repeatFile(file) {
@@ -179,7 +210,11 @@ at("key-form").addEventListener("submit", (event) => {
   at("key").value = "";
   attempt(connect);
 });
-at("clear").addEventListener("click", () => at("confirm").showModal());
+at("more").addEventListener("click", () => attempt(() => gallery.showOlder()));
+at("clear").addEventListener("click", () => {
+  at("confirm").returnValue = "";  // Escape would leave the answer of the last time.
+  at("confirm").showModal();
+});
 at("confirm").addEventListener("close", () => {
   if (at("confirm").returnValue === "yes") attempt(() => gallery.clear());
 });

@@ -40,13 +40,13 @@ export function writeNote(area, key, text) {
 
 /** Keep a picture. Returns its id. */
 export async function keep(picture) {
-  return finished((await store("readwrite")).add(picture));
+  return committed((await store("readwrite")).add(picture));
 }
 
 /** Forget a picture, or all of them. */
 export async function forget(id) {
   const pictures = await store("readwrite");
-  await finished(id === undefined ? pictures.clear() : pictures.delete(id));
+  await committed(id === undefined ? pictures.clear() : pictures.delete(id));
 }
 
 /** Return the number of pictures. */
@@ -70,15 +70,29 @@ export async function listKept(most, before = Infinity) {
 }
 
 async function store(mode) {
-  opened ??= open();
+  opened ??= open().catch((error) => {
+    opened = null;  // The next call tries again.
+    throw error;
+  });
   const database = await opened;
   return database.transaction(STORE, mode).objectStore(STORE);
 }
 
-function open() {
+async function open() {
   const request = indexedDB.open(NAME, 1);
   request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
-  return finished(request);
+  const database = await finished(request);
+  database.onclose = () => { opened = null; };  // The browser has deleted its files.
+  return database;
+}
+
+/** Return a request's result when its transaction has ended well: a storage may be full only then. */
+function committed(request) {
+  const { transaction } = request;
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = () => reject(transaction.error ?? new Error("its storage gave up"));
+  });
 }
 
 function finished(request) {

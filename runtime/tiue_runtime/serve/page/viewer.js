@@ -40,7 +40,8 @@ export class Viewer {
 }
 
 function fileName(picture) {
-  const words = picture.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60);
+  const words = Array.from(picture.prompt.toLowerCase().normalize("NFC").replace(/[^\p{L}\p{N}]+/gu, "-"))
+    .slice(0, 60).join("").replace(/^-|-$/g, "");
   return `${words || "picture"}-${picture.seed}.${picture.blob.type.split("/")[1] || "png"}`;
 }
 

@@ -23,7 +23,7 @@ export interface Source {
   /** Hear which files will be read, for reports of progress. */
   expect?(infos: FileInfo[]): void;
   /** Hear that all files were read. */
-  complete?(manifest: Manifest): Promise<void>;
+  complete?(): Promise<void>;
 }
 
 export interface FileInfo {
@@ -101,8 +101,10 @@ export class Bundle {
     const path = opensFiles ? this.source.path(file) : null;
     if (path !== null) return { model: path, externalData: [] };
     this.expect(data.map(({ name }) => name));
-    const read = data.map(async ({ path: location, name }) => ({ path: location, data: await this.read(name) }));
-    return { model, externalData: await Promise.all(read) };
+    // One after another: if one fails, no other goes on in the background.
+    const read: GraphFiles["externalData"] = [];
+    for (const { path: location, name } of data) read.push({ path: location, data: await this.read(name) });
+    return { model, externalData: read };
   }
 
   #info(name: string): FileInfo {

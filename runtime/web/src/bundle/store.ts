@@ -9,7 +9,9 @@ export const CHUNK = 4 * 2 ** 20; // bytes that are lost at most when a download
 
 // Keys of Cache Storage are URLs. Nothing is ever fetched from these.
 const KEYS = "https://tiue-runtime.invalid";
-const MANIFESTS = `${KEYS}/manifest?url=`;
+// The bundle.json of loads that ended, and of those that began: it names the files that an interrupted load has left.
+const MANIFESTS = { kept: `${KEYS}/manifest?url=`, begun: `${KEYS}/begun?url=` };
+type Of = keyof typeof MANIFESTS;
 
 export class Store {
   private constructor(readonly cache: Cache) {}
@@ -50,21 +52,28 @@ export class Store {
   }
 
   /** Return the bundle.json that was kept for a URL, or null. */
-  async manifest(url: string): Promise<Uint8Array | null> {
-    const kept = await this.cache.match(manifestKey(url));
+  async manifest(url: string, of: Of = "kept"): Promise<Uint8Array | null> {
+    const kept = await this.cache.match(manifestKey(url, of));
     return kept ? new Uint8Array(await kept.arrayBuffer()) : null;
   }
 
-  /** Return the bundle.json of every URL for which one was kept. */
+  /** Return every bundle.json, also those of loads that only began. */
   async manifests(): Promise<Uint8Array[]> {
-    const keys = (await this.cache.keys()).filter(({ url }) => url.startsWith(MANIFESTS));
+    const keys = (await this.cache.keys()).filter(({ url }) =>
+      Object.values(MANIFESTS).some((key) => url.startsWith(key)),
+    );
     const kept = await Promise.all(keys.map((key) => this.cache.match(key)));
     const files = kept.filter((file) => file !== undefined); // another tab may have deleted one
     return Promise.all(files.map(async (file) => new Uint8Array(await file.arrayBuffer())));
   }
 
-  async keepManifest(url: string, data: Uint8Array<ArrayBuffer>): Promise<void> {
-    await this.cache.put(manifestKey(url), new Response(data));
+  async keepManifest(url: string, data: Uint8Array<ArrayBuffer>, of: Of = "kept"): Promise<void> {
+    await this.cache.put(manifestKey(url, of), new Response(data));
+  }
+
+  /** Forget that a load began. */
+  async endLoad(url: string): Promise<void> {
+    await this.cache.delete(manifestKey(url, "begun"));
   }
 }
 
@@ -72,6 +81,6 @@ function chunkKey({ sha256 }: FileInfo, at: number): string {
   return `${KEYS}/${sha256}/${at}`;
 }
 
-function manifestKey(url: string): string {
-  return `${MANIFESTS}${encodeURIComponent(url)}`;
+function manifestKey(url: string, of: Of): string {
+  return `${MANIFESTS[of]}${encodeURIComponent(url)}`;
 }

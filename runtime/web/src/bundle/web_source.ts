@@ -41,15 +41,19 @@ export class WebSource implements Source {
 
   /** Return bundle.json as the server has it, or as it was kept, if there is no network. */
   async manifest(): Promise<Bytes> {
-    const url = this.#url(MANIFEST);
-    let response: Response;
     try {
-      response = await this.#fetch(url, { cache: "no-cache" });
+      this.#manifest = await this.#fetchManifest();
+      return this.#manifest;
     } catch (error) {
       const kept = error instanceof Offline ? await this.#store?.manifest(this.where).catch(() => null) : null;
       if (!kept) throw error;
       return kept as Bytes;
     }
+  }
+
+  async #fetchManifest(): Promise<Bytes> {
+    const url = this.#url(MANIFEST);
+    const response = await this.#fetch(url);
     if (response.status === 404) {
       throw new BundleError(`${this.where} is not a bundle: expected a file ${MANIFEST} in it, found none.`);
     }
@@ -57,12 +61,24 @@ export class WebSource implements Source {
     if (Number(response.headers.get("Content-Length")) > MANIFEST_LIMIT) {
       throw new BundleError(`${url}: expected at most ${MANIFEST_LIMIT} bytes`);
     }
-    this.#manifest = new Uint8Array(await this.#body(url, () => response.arrayBuffer()));
-    return this.#manifest;
+    return new Uint8Array(await this.#body(url, () => response.arrayBuffer()));
   }
 
+  /**
+   * Note which files this load will keep, and delete those that an interrupted load of an older version has left. Each
+   * file is checked when it is read.
+   */
   async check(): Promise<void> {
-    // Each file is checked when it is read.
+    if (!this.#store || !this.#manifest) return;
+    try {
+      const left = await this.#store.manifest(this.where, "begun");
+      if (equal(left, this.#manifest)) return;
+      if (equal(await this.#store.manifest(this.where), this.#manifest)) await this.#store.endLoad(this.where);
+      else await this.#store.keepManifest(this.where, this.#manifest, "begun");
+      await this.#removeFilesOf(left);
+    } catch (error) {
+      this.#storeFailed(error);
+    }
   }
 
   expect(infos: FileInfo[]): void {
@@ -96,22 +112,27 @@ export class WebSource implements Source {
   }
 
   /** Keep bundle.json, now that all files are here, and delete those of its older version that no bundle names now. */
-  async complete(manifest: Manifest): Promise<void> {
+  async complete(): Promise<void> {
     this.#options = { onWarning: this.#options.onWarning }; // Files of later calls are not part of the load.
     if (!this.#store || !this.#manifest) return;
     try {
       const older = await this.#store.manifest(this.where);
-      await this.#store.keepManifest(this.where, this.#manifest);
-      if (!older) return;
-      const needed = hashesOf(manifest);
-      for (const kept of await this.#store.manifests()) {
-        for (const sha256 of hashesOf(parsed(kept))) needed.add(sha256); // bundles share equal files
+      if (!equal(older, this.#manifest)) {
+        await this.#store.keepManifest(this.where, this.#manifest);
+        await this.#removeFilesOf(older);
       }
-      for (const sha256 of hashesOf(parsed(older))) {
-        if (!needed.has(sha256)) await this.#store.remove(sha256);
-      }
+      await this.#store.endLoad(this.where);
     } catch (error) {
       this.#storeFailed(error);
+    }
+  }
+
+  /** Delete the files of a bundle.json that no other one names: bundles share equal files. */
+  async #removeFilesOf(older: Uint8Array | null): Promise<void> {
+    if (!older || !this.#store) return;
+    const needed = new Set((await this.#store.manifests()).flatMap(hashesOf));
+    for (const sha256 of new Set(hashesOf(older))) {
+      if (!needed.has(sha256)) await this.#store.remove(sha256);
     }
   }
 
@@ -164,15 +185,16 @@ export class WebSource implements Source {
   async #download(name: string, info: FileInfo, data: Bytes, at: number): Promise<number> {
     const url = this.#url(name);
     let fruitless = 0;
+    let furthest = at;
     let pieces = at > 0 ? 1 : 0;
     while (at < info.size) {
       pieces++;
-      const before = at;
       try {
         at = await this.#receive(name, url, info, data, at);
       } catch (error) {
         if (!(error instanceof Broken)) throw error;
-        fruitless = error.at > before ? 1 : fruitless + 1;
+        fruitless = error.at > furthest ? 1 : fruitless + 1;
+        furthest = Math.max(furthest, error.at);
         at = error.at;
         if (fruitless >= TRIES) {
           const kept = this.#store ? "; what has arrived is kept, so load it again later" : "";
@@ -188,7 +210,7 @@ export class WebSource implements Source {
   async #receive(name: string, url: string, info: FileInfo, data: Bytes, from: number): Promise<number> {
     let response: Response;
     try {
-      response = await this.#fetch(url, from > 0 ? { headers: { Range: `bytes=${from}-` } } : {});
+      response = await this.#fetch(url, from > 0 ? { Range: `bytes=${from}-` } : {});
     } catch (error) {
       if (error instanceof Offline) throw new Broken(from, error.problem, error);
       throw error;
@@ -200,27 +222,33 @@ export class WebSource implements Source {
     const goesOn = response.status === 206 && (range === null || range.startsWith(`bytes ${from}-`));
     let at = goesOn ? from : 0;
     let kept = at; // bytes that the store has
+    const keep = async (): Promise<void> => {
+      const start = kept;
+      kept = at;
+      if (at > start) await this.#keep(info, start, data.slice(start, at));
+    };
     const reader = response.body.getReader();
-    for (;;) {
-      let part;
-      try {
-        part = await reader.read();
-      } catch (error) {
-        this.#stopIfAborted(error);
-        throw new Broken(at, reasonOf(error), error);
+    try {
+      for (;;) {
+        let part;
+        try {
+          part = await reader.read();
+        } catch (error) {
+          this.#stopIfAborted(error);
+          throw new Broken(at, reasonOf(error), error);
+        }
+        if (part.done) break;
+        if (at + part.value.length > info.size) {
+          throw new BundleError(`${url}: expected ${info.size} bytes, and the server sends more. ${REMEDY}`);
+        }
+        data.set(part.value, at);
+        at += part.value.length;
+        if (at - kept >= CHUNK || at === info.size) await keep();
+        this.#report(name, at);
       }
-      if (part.done) break;
-      if (at + part.value.length > info.size) {
-        await reader.cancel();
-        throw new BundleError(`${url}: expected ${info.size} bytes, and the server sends more. ${REMEDY}`);
-      }
-      data.set(part.value, at);
-      at += part.value.length;
-      if (at - kept >= CHUNK || at === info.size) {
-        await this.#keep(info, kept, data.slice(kept, at));
-        kept = at;
-      }
-      this.#report(name, at);
+    } finally {
+      await keep(); // The next piece begins at `at`, so nothing before it may be missing.
+      await reader.cancel().catch(() => undefined); // It does nothing after the end, and fails if the answer broke.
     }
     if (at < info.size) throw new Broken(at, `the connection ended after ${at} of ${info.size} bytes`, undefined);
     return at;
@@ -245,10 +273,14 @@ export class WebSource implements Source {
     this.#warn(`${problem}. The model works, but it is downloaded again next time`);
   }
 
-  /** Fetch a URL. Throws Offline if there is no answer, Cancelled. */
-  async #fetch(url: string, init: RequestInit): Promise<Response> {
+  /**
+   * Fetch a URL. The browser's own cache asks the server first: it may have a file of an older version by this name.
+   *
+   * Throws Offline if there is no answer, Cancelled.
+   */
+  async #fetch(url: string, headers: Record<string, string> = {}): Promise<Response> {
     const { signal } = this.#options;
-    return this.#body(url, () => fetch(url, signal ? { ...init, signal } : init));
+    return this.#body(url, () => fetch(url, { cache: "no-cache", headers, ...(signal ? { signal } : {}) }));
   }
 
   async #body<T>(url: string, fetching: () => Promise<T>): Promise<T> {
@@ -261,16 +293,25 @@ export class WebSource implements Source {
   }
 
   #stopIfAborted(error: unknown): void {
-    if (this.#options.signal?.aborted) throw new Cancelled("cancelled while files were fetched", { cause: error });
+    if (this.#options.signal?.aborted) throw this.#cancelled(error);
+  }
+
+  #cancelled(cause: unknown): Cancelled {
+    return new Cancelled("cancelled while files were fetched", { cause });
   }
 
   #pause(milliseconds: number): Promise<void> {
     const { signal } = this.#options;
     return new Promise((resolve, reject) => {
-      setTimeout(resolve, milliseconds);
-      signal?.addEventListener("abort", () => reject(new Cancelled("cancelled while files were fetched")), {
-        once: true,
-      });
+      const stop = (): void => {
+        clearTimeout(timer);
+        reject(this.#cancelled(signal?.reason));
+      };
+      const timer = setTimeout(() => {
+        signal?.removeEventListener("abort", stop);
+        resolve();
+      }, milliseconds);
+      signal?.addEventListener("abort", stop, { once: true });
     });
   }
 
@@ -289,16 +330,17 @@ function reasonOf(error: unknown): string {
   return firstLine(message || code || error);
 }
 
-/** Return the sha256 of each file of a manifest. A kept one may be damaged. */
-function hashesOf(manifest: Manifest | null): Set<string> {
-  return new Set(Object.values(manifest?.files ?? {}).map(({ sha256 }) => sha256));
+function equal(a: Uint8Array | null, b: Uint8Array): boolean {
+  return a?.length === b.length && a.every((byte, i) => byte === b[i]);
 }
 
-function parsed(manifest: Uint8Array): Manifest | null {
+/** Return the sha256 of each file of a bundle.json, or nothing if it is damaged. */
+function hashesOf(manifest: Uint8Array): string[] {
   try {
-    return JSON.parse(new TextDecoder().decode(manifest)) as Manifest;
+    const { files } = JSON.parse(new TextDecoder().decode(manifest)) as Manifest;
+    return Object.values(files).map(({ sha256 }) => sha256);
   } catch {
-    return null;
+    return [];
   }
 }
 

@@ -3,11 +3,11 @@ import { existsSync, statSync } from "node:fs";
 import { rename, rm, writeFile } from "node:fs/promises";
 import { extname } from "node:path";
 import { getSystemErrorMap } from "node:util";
-import { Cancelled, clip, firstLine, RequestError } from "../errors.js";
+import { Cancelled, clip, firstCharacters, firstLine, RequestError } from "../errors.js";
 import { Pipeline } from "../pipeline.js";
 import type { Arguments } from "./flags.js";
 
-const LONGEST_NAME = 60; // characters of a prompt in a file name
+const LONGEST_NAME = 60; // characters of a prompt in a file name, as in Python
 const LONGEST_WAIT = 2 ** 31 - 1; // milliseconds that Node can wait
 const SHOWN = 300; // characters of a path in a message
 
@@ -76,15 +76,22 @@ function numbered(path: string, index: number, count: number): string {
   return `${path.slice(0, path.length - ending.length)}-${number}${ending}`;
 }
 
+/** Return the words of a text as a part of a file name: "A red heart!" => "a-red-heart". */
+function slug(text: string): string {
+  const words = text
+    .toLowerCase()
+    .normalize("NFC")
+    .replace(/[^\p{L}\p{N}]+/gu, "-");
+  const characters = Array.from(firstCharacters(words, LONGEST_NAME).replace(/^-+|-+$/g, "") || "picture");
+  while (Buffer.byteLength(characters.join("")) > 2 * LONGEST_NAME) characters.pop(); // File systems count bytes.
+  return characters.join("");
+}
+
 /** Return a file name that no file has: a-red-heart-1.png, or a-red-heart-1-again-2.png if that exists. */
 function newName(prompt: string, seed: bigint, count: number): string {
-  const words = prompt
-    .toLowerCase()
-    .replace(/[^\p{L}\p{N}]+/gu, "-")
-    .slice(0, LONGEST_NAME)
-    .replace(/^-+|-+$/g, "");
+  const words = slug(prompt);
   for (let again = 1; ; again++) {
-    const path = `${words.toWellFormed() || "picture"}-${seed}${again > 1 ? `-again-${again}` : ""}.png`;
+    const path = `${words}-${seed}${again > 1 ? `-again-${again}` : ""}.png`;
     if (!Array.from({ length: count }, (_, i) => numbered(path, i, count)).some(existsSync)) return path;
   }
 }

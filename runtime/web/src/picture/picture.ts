@@ -1,5 +1,6 @@
 /** A picture with its record. It looks like ImageData, so that it works in every environment. */
 import { DeviceError } from "../errors.js";
+import { checkPngOptions } from "../options.js";
 import { encodePng } from "./png.js";
 import type { Record } from "./record.js";
 
@@ -28,13 +29,17 @@ export class Picture {
     return new ImageData(this.data, this.width, this.height);
   }
 
-  /** Return the bytes of a PNG file that says how the picture was made, and that a model made it. */
-  png({ metadata = true, aiMark = true }: PngOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
+  /**
+   * Return the bytes of a PNG file that says how the picture was made, and that a model made it. Throws RequestError if
+   * an option is wrong.
+   */
+  async png(options?: PngOptions): Promise<Uint8Array<ArrayBuffer>> {
+    const { metadata = true, aiMark = true } = checkPngOptions(options);
     return encodePng(this, metadata ? this.record : null, aiMark);
   }
 
-  /** Return a PNG file as a Blob, for a download or an <img>. */
-  async toBlob(options: PngOptions = {}): Promise<Blob> {
+  /** Return a PNG file as a Blob, for a download or an <img>. Throws as `png`. */
+  async toBlob(options?: PngOptions): Promise<Blob> {
     return new Blob([await this.png(options)], { type: "image/png" });
   }
 }

@@ -5,7 +5,7 @@ import { WebSource } from "../bundle/web_source.js";
 import { DeviceError, firstLine } from "../errors.js";
 import type { Device, LoadOptions } from "../options.js";
 import { LocalEngine, type Engine } from "../sampling/engine.js";
-import { probe, type Runtime } from "../sampling/runtime.js";
+import { probe, startThreads, type Runtime } from "../sampling/runtime.js";
 
 const MOST_THREADS = 4; // unless the caller asks for more
 
@@ -25,18 +25,21 @@ async function openRuntime(options: LoadOptions): Promise<Runtime> {
   if (device === "cpu" || device === "cuda") {
     throw new DeviceError(`device: pages run webgpu and wasm, got ${device}`);
   }
-  const threads = threadsOf(options.threads);
-  if (device !== "auto") return working(device, threads, options);
+  const standard = standardThreads(options.threads);
+  if (device !== "auto") return working(device, standard, options);
   try {
-    return await working("webgpu", threads, options);
+    return await working("webgpu", standard, options);
   } catch (error) {
     if (!(error instanceof DeviceError)) throw error;
-    return working("wasm", threads, options);
+    return working("wasm", standard, options);
   }
 }
 
-/** Return the number of threads. Only pages that are isolated from other origins have memory that threads share. */
-function threadsOf(asked: number | undefined): number {
+/**
+ * Return how many threads to run if nobody asks for a number. Only pages that are isolated from other origins have
+ * memory that threads share. Throws DeviceError if more threads are asked for than can run.
+ */
+function standardThreads(asked: number | undefined): number {
   const isolated = globalThis.crossOriginIsolated && "SharedArrayBuffer" in globalThis;
   if (asked !== undefined && asked > 1 && !isolated) {
     throw new DeviceError(
@@ -44,13 +47,13 @@ function threadsOf(asked: number | undefined): number {
         "headers Cross-Origin-Opener-Policy: same-origin and Cross-Origin-Embedder-Policy: require-corp, or load with threads: 1",
     );
   }
-  return asked ?? (isolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1);
+  return isolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
 }
 
 /** Return ONNX Runtime for a device on which a session really starts. Throws DeviceError. */
 async function working(
   device: Extract<Device, "webgpu" | "wasm">,
-  threads: number,
+  standard: number,
   options: LoadOptions,
 ): Promise<Runtime> {
   if (device === "webgpu") await checkGpu();
@@ -64,7 +67,7 @@ async function working(
   }
   ort.env.logLevel = "fatal"; // errors are thrown anyway
   if (options.wasmPaths) ort.env.wasm.wasmPaths = String(options.wasmPaths).replace(/\/*$/, "/");
-  ort.env.wasm.numThreads = threads;
+  const threads = startThreads(ort.env.wasm, options.threads, standard);
   const versions = ort.env.versions as { common: string; web?: string };
   const runtime: Runtime = {
     ort,

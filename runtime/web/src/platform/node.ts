@@ -10,10 +10,15 @@ import { WebSource } from "../bundle/web_source.js";
 import { BundleError, DeviceError, RequestError, clip, firstLine } from "../errors.js";
 import type { Device, LoadOptions } from "../options.js";
 import { LocalEngine, type Engine } from "../sampling/engine.js";
-import { probe, type Runtime } from "../sampling/runtime.js";
+import { probe, startThreads, type Runtime } from "../sampling/runtime.js";
+
+const FOR_PAGES = ["worker", "workerUrl", "wasmPaths", "cache"] as const;
 
 /** Load a bundle into this process. */
 export async function openEngine(bundle: string, options: LoadOptions): Promise<Engine> {
+  for (const name of FOR_PAGES) {
+    if (options[name]) options.onWarning?.(`${name}: only pages take this option, and Node goes on without it`);
+  }
   const remote = /^https?:/i.test(bundle);
   const source = remote ? new WebSource(directoryUrl(bundle), options, null) : new Directory(bundle);
   return LocalEngine.load(source, await openRuntime(options), options);
@@ -117,7 +122,7 @@ async function working(device: Device, threads: number | undefined): Promise<Run
     });
   }
   ort.env.logLevel = "fatal"; // errors are thrown anyway
-  if (device === "wasm") ort.env.wasm.numThreads = threads ?? 1;
+  const running = device === "wasm" ? startThreads(ort.env.wasm, threads, 1) : threads;
   const version = (ort.env.versions as { common: string; web?: string; node?: string })[
     device === "wasm" ? "web" : "node"
   ];
@@ -127,7 +132,7 @@ async function working(device: Device, threads: number | undefined): Promise<Run
     package: name,
     version: version ?? ort.env.versions.common,
     provider: PROVIDERS[device],
-    threads: device === "wasm" ? (threads ?? 1) : threads,
+    threads: running,
     opensFiles: device !== "wasm",
   };
   await probe(runtime);

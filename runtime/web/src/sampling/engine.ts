@@ -89,7 +89,10 @@ export class LocalEngine implements Engine {
         source.hold();
         for (const file of needed) await bundle.graph(file, false); // fetch it once, now
       }
-      await source.complete?.(manifest);
+      await source.complete?.();
+      if (options.signal?.aborted) {
+        throw new Cancelled("cancelled while the bundle was loaded", { cause: options.signal.reason });
+      }
     } catch (error) {
       await graphs.free();
       throw asOutOfMemory(error, `the files of bundle ${manifest.name} do not fit into memory`);
@@ -139,6 +142,7 @@ class Sampling {
   }
 
   async sample(): Promise<Sampled> {
+    this.#check("before it began");
     const { request, engine } = this;
     const [count, channels, height, width] = request.shape;
     if (request.memory === "low" && !this.#low) {

@@ -62,6 +62,30 @@ export async function probe(runtime: Runtime): Promise<void> {
   }
 }
 
+// ONNX Runtime's settings of WebAssembly, an object for each of its builds => threads
+const started = new WeakMap<object, number>();
+
+/**
+ * Set the threads of ONNX Runtime for WebAssembly. It takes them once: those of the first load stay.
+ *
+ * @param asked undefined: as many as run already, or else `standard`.
+ * @returns the number that runs.
+ * @throws DeviceError if another number runs already.
+ */
+export function startThreads(wasm: { numThreads?: number }, asked: number | undefined, standard: number): number {
+  const running = started.get(wasm);
+  if (running !== undefined && asked !== undefined && asked !== running) {
+    throw new DeviceError(
+      `threads: ONNX Runtime for WebAssembly runs with ${running} here since the first load, and cannot change to ` +
+        `${asked}: load with threads: ${running}, or in another worker or process`,
+    );
+  }
+  const threads = running ?? asked ?? standard;
+  started.set(wasm, threads);
+  wasm.numThreads = threads;
+  return threads;
+}
+
 /** Create a session of a graph. Throws BundleError, OutOfMemoryError. */
 export async function createSession(runtime: Runtime, name: string, files: GraphFiles): Promise<Ort.InferenceSession> {
   const options = sessionOptions(runtime);

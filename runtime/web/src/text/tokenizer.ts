@@ -95,16 +95,15 @@ export class PromptTokenizer {
 
   /** Return the prompt's own tokens, or at least the first `most` of them and one more. */
   #own(prompt: string, most: number): number[] {
-    if (this.#keepsTheEnd) return this.#ids(lastCharacters(prompt, MOST_CHARACTERS));
+    if (this.#keepsTheEnd) return this.#ids(lastUnits(prompt, MOST_CHARACTERS));
     let window = CHARACTERS_PER_TOKEN * this.#length;
     while (window < Math.min(prompt.length, MOST_CHARACTERS)) {
       // A token depends on its word, but not on text far behind that word. So if the first half of the window has more
       // tokens than fit, the whole window decides them.
-      if (this.#ids(firstCharacters(prompt, window / 2)).length > most)
-        return this.#ids(firstCharacters(prompt, window));
+      if (this.#ids(firstUnits(prompt, window / 2)).length > most) return this.#ids(firstUnits(prompt, window));
       window *= 4;
     }
-    return this.#ids(firstCharacters(prompt, MOST_CHARACTERS));
+    return this.#ids(firstUnits(prompt, MOST_CHARACTERS));
   }
 
   #ids(text: string): number[] {
@@ -117,18 +116,19 @@ export class PromptTokenizer {
 
   /** Return the words of a prompt that are not kept whole. The library tells no places of tokens. */
   #cutPart(prompt: string, most: number): string {
-    const words = prompt.slice(0, 8 * CHARACTERS_PER_TOKEN * this.#length).match(/\S+\s*/g) ?? [];
-    const fits = (count: number): boolean => {
-      const part = this.#keepsTheEnd ? words.slice(words.length - count) : words.slice(0, count);
-      return this.#ids(part.join("")).length <= most;
-    };
+    const size = 8 * CHARACTERS_PER_TOKEN * this.#length;
+    const words = (this.#keepsTheEnd ? lastUnits(prompt, size) : firstUnits(prompt, size)).match(/\S+\s*/g) ?? [];
+    const part = (count: number): string =>
+      (this.#keepsTheEnd ? words.slice(words.length - count) : words.slice(0, count)).join("");
+    const fits = (count: number): boolean => this.#ids(part(count)).length <= most;
     let [low, high] = [0, words.length];
     while (low < high) {
       const middle = Math.ceil((low + high) / 2);
       if (fits(middle)) low = middle;
       else high = middle - 1;
     }
-    return (this.#keepsTheEnd ? words.slice(0, words.length - low) : words.slice(low)).join("").trim();
+    const kept = part(low).length;
+    return (this.#keepsTheEnd ? prompt.slice(0, prompt.length - kept) : prompt.trimStart().slice(kept)).trim();
   }
 }
 
@@ -169,12 +169,12 @@ function specialTokens(processor: Processor | null): [number[], number[]] {
 }
 
 /** Return at most `most` UTF-16 units from the beginning of a text, in whole characters. */
-function firstCharacters(text: string, most: number): string {
+function firstUnits(text: string, most: number): string {
   const part = text.slice(0, most);
   return part.isWellFormed() ? part : part.slice(0, -1);
 }
 
-function lastCharacters(text: string, most: number): string {
+function lastUnits(text: string, most: number): string {
   const part = text.length > most ? text.slice(text.length - most) : text;
   return part.isWellFormed() ? part : part.slice(1);
 }

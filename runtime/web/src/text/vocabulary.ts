@@ -1,6 +1,6 @@
 /** Words that a model knows, if it was trained on a closed list of them: a warning instead of a strange picture. */
 import type { Manifest } from "../bundle/manifest.js";
-import { clip } from "../errors.js";
+import { clip, firstCharacters } from "../errors.js";
 import { closest } from "./similarity.js";
 import { CHARACTERS_PER_TOKEN } from "./tokenizer.js";
 
@@ -49,14 +49,6 @@ export class Vocabulary {
     const shown = suggestions.slice(0, SUGGESTIONS).join(", ");
     return `the model knows no word of '${clip(prompt)}'; it knows for example ${shown}`;
   }
-}
-
-/** Return the beginning of a text. It counts characters as Python does, not halves of surrogate pairs. */
-function firstCharacters(text: string, most: number): string {
-  if (text.length <= most) return text;
-  return Array.from(text.slice(0, 2 * most))
-    .slice(0, most)
-    .join("");
 }
 
 function words(text: string): string[] {

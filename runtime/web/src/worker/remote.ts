@@ -23,7 +23,7 @@ export class RemoteEngine implements Engine {
     readonly onWarning: ((message: string) => void) | undefined,
   ) {
     worker.onmessage = ({ data }: MessageEvent<FromWorker>) => this.#receive(data);
-    worker.onerror = (event) => this.#fail(event.message);
+    worker.onerror = (event) => this.#fail(event.message || "an error without a message");
     worker.onmessageerror = () => this.#fail("a message could not be read");
   }
 
@@ -53,6 +53,7 @@ export class RemoteEngine implements Engine {
         const problem = event.message || "its file cannot be fetched or read; pass workerUrl";
         fail(new DeviceError(`the worker cannot be started: ${problem}`));
       };
+      worker.onmessageerror = () => fail(new DeviceError("the worker cannot be started: a message could not be read"));
       const receive = (data: FromWorker): void => {
         if (data.type === "loading") options.onProgress?.(data.progress);
         else if (data.type === "warning") options.onWarning?.(data.message);
@@ -77,6 +78,7 @@ export class RemoteEngine implements Engine {
 
   sample(request: Request, listener: Listener, signal: AbortSignal | undefined): Promise<Sampled> {
     const id = this.#next++;
+    const abort = (): void => this.#send({ type: "abort", id });
     const sampling = new Promise<Sampled>((resolve, reject) => {
       if (this.#dead) {
         reject(this.#dead);
@@ -84,10 +86,15 @@ export class RemoteEngine implements Engine {
       }
       this.#waiting.set(id, { listener, resolve, reject });
       this.#send({ type: "sample", id, request });
-      signal?.addEventListener("abort", () => this.#send({ type: "abort", id }), { once: true });
+      signal?.addEventListener("abort", abort, { once: true });
+      if (signal?.aborted) abort();
     });
     this.#running.add(sampling);
-    sampling.catch(() => undefined).finally(() => this.#running.delete(sampling));
+    const end = (): void => {
+      this.#running.delete(sampling);
+      signal?.removeEventListener("abort", abort);
+    };
+    sampling.then(end, end);
     return sampling;
   }
 
@@ -115,7 +122,9 @@ export class RemoteEngine implements Engine {
     }
   }
 
+  /** Give up the worker, which may still live and hold the graphs. */
   #fail(problem: string): void {
+    this.worker.terminate();
     this.#dead = new InferenceError(`the worker ended: ${problem}. Load the bundle again`);
     for (const { reject } of this.#waiting.values()) reject(this.#dead);
     this.#waiting.clear();
