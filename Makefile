@@ -81,7 +81,7 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000
 quality: $(FULL)/ready
 	$(KEEP_MEMORY) $(FULL)/bin/python -m recipes.quality --preset cpu --source runs/emoji --out runs/quality
 
-# Makes a model from scratch. The teacher alone takes about five hours on 2 cores with AVX-512 and bfloat16.
+# Makes a model from scratch. The teacher alone takes about four hours on 2 cores with AVX-512.
 # Stopped and begun again, it goes on.
 emoji: $(FULL)/ready
 	$(KEEP_MEMORY) $(FULL)/bin/python -m recipes.emoji --preset cpu --out runs/emoji

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import figures, inception, metrics
+from evaluation import figures, inception, metrics, precision
 
 RANDOM = np.random.default_rng(0)
 
@@ -279,3 +279,12 @@ def test_the_text_score_is_the_mean_cosine_with_the_own_prompt():
     found = figures.retrieve(Reader(), made, prompt, asked, samples=5)
     assert found["text score"].value == pytest.approx((1 + 0.5**0.5 + 1) / 3)
     assert found["top 1"].value == 1  # The second picture is as near to both texts.
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "expected"),
+    [("cpu", {"avx512_bf16"}, "no"), ("cpu", {"avx512_bf16", "amx_bf16"}, "bf16"), ("cuda", set(), "bf16")],
+)
+def test_bfloat16_trains_faster_on_gpus_and_with_matrix_instructions(device, flags, expected, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
+    assert precision.fastest_precision(torch.device(device)) == expected

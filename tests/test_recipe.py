@@ -164,7 +164,7 @@ def test_damaged_pairs_are_an_error_that_names_the_file(tmp_path):
 def test_an_icon_is_found_by_its_name_of_2016_too(label, icon, tmp_path):
     drawn = ["rocket", "robot-face", "smiling-cat-face-with-heart-eyes", "heavy-heart-exclamation"]
     drawn += ["flag-for-white-flag", "o-button"]
-    icons = {"icons": dict.fromkeys(drawn, {}), "aliases": {"hot-beverage": {}}}
+    icons = {"icons": {name: {} for name in drawn}, "aliases": {"hot-beverage": {}}}
     (tmp_path / "icons.json").write_text(json.dumps(icons))
     (tmp_path / "chars.json").write_text("{}")
     assert data._IconSet(tmp_path).find({"label": label, "hexcode": "1F680"}) == icon
@@ -308,20 +308,23 @@ def test_noise_chooses_each_style_equally_often():
     noise = torch.randn(6000, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     chosen = style_of(noise)
     assert torch.bincount(chosen).sub(1000).abs().max() < 100
-    noise[:, 4] += 2
-    assert (style_of(noise) == 4).all()
+    wanted = torch.arange(6000) % 6
+    made = student.with_style(noise, wanted)
+    assert (style_of(made) == wanted).all() and torch.equal(made.sort(1)[0], noise.sort(1)[0])
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
-def test_the_teacher_draws_an_unnamed_style_as_the_noise_says(made, drawings, monkeypatch):
-    preset, asked = replace(PRESETS["smoke"], pairs=9, pair_batch=4), []
+def test_the_teacher_draws_an_unnamed_style_as_the_noise_says_and_no_held_out_pair(made, drawings, monkeypatch):
+    preset, asked = replace(PRESETS["smoke"], pairs=40, pair_batch=20), []
     encode = student._encode
     monkeypatch.setattr(student, "_encode", lambda pipeline, texts: (asked.extend(texts), encode(pipeline, texts))[1])
     assert main(["--preset", "smoke", "--out", str(made), "--until", "teacher"]) == 0
     pairs = student.make_pairs(preset, drawings, load_teacher(made / "teacher"), made / "few.pt")
-    assert asked.pop(0) == "" and 0 < sum(map(data.names_style, pairs["captions"])) < 9
+    assert asked.pop(0) == "" and 0 < sum(map(data.names_style, pairs["captions"])) < 40
+    held_out = {drawings.caption(row, 0, True).removeprefix("a ") for row in np.flatnonzero(drawings.held_out)}
     for caption, whole, style in zip(pairs["captions"], asked, style_of(pairs["noise"]), strict=True):
         assert whole == (caption if data.names_style(caption) else data.in_style(caption, style))
+        assert whole.removeprefix("a ") not in held_out
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented

@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tiue_runtime.host.machine import has_bf16
 
 from evaluation.encoder.contrastive import EncoderTraining
 from evaluation.encoder.encoder_config import EncoderConfig
 from evaluation.encoder.retrieval import train_encoder
+from evaluation.precision import fastest_precision
 from evaluation.reference import load_reference
 from tiue.distill.command import status_of
 from tiue.settings import add_flags, given
-
-
-def fastest_precision() -> str:
-    """`mixed_precision` for this machine: bf16, or no on CPUs that emulate bfloat16 and take 30 times as long in it."""
-    return "bf16" if torch.cuda.is_available() or has_bf16() else "no"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = EncoderConfig(**{"mixed_precision": fastest_precision()} | given(arguments, EncoderConfig))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = EncoderConfig(**{"mixed_precision": fastest_precision(device)} | given(arguments, EncoderConfig))
     report = train_encoder(load_reference(arguments.drawings), arguments.out, config)
     top1 = report["top1"]
     print(

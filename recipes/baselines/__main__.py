@@ -162,7 +162,6 @@ def _prepare_swiftbrush(arguments: argparse.Namespace, teacher: Any, config: Any
 def _prepare_v2(arguments: argparse.Namespace, teacher: Any, config: Any, initial: Any, samples: Any) -> Any:
     from recipes.baselines import swiftbrushv2
     from recipes.baselines.observers import EncoderAlignment
-    from recipes.directory import content_hash
     from tiue.distill.clip import load_clip
     from tiue.prompts import read_prompts
 
@@ -175,11 +174,9 @@ def _prepare_v2(arguments: argparse.Namespace, teacher: Any, config: Any, initia
     else:
         alignment = EncoderAlignment(arguments.clip, teacher, config.clip_margin)
     prompts = read_prompts(arguments.prompts)
-    made = swiftbrushv2.prepare(
+    return swiftbrushv2.prepare(
         teacher, prompts, arguments.out, config, initial=initial, alignment=alignment, sample_prompts=samples
     )
-    made[0].identify(alignment=content_hash(arguments.clip))
-    return made
 
 
 _PREPARE: dict[str, Callable[..., Any]] = {

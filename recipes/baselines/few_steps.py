@@ -25,7 +25,7 @@ from tiue.distill.draws import Batch
 from tiue.distill.method import Method, Run, Trained
 from tiue.distill.optimizers import make_optimizer
 from tiue.distill.samples import pictures, sample_noise
-from tiue.files import fingerprint, shortened
+from tiue.files import digest, fingerprint, shortened
 from tiue.text_encoder import encode_text
 
 WITHOUT_BOUNDARY = 1e4  # the timestep scaling with which c_skip of LCMScheduler is below 1e-12
@@ -162,6 +162,7 @@ def start_run(out: Path, config: FewStepsConfig, teacher: Components, data: Capt
     run = Run(out, config)
     run.identify(
         teacher=fingerprint(teacher.unet, teacher.text_encoder),
+        noise_process=digest([repr(teacher.noise_schedule)]),
         pictures=data.digest,
         init=None if initial is None else fingerprint(initial),
     )

@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiue_runtime.host.machine import has_bf16
 from torch import Tensor, nn
 
+from evaluation.precision import fastest_precision
 from recipes.directory import check_finished
 from tiue.distill.config import RunConfig
 from tiue.distill.draws import Batch
@@ -40,8 +40,8 @@ def on_device(generator: torch.Generator) -> torch.Generator:
 
 
 def precision() -> str:
-    """Return `mixed_precision` of the stages: "bf16", or "no" on CPUs without bf16 instructions (30 times slower)."""
-    return "bf16" if device().type != "cpu" or has_bf16() else "no"
+    """Return `mixed_precision` of the stages."""
+    return fastest_precision(device())
 
 
 def autocast() -> torch.autocast:

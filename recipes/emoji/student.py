@@ -44,11 +44,15 @@ def all_captions(drawings: Drawings) -> list[str]:
     return list(texts)
 
 
-def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
-    """Choose captions of random training drawings. They have style words as often as the teacher's did."""
+def random_captions(drawings: Drawings, count: int, seed: int) -> tuple[list[str], np.ndarray]:
+    """Choose captions of random training drawings. They have style words as often as the teacher's did.
+
+    Returns:
+        The captions, and the styles of their drawings, int64 (count,).
+    """
     random = np.random.default_rng(seed)
     rows = random.choice(np.flatnonzero(~drawings.held_out), count)
-    return [
+    captions = [
         drawings.caption(
             row,
             random.integers(len(drawings.captions[drawings.concept[row]])),
@@ -56,6 +60,7 @@ def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
         )
         for row in rows
     ]
+    return captions, drawings.style[rows]
 
 
 @torch.no_grad()
@@ -83,19 +88,27 @@ def style_of(noise: Tensor) -> Tensor:
     return noise[:, : len(STYLES)].mean(dim=(2, 3)).argmax(dim=1)
 
 
+def with_style(noise: Tensor, style: Tensor) -> Tensor:
+    """Return noise (n, C, h, w) that chooses `style` int64 (n,). Two channels change places, so that it stays noise."""
+    rows, chosen, result = torch.arange(len(noise)), style_of(noise), noise.clone()
+    result[rows, style], result[rows, chosen] = noise[rows, chosen], noise[rows, style]
+    return result
+
+
 def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipeline, path: Path) -> dict:
     """Sample (once) pairs of noise and the teacher's latents: {"captions", "noise", "latents"}.
 
-    Where a caption names no style, the teacher's names that of the noise.
+    Where a caption names no style, the teacher's names that of a training drawing, and the noise chooses it, too.
     """
     if not path.exists():
-        captions = random_captions(drawings, preset.pairs, preset.seed)
+        captions, styles = random_captions(drawings, preset.pairs, preset.seed)
         generator = torch.Generator().manual_seed(preset.seed)
         size = pipeline.unet.config.sample_size
         noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
-        latents = []
-        styles = style_of(noise).tolist()
+        unnamed = torch.tensor([not names_style(text) for text in captions])
+        noise[unnamed] = with_style(noise[unnamed], torch.from_numpy(styles)[unnamed])
         whole = [text if names_style(text) else in_style(text, i) for text, i in zip(captions, styles, strict=True)]
+        latents = []
         null = _encode(pipeline, [""])
         for start in tqdm(range(0, preset.pairs, preset.pair_batch), desc="pairs", mininterval=5):
             part = slice(start, start + preset.pair_batch)
@@ -173,7 +186,7 @@ def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, ou
             out,
             replace(preset.distill, mixed_precision=precision(), **spaced(preset.distill.iterations)),
             initial=load_student(initial),
-            sample_prompts=random_captions(drawings, 32, preset.seed + 1),
+            sample_prompts=random_captions(drawings, 32, preset.seed + 1)[0],
         )
         train(run, method)
         choose(out, method)

@@ -14,14 +14,19 @@ def thread_count(root: Path = Path("/")) -> int:
     return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
 
 
-def has_bf16(root: Path = Path("/")) -> bool:
-    """Say whether the CPU has bfloat16 instructions (avx512_bf16 or amx_bf16). Known on Linux only, else False."""
+def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
+    """Return the instruction sets of the CPU by their names in /proc/cpuinfo. Known on Linux only, else empty."""
     try:
         lines = (root / "proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return False
+        return frozenset()
     flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+    return frozenset(flags.split())
+
+
+def has_bf16(root: Path = Path("/")) -> bool:
+    """Say whether the CPU has bfloat16 instructions (avx512_bf16 or amx_bf16)."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_flags(root))
 
 
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
