@@ -313,7 +313,7 @@ def test_a_distillation_computes_what_the_plain_loop_computes(tmp_path, capsys):
 
 def test_memory_by_option_is_measured_beside_the_estimate(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "OPTIONS", {"(defaults)": {}, "--fake-score full": {"fake_score": "full"}})
-    flags = ["--model", "mini21", "--work", str(tmp_path), "--widths", "96,192", "--latents", "8", "--batch", "1"]
+    flags = ["--model", "mini21", "--work", str(tmp_path), "--widths", "160,320", "--latents", "8", "--batch", "1"]
     assert memory.main([*flags, "--threads", "1"]) == 0
     rows = re.findall(r"^\| `(.+)` \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", capsys.readouterr().out, re.M)
     assert [name for name, *_ in rows] == ["(defaults)", "--fake-score full"]
