@@ -172,7 +172,7 @@ def test_an_icon_is_found_by_its_name_of_2016_too(label, icon, tmp_path):
 
 def test_chosen_concepts_are_unique():
     labels = data.concept_list()
-    assert len(labels) == len(set(labels)) == 299
+    assert len(labels) == len(set(labels)) == 298
 
 
 def test_a_spoken_name_belongs_to_one_concept():
