@@ -208,7 +208,11 @@ def changed(components):
 
 @pytest.mark.parametrize("name", ["teacher", "noise_process", "prompts", "init", "clip"])
 def test_a_run_is_not_resumed_with_another(tmp_path, name, clip):
-    distill(tmp_path, iterations=1)
+    config, used = CONFIG, None
+    if name == "clip":
+        config, used = dataclasses.replace(CONFIG, clip_weight=0.1), clip
+    run, _ = prepare(tiny.emoji(), PROMPTS, tmp_path, config, clip=used)
+    runs.record_run(tmp_path, config, run.identity | ({} if used is None else {"clip": "0" * 16}))
     teacher = changed(tiny.emoji()) if name == "teacher" else tiny.emoji()
     if name == "noise_process":
         of_v = teacher.scheduler_config | {"prediction_type": "v_prediction"}
@@ -217,10 +221,10 @@ def test_a_run_is_not_resumed_with_another(tmp_path, name, clip):
         "teacher": teacher,
         "prompts": PROMPTS[::-1] if name == "prompts" else PROMPTS,
         "initial": Student(tiny.emoji(), 751, {4: [751, 501, 251, 1]}) if name == "init" else None,
-        "clip": clip if name == "clip" else None,
+        "clip": used,
     }
     with pytest.raises(ValueError, match=rf"another configuration: {name} \S+ -> '[0-9a-f]{{16}}'$"):
-        prepare(**given, out=tmp_path, config=CONFIG)
+        prepare(**given, out=tmp_path, config=config)
 
 
 def test_a_mistake_leaves_no_run_behind(tmp_path):
@@ -521,9 +525,11 @@ def test_the_clip_loss_reaches_the_student_and_falls_to_nothing(tmp_path, clip):
     assert {"clip"} < logged(tmp_path)[-1].keys()
 
 
-def test_the_clip_loss_needs_clip(tmp_path):
-    with pytest.raises(ValueError, match=r"`clip_weight` needs a CLIP model and a tiny autoencoder"):
-        made(tmp_path, clip_weight=0.1)
+def test_the_clip_loss_and_its_weight_need_each_other(tmp_path, clip):
+    for weight, given, found in ((0.1, None, "0.1 without"), (0.0, clip, "0 with")):
+        config = dataclasses.replace(CONFIG, clip_weight=weight)
+        with pytest.raises(ValueError, match=rf"`clip_weight` {found} a CLIP loss: expected both or neither"):
+            prepare(tiny.emoji(), PROMPTS, tmp_path, config, clip=given)
 
 
 def test_clip_is_loaded_whole_and_in_float32(tmp_path, clip):
