@@ -27,13 +27,14 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     # Settings that only one of both has are of another version of the recipe. New ones are compared from now on.
-    found, wanted = (dict(_flat(one)) for one in (read_object(path), settings))
+    recorded = read_object(path)
+    found, wanted = (dict(_flat(one)) for one in (recorded, settings))
     names = [name for name in wanted if name in found and found[name] != wanted[name]]
     if names:
         differences = ", ".join(f"{n} {found[n]} -> {wanted[n]}" for n in names)
         raise ValueError(f"{out} has results of other settings: {shortened(differences)}")
     if wanted.keys() - found.keys():
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        write_text(path, json.dumps(recorded | dict(settings), indent=2) + "\n")
 
 
 def content_hash(path: Path) -> str:

@@ -146,15 +146,18 @@ def load_unet(path: Path, teacher: Components) -> UNet2DConditionModel:
     """Load the UNet of a student.safetensors or of a pipeline directory, to start from.
 
     Raises:
-        ValueError: there is none, or it takes or predicts something else than the teacher.
+        ValueError: there is none, or it takes or predicts something else than the teacher, or learned another noise
+            process.
     """
     found = load_components(path) if path.is_dir() else load_student(path).components
     for name in ("in_channels", "out_channels", "cross_attention_dim"):
         if (has := found.unet.config[name]) != (needs := teacher.unet.config[name]):
             raise ValueError(f"{path} cannot start for this teacher: its {name} is {has}, and the teacher's {needs}")
-    has, needs = (model.noise_schedule.prediction_type for model in (found, teacher))
-    if has != needs:
+    theirs, ours = found.noise_schedule, teacher.noise_schedule
+    if (has := theirs.prediction_type) != (needs := ours.prediction_type):
         raise ValueError(f"{path} cannot start for this teacher: it predicts {has}, and the teacher {needs}")
+    if theirs.abar != ours.abar:
+        raise ValueError(f"{path} cannot start for this teacher: it learned another noise process")
     return found.unet
 
 

@@ -1,4 +1,4 @@
-"""How a row is trained. Every result is a file, and what is there is not made again."""
+"""How a row is trained. Every result is a file, and files that exist are not made again."""
 
 from __future__ import annotations
 

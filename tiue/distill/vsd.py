@@ -42,7 +42,7 @@ class Vsd(Method):
         student: the student. Its UNet is trained in place.
         captions: the run's captions.
         sample_prompts: prompts of the sample grid.
-        clip: the CLIP loss, required by `clip_weight`.
+        clip: the CLIP loss, if `clip_weight` is above 0.
     """
 
     name = "distill"
