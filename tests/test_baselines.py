@@ -531,7 +531,7 @@ def test_a_start_that_does_not_fit_the_teacher_is_refused(folder, encoder, tmp_p
     scheduler = json.loads((tmp_path / "teacher/scheduler/scheduler_config.json").read_text())
     other = tiny.save_pipeline(teacher(), tmp_path / "changed")
     for changes, said in (
-        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": False}, "predicts epsilon, and the teacher v_predict"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": False}, "predicts epsilon, and the teacher v_"),
         ({"beta_end": 0.013}, "it learned another noise process"),
     ):
         (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | changes))
