@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; on failure, print one line that says why.
 
     Returns:
-        0; 2 if it cannot run.
+        0; 2 if it cannot run; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
     return status_of("python -m evaluation", lambda: _judge(arguments), EvaluationConfig)

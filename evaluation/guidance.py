@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and print a table; on failure, print one line that says why.
 
     Returns:
-        0; 2 if it cannot run.
+        0; 2 if it cannot run; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.guidance",

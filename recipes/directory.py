@@ -8,13 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evaluation.reference import read_json
-from tiue.distill.config import RunConfig
-from tiue.distill.runs import Identity, check_same_run
 from tiue.files import shortened, write_text
 
 
@@ -29,28 +26,15 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    # Settings that only one of both has are of another version of the recipe. They cannot be compared.
-    found, wanted = (dict(_flat(one)) for one in (read_object(path), settings))
+    # Settings that only one of both has are of another version of the recipe. New ones are compared from now on.
+    recorded = read_object(path)
+    found, wanted = (dict(_flat(one)) for one in (recorded, settings))
     names = [name for name in wanted if name in found and found[name] != wanted[name]]
     if names:
         differences = ", ".join(f"{n} {found[n]} -> {wanted[n]}" for n in names)
         raise ValueError(f"{out} has results of other settings: {shortened(differences)}")
-
-
-def check_finished(out: Path, config: RunConfig, identity: Identity | None = None) -> None:
-    """Refuse the result of a finished run of other settings. It serves machines of another precision, too.
-
-    Args:
-        out: directory of the run.
-        config: the settings.
-        identity: further values that must be the same.
-
-    Raises:
-        ValueError: the message lists the differences.
-    """
-    if (path := out / "config.json").exists():
-        precision = read_object(path).get("mixed_precision", config.mixed_precision)
-        check_same_run(out, replace(config, mixed_precision=precision), identity or {})
+    if wanted.keys() - found.keys():
+        write_text(path, json.dumps(recorded | dict(settings), indent=2) + "\n")
 
 
 def content_hash(path: Path) -> str:

@@ -528,12 +528,15 @@ def test_a_start_that_does_not_fit_the_teacher_is_refused(folder, encoder, tmp_p
     other = tiny.save_pipeline(tiny.sd15(), tmp_path / "other")
     assert main([*given, "--init", str(other)]) == 2
     assert f"{other} cannot start for this teacher: its in_channels is 4" in capsys.readouterr().err
-    scheduler = tmp_path / "teacher/scheduler/scheduler_config.json"
-    changed = json.loads(scheduler.read_text()) | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    epsilon = tiny.save_pipeline(teacher(), tmp_path / "epsilon")
-    (epsilon / "scheduler/scheduler_config.json").write_text(json.dumps(changed))
-    assert main([*given, "--init", str(epsilon)]) == 2
-    assert "it predicts epsilon, and the teacher v_prediction" in capsys.readouterr().err
+    scheduler = json.loads((tmp_path / "teacher/scheduler/scheduler_config.json").read_text())
+    other = tiny.save_pipeline(teacher(), tmp_path / "changed")
+    for changes, said in (
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": False}, "predicts epsilon, and the teacher v_"),
+        ({"beta_end": 0.013}, "it learned another noise process"),
+    ):
+        (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | changes))
+        assert main([*given, "--init", str(other)]) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,6 @@
 import copy
 import csv
 import dataclasses
-import errno
 import itertools
 import json
 import os
@@ -209,7 +208,11 @@ def changed(components):
 
 @pytest.mark.parametrize("name", ["teacher", "noise_process", "prompts", "init", "clip"])
 def test_a_run_is_not_resumed_with_another(tmp_path, name, clip):
-    distill(tmp_path, iterations=1)
+    config, used = CONFIG, None
+    if name == "clip":
+        config, used = dataclasses.replace(CONFIG, clip_weight=0.1), clip
+    run, _ = prepare(tiny.emoji(), PROMPTS, tmp_path, config, clip=used)
+    runs.record_run(tmp_path, config, run.identity | ({} if used is None else {"clip": "0" * 16}))
     teacher = changed(tiny.emoji()) if name == "teacher" else tiny.emoji()
     if name == "noise_process":
         of_v = teacher.scheduler_config | {"prediction_type": "v_prediction"}
@@ -218,10 +221,10 @@ def test_a_run_is_not_resumed_with_another(tmp_path, name, clip):
         "teacher": teacher,
         "prompts": PROMPTS[::-1] if name == "prompts" else PROMPTS,
         "initial": Student(tiny.emoji(), 751, {4: [751, 501, 251, 1]}) if name == "init" else None,
-        "clip": clip if name == "clip" else None,
+        "clip": used,
     }
     with pytest.raises(ValueError, match=rf"another configuration: {name} \S+ -> '[0-9a-f]{{16}}'$"):
-        prepare(**given, out=tmp_path, config=CONFIG)
+        prepare(**given, out=tmp_path, config=config)
 
 
 def test_a_mistake_leaves_no_run_behind(tmp_path):
@@ -438,20 +441,6 @@ def test_the_command_ends_with_the_number_of_the_signal(tmp_path, teacher_direct
     assert capsys.readouterr().err.endswith("python -m tiue: error: stopped by SIGTERM after step 3\n")
 
 
-def test_a_run_outlives_a_full_disk(tmp_path, monkeypatch, caplog):
-    save = runs.save
-
-    def full(out, state, step, keep):
-        if step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(out, state, step, keep)
-
-    monkeypatch.setattr(runs, "save", full)
-    assert load_student(distill(tmp_path, iterations=4))
-    assert "step 4: no checkpoint could be written: [Errno 28] No space left on device" in caplog.text
-    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-00000002.pt"]
-
-
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     first, second = (load_file(distill(tmp_path / name, iterations=2)) for name in "ab")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -536,9 +525,11 @@ def test_the_clip_loss_reaches_the_student_and_falls_to_nothing(tmp_path, clip):
     assert {"clip"} < logged(tmp_path)[-1].keys()
 
 
-def test_the_clip_loss_needs_clip(tmp_path):
-    with pytest.raises(ValueError, match=r"`clip_weight` needs a CLIP model and a tiny autoencoder"):
-        made(tmp_path, clip_weight=0.1)
+def test_the_clip_loss_and_its_weight_need_each_other(tmp_path, clip):
+    for weight, given, found in ((0.1, None, "0.1 without"), (0.0, clip, "0 with")):
+        config = dataclasses.replace(CONFIG, clip_weight=weight)
+        with pytest.raises(ValueError, match=rf"`clip_weight` {found} a CLIP loss: expected both or neither"):
+            prepare(tiny.emoji(), PROMPTS, tmp_path, config, clip=given)
 
 
 def test_clip_is_loaded_whole_and_in_float32(tmp_path, clip):

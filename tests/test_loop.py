@@ -2,8 +2,10 @@
 
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
+import disk
 import pytest
 import torch
 import toy
@@ -88,6 +90,33 @@ def test_a_finished_run_that_could_not_be_saved_only_has_to_be_saved(tmp_path, m
             toy.run(tmp_path, 8)
     monkeypatch.setattr(toy.Regression, "update", None)
     assert toy.run(tmp_path, 8).exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_a_run_outlives_a_full_disk(tmp_path, monkeypatch, caplog):
+    """The disk is full from the fourth update to the sixth, and has space again."""
+    whole = load_file(toy.run(tmp_path / "whole", 8))["weight"]
+    update, stack = toy.Regression.update, ExitStack()
+
+    def filling(self, step, batch):
+        if step == 3:
+            stack.enter_context(disk.full(largest=1))
+        if step == 6:
+            stack.close()
+        return update(self, step, batch)
+
+    monkeypatch.setattr(toy.Regression, "update", filling)
+    with stack:
+        weights = load_file(toy.run(tmp_path / "full", 8))["weight"]
+    assert torch.equal(weights, whole)
+    assert [path.name for path in runs.checkpoints(tmp_path / "full")] == ["step-00000003.pt", "step-00000008.pt"]
+    assert runs.read_log(tmp_path / "full/losses.csv")["step"].tolist() == [*range(1, 9)]
+    said = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
+    assert [text.split(" could not")[0] for text in sorted(said)] == [
+        "step 4: TensorBoard's log",
+        "step 4: losses.csv",
+        "step 6: the checkpoint",
+    ]
 
 
 def test_a_longer_run_goes_on_from_the_end_of_a_shorter(tmp_path):

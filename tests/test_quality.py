@@ -80,6 +80,9 @@ def test_the_results_of_one_source_are_not_taken_for_those_of_another(name, tmp_
     (tmp_path / "out/preset.json").write_text(json.dumps(preset))
     assert main(command) == 2
     assert "stopped here" in capsys.readouterr().err
+    (tmp_path / "source" / name).write_text("changed again")
+    assert main(command) == 2
+    assert "has results of other settings: source." in capsys.readouterr().err
 
 
 def _stopped(*_):
@@ -156,19 +159,31 @@ def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_that_of_a_row(tmp_path):
-    contest, row = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)), _row("LCM")
-    out, cost = tmp_path / "seed-1", Cost(passes=300.0, operations=1.0)
+    contest = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path))
+    row, out, cost = _row("SwiftBrush v2, full"), tmp_path / "seed-1", Cost(passes=300.0, operations=1.0)
     config = contest._config(row, {**row.settings, "iterations": 100, "seed": 1})
-    for change in ({}, {"mixed_precision": "fp16"}):  # of another machine
+    for change in ({}, {"mixed_precision": "fp16"}, {"clip_margin": 0.2}):  # of another machine, and measured
         record_run(out, replace(config, **change), {"teacher": "1"})
         (out / "training.json").write_text("{}")
-        assert contest._trained(row, row.settings, out, 1, cost) == out / "pipeline"
-    record_run(out, replace(config, guidance_max=3.0), {})
-    with pytest.raises(ValueError, match=r"another configuration: guidance_max 3\.0 -> 4\.0$"):
+        assert contest._trained(row, row.settings, out, 1, cost) == out / "student.safetensors"
+    (out / "training.json").write_text(json.dumps({"starts": {"ADD in one step": "1"}}))
+    _trained(contest, "ADD in one step", "1")
+    contest._trained(row, row.settings, out, 1, cost)
+    _trained(contest, "ADD in one step", "2")
+    with pytest.raises(ValueError, match=r"ADD in one step was trained again: delete .*seed-1"):
+        contest._trained(row, row.settings, out, 1, cost)
+    record_run(out, replace(config, guidance=9.0), {})
+    with pytest.raises(ValueError, match=r"another configuration: guidance 9\.0 -> \S+$"):
         contest._trained(row, row.settings, out, 1, cost)
 
 
-def test_a_merge_that_was_stopped_is_made_again(tmp_path, monkeypatch):
+def _trained(contest, name, hashed):
+    folder = contest.folder(_row(name)) / "seed-0"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.json").write_text(json.dumps({"sha256": hashed}))
+
+
+def test_a_merge_that_was_stopped_is_made_again_and_one_of_older_students_is_refused(tmp_path, monkeypatch):
     contest, out = Contest(Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path)), tmp_path / "merged"
     monkeypatch.setattr(contest, "results", lambda row: [tmp_path / row.name])
     for name, result in {"load_student": None, "swiftbrushv2.merge": None}.items():
@@ -176,8 +191,14 @@ def test_a_merge_that_was_stopped_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.quality.contest.save_student", lambda path, _: path.write_text("merged"))
     out.mkdir()
     (out / "student.safetensors").write_text("before")
-    path = contest._merged(_row("SwiftBrush v2"), out)
-    assert path.read_text() == "merged" and len(json.loads((out / "training.json").read_text())["sha256"]) == 64
+    for name in _row("SwiftBrush v2").start:
+        _trained(contest, name, "1")
+    for _ in range(2):
+        path = contest._merged(_row("SwiftBrush v2"), out)
+        assert path.read_text() == "merged" and len(json.loads((out / "training.json").read_text())["sha256"]) == 64
+    _trained(contest, "SwiftBrush v2, LoRA", "2")
+    with pytest.raises(ValueError, match="SwiftBrush v2, LoRA was trained again"):
+        contest._merged(_row("SwiftBrush v2"), out)
 
 
 def test_the_table_and_the_plot_say_how_many_seeds_a_row_has_and_leave_gaps_blank(tmp_path, monkeypatch):

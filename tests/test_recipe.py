@@ -325,6 +325,9 @@ def test_the_teacher_draws_an_unnamed_style_as_the_noise_says_and_no_held_out_pa
     for caption, whole, style in zip(pairs["captions"], asked, style_of(pairs["noise"]), strict=True):
         assert whole == (caption if data.names_style(caption) else data.in_style(caption, style))
         assert whole.removeprefix("a ") not in held_out
+    torch.save(pairs | {"noise": pairs["noise"].roll(1, dims=1)}, made / "few.pt")  # as of an older recipe
+    with pytest.raises(ValueError, match=r"few\.pt has pairs of other captions or styles: delete it"):
+        student.make_pairs(preset, drawings, None, made / "few.pt")
 
 
 @pytest.mark.filterwarnings("ignore:the model knows no word")  # its names are invented
@@ -405,17 +408,19 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path):
     def loss(generator: torch.Generator, count: int) -> torch.Tensor:
         return (100 - network.weight).sum()  # The weight grows in every update.
 
-    minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))
+    settings = {"iterations": 10, "learning_rate": 1.0, "ema_decay": 0.0001, "seed": 0, **spaced(10)}
+    minimize(network, loss, tmp_path, **settings)
     grown = network.weight.item()
     scores = load_best(tmp_path, network, lambda: abs(network.weight.item() - grown + 3))
     best = min(scores, key=scores.__getitem__)
     assert len(scores) == 4 and scores[best] < scores["step-00000010"]
     assert best != "step-00000010" and network.weight.item() < grown
-    with pytest.raises(ValueError, match="another configuration: learning_rate"):
-        minimize(network, loss, tmp_path, iterations=10, learning_rate=2.0, ema_decay=0.0001, seed=0, **spaced(10))
+    for name, value in (("learning_rate", 2.0), ("weight_decay", 0.1), ("muon", 0.1)):
+        with pytest.raises(ValueError, match=f"another configuration: {name}"):
+            minimize(network, loss, tmp_path, **settings | {name: value})
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="has no checkpoints to choose from"):
         load_best(tmp_path, network, lambda: 0.0)
     (tmp_path / "weights.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"weights\.safetensors: expected the weights"):
-        minimize(network, loss, tmp_path, iterations=10, learning_rate=1.0, ema_decay=0.0001, seed=0, **spaced(10))
+        minimize(network, loss, tmp_path, **settings)

@@ -1,8 +1,7 @@
 import io
-import resource
-import signal
 from pathlib import Path
 
+import disk
 import numpy as np
 import pytest
 import torch
@@ -113,6 +112,14 @@ def emptied(path):
     path.write_bytes(b"")
 
 
+def of_another_compression(path):
+    content = path.read_bytes()
+    for signature, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        at = content.index(signature) + place
+        content = content[:at] + b"\x08" + content[at + 1 :]
+    path.write_bytes(content)
+
+
 def flipped(path):
     """One bit of a stored number, which torch.load does not notice."""
     content = bytearray(path.read_bytes())
@@ -120,11 +127,13 @@ def flipped(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut_short, emptied, flipped])
+@pytest.mark.parametrize("damage", [cut_short, emptied, flipped, of_another_compression])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
-    damage(saved(tmp_path, 1, 2))
+    damage(path := saved(tmp_path, 1, 2))
     assert restored(tmp_path) == (1, 1)
     assert "step-00000002.pt is damaged" in caplog.text
+    with pytest.raises(ValueError, match=r"step-00000002\.pt is damaged"):
+        runs.averaged(path)
 
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path):
@@ -142,15 +151,8 @@ def test_without_a_whole_checkpoint_a_run_begins_anew(tmp_path, caplog):
 
 def test_a_checkpoint_that_finds_no_space_leaves_those_that_there_are(tmp_path):
     saved(tmp_path, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            runs.save(tmp_path, {"part": {"value": torch.zeros(10_000)}}, 2, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
+    with disk.full(4096), pytest.raises(OSError, match="too large"):
+        runs.save(tmp_path, {"part": {"value": torch.zeros(10_000)}}, 2, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
 
 

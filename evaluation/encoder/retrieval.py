@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,8 @@ def train_encoder(reference: Reference, out: Path, config: EncoderConfig, texts:
         "captions": digest([text for variants in reference.captions for text in variants]),
         "drawings": _digest(reference),
     }
-    if path.exists():  # A finished encoder serves machines of another precision, too.
-        precision = _read_report(path)["settings"]["mixed_precision"]
-        check_same_run(out, replace(config, mixed_precision=precision), identity)
+    if path.exists():
+        check_same_run(out, config, identity, free=("mixed_precision",))
     else:
         run = Run(out, config)
         run.identify(**identity)

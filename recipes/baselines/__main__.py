@@ -142,13 +142,10 @@ def _prepare_add(arguments: argparse.Namespace, teacher: Any, config: Any, initi
 
     from recipes.baselines import add
     from recipes.baselines.observers import load_observer
-    from recipes.directory import content_hash
 
     data, observer = _pictures(arguments, teacher), load_observer(arguments.observer, PartialState().device)
     samples = samples or data.first(8)
-    made = add.prepare(teacher, data, arguments.out, config, observer, initial=initial, sample_prompts=samples)
-    made[0].identify(observer=content_hash(arguments.observer))
-    return made
+    return add.prepare(teacher, data, arguments.out, config, observer, initial=initial, sample_prompts=samples)
 
 
 def _prepare_swiftbrush(arguments: argparse.Namespace, teacher: Any, config: Any, initial: Any, samples: Any) -> Any:

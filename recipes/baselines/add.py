@@ -154,7 +154,7 @@ def prepare(
     if sorted(config.timesteps) != sampled:  # Samples would begin at timesteps that it does not know.
         found = ", ".join(map(str, config.timesteps))
         raise ValueError(f"`timesteps` must be {', '.join(map(str, sampled[::-1]))} for this teacher, got {found}")
-    run = start_run(out, config, teacher, data, initial)
+    run = start_run(out, config, teacher, data, initial, observer=observer.fingerprint)
     if run.accelerator.num_processes > 1:
         raise ValueError("ADD runs in one process: R1 needs gradients of gradients, which DDP does not exchange")
     student = copy.deepcopy(teacher.unet if initial is None else initial)

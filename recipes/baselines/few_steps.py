@@ -25,7 +25,8 @@ from tiue.distill.draws import Batch
 from tiue.distill.method import Method, Run, Trained
 from tiue.distill.optimizers import make_optimizer
 from tiue.distill.samples import pictures, sample_noise
-from tiue.files import digest, fingerprint, shortened
+from tiue.distill.vsd import teacher_identity
+from tiue.files import fingerprint, shortened
 from tiue.text_encoder import encode_text
 
 WITHOUT_BOUNDARY = 1e4  # the timestep scaling with which c_skip of LCMScheduler is below 1e-12
@@ -145,25 +146,30 @@ def load_unet(path: Path, teacher: Components) -> UNet2DConditionModel:
     """Load the UNet of a student.safetensors or of a pipeline directory, to start from.
 
     Raises:
-        ValueError: there is none, or it takes or predicts something else than the teacher.
+        ValueError: there is none, or it takes or predicts something else than the teacher, or learned another noise
+            process.
     """
     found = load_components(path) if path.is_dir() else load_student(path).components
     for name in ("in_channels", "out_channels", "cross_attention_dim"):
         if (has := found.unet.config[name]) != (needs := teacher.unet.config[name]):
             raise ValueError(f"{path} cannot start for this teacher: its {name} is {has}, and the teacher's {needs}")
-    has, needs = (model.noise_schedule.prediction_type for model in (found, teacher))
-    if has != needs:
+    theirs, ours = found.noise_schedule, teacher.noise_schedule
+    if (has := theirs.prediction_type) != (needs := ours.prediction_type):
         raise ValueError(f"{path} cannot start for this teacher: it predicts {has}, and the teacher {needs}")
+    if theirs.abar != ours.abar:
+        raise ValueError(f"{path} cannot start for this teacher: it learned another noise process")
     return found.unet
 
 
-def start_run(out: Path, config: FewStepsConfig, teacher: Components, data: CaptionedPictures, initial: Any) -> Run:
-    """Begin or find a run, identified by its teacher, its pictures and the weights that its student starts from."""
+def start_run(
+    out: Path, config: FewStepsConfig, teacher: Components, data: CaptionedPictures, initial: Any, **more: str
+) -> Run:
+    """Begin or find a run, identified by its teacher, its pictures, its student's first weights, and `more`."""
     run = Run(out, config)
     run.identify(
-        teacher=fingerprint(teacher.unet, teacher.text_encoder),
-        noise_process=digest([repr(teacher.noise_schedule)]),
+        **teacher_identity(teacher),
         pictures=data.digest,
         init=None if initial is None else fingerprint(initial),
+        **more,
     )
     return run

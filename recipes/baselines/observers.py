@@ -31,10 +31,12 @@ class Observer(Protocol):
     Attributes:
         widths: channels of the features.
         embedding: length of the embedding of a whole picture.
+        fingerprint: of its weights. A run resumes only with the same.
     """
 
     widths: list[int]
     embedding: int
+    fingerprint: str
 
     def look(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Look at pixels (B, 3, H, W) in [-1, 1]. Gradients pass through.
@@ -56,6 +58,7 @@ class EncoderObserver:
     def __init__(self, path: Path, device: torch.device):
         self._encoder: Encoder = load_encoder(path).to(device).requires_grad_(False)
         self.widths, self.embedding = list(self._encoder.shape.widths), self._encoder.shape.embedding
+        self.fingerprint = fingerprint(self._encoder)
 
     def look(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """See `Observer`."""
@@ -91,7 +94,7 @@ class DinoObserver:
         depth, width = network.config.num_hidden_layers, network.config.hidden_size
         count = min(_DINO_LAYERS, depth)
         self._layers = [(i + 1) * depth // count for i in range(count)]
-        self.widths, self.embedding = [width] * count, width
+        self.widths, self.embedding, self.fingerprint = [width] * count, width, fingerprint(network)
 
     def look(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """See `Observer`."""

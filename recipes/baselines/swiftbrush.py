@@ -48,7 +48,7 @@ def prepare(
         config: the settings.
         initial: a UNet to start from, instead of the teacher's weights.
         sample_prompts: prompts of the sample grid, by default the first eight of `prompts`.
-        alignment: of pictures with captions, required by `clip_weight`.
+        alignment: of pictures with captions, if `clip_weight` is above 0.
         method: the class, for a method that derives from this one.
 
     Returns:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evaluation.precision import fastest_precision
-from recipes.directory import check_finished
 from tiue.distill.config import RunConfig
 from tiue.distill.draws import Batch
 from tiue.distill.loop import train
 from tiue.distill.method import Means, Method, Run, Trained
 from tiue.distill.optimizers import make_muon
+from tiue.distill.runs import check_same_run
 from tiue.files import one_line, written_whole
 
 # Of the checkpoints of a run, by file name. Written last, so a run without this file is not finished.
@@ -116,11 +116,11 @@ def minimize(
     Raises:
         ValueError: the directory has a run of other settings, or its result is damaged.
     """
-    path, identity = out / Stage.result, {"muon": str(muon)}
+    path, identity = out / Stage.result, {"muon": str(muon), "weight_decay": str(weight_decay)}
     settings = {"mixed_precision": precision(), "learning_rate_decay": "linear", "keep": 1} | settings
     config = RunConfig(**settings)
     if path.exists():
-        check_finished(out, config, identity)
+        check_same_run(out, config, identity, free=("mixed_precision",))
     else:
         run = Run(out, config)
         rate = config.learning_rate

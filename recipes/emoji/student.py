@@ -99,14 +99,17 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
     """Sample (once) pairs of noise and the teacher's latents: {"captions", "noise", "latents"}.
 
     Where a caption names no style, the teacher's names that of a training drawing, and the noise chooses it, too.
+
+    Raises:
+        ValueError: the file has pairs of other captions or styles, for example of an older recipe, or is damaged.
     """
+    captions, styles = random_captions(drawings, preset.pairs, preset.seed)
+    unnamed, style = torch.tensor([not names_style(text) for text in captions]), torch.from_numpy(styles).long()
     if not path.exists():
-        captions, styles = random_captions(drawings, preset.pairs, preset.seed)
         generator = torch.Generator().manual_seed(preset.seed)
         size = pipeline.unet.config.sample_size
         noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
-        unnamed = torch.tensor([not names_style(text) for text in captions])
-        noise[unnamed] = with_style(noise[unnamed], torch.from_numpy(styles)[unnamed])
+        noise[unnamed] = with_style(noise[unnamed], style[unnamed])
         whole = [text if names_style(text) else in_style(text, i) for text, i in zip(captions, styles, strict=True)]
         latents = []
         null = _encode(pipeline, [""])
@@ -116,7 +119,10 @@ def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipe
             latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
         with written_whole(path) as temporary:
             torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
-    return load_pairs(path)
+    found = load_pairs(path)
+    if found["captions"] != captions or not torch.equal(style_of(found["noise"][unnamed]), style[unnamed]):
+        raise ValueError(f"{path} has pairs of other captions or styles: delete it, and they are sampled again")
+    return found
 
 
 def load_pairs(path: Path) -> dict:

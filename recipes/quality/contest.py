@@ -1,4 +1,4 @@
-"""How a row is trained. Every result is a file, and what is there is not made again."""
+"""How a row is trained. Every result is a file, and files that exist are not made again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from recipes.baselines.config import AddConfig, LcmConfig, SwiftBrushV2Config
 from recipes.baselines.few_steps import FewSteps, load_unet
 from recipes.baselines.observers import EncoderAlignment, EncoderObserver
 from recipes.baselines.pictures import CaptionedPictures
-from recipes.directory import check_finished, read_object
+from recipes.directory import read_object
 from recipes.emoji.stage import device, precision
 from recipes.quality.cost import Cost, update_cost
 from recipes.quality.judging import Judging
@@ -29,7 +30,7 @@ from tiue.distill import vsd
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
 from tiue.distill.method import Method, Run
-from tiue.distill.runs import read_log
+from tiue.distill.runs import check_same_run, read_log
 from tiue.distill.vsd import Vsd
 from tiue.files import write_text
 from tiue.text_encoder import encode_text
@@ -118,32 +119,47 @@ class Contest:
         iterations = max(1, round(share * self.preset.passes / cost.passes))
         settings = {**settings, "iterations": iterations, "seed": seed}
         if finished.exists():
-            self._check_finished(row, settings, out)
+            # An older version of this file had other settings. The margin is measured, which takes a while.
+            check_same_run(out, self._config(row, settings), {}, free=("mixed_precision", "clip_margin"))
+            self._check_starts(row, finished)
         else:
             run, method = self._prepared(row, settings, out)
             train(run, method)
             seconds = round(sum(read_log(out / "losses.csv")["seconds"]))
             found = asdict(cost) | {"iterations": iterations, "seconds": seconds}
-            write_text(finished, json.dumps(found | {"sha256": _hash(result)}, indent=2) + "\n")
+            self._record(row, finished, found | {"sha256": _hash(result)})
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # A gigabyte, which served to resume.
         return result
 
-    def _check_finished(self, row: Row, settings: Settings, out: Path) -> None:
-        """Raise ValueError if a finished run has other settings, which an older version of this file had."""
-        found = read_object(out / "config.json")
-        kept = {name: found[name] for name in ("clip_margin",) if name in found}  # measured, and takes a while
-        check_finished(out, self._config(row, {**settings, **kept}))
+    def _record(self, row: Row, finished: Path, found: Mapping[str, Any]) -> None:
+        """Write training.json, the last file of a result: how it was made, its hash, and those of its starts."""
+        write_text(finished, json.dumps(found | {"starts": self._starts(row)}, indent=2) + "\n")
+
+    def _starts(self, row: Row) -> dict[str, str]:
+        """The hashes of those results of other rows that a row starts from, of those that are there."""
+        names = [name for name in row.start if name not in ("teacher", "warm")]
+        files = {name: self.outs(self._row(name))[0] / "training.json" for name in names}
+        return {name: read_object(file)["sha256"] for name, file in files.items() if file.exists()}
+
+    def _check_starts(self, row: Row, finished: Path) -> None:
+        """Raise ValueError if a row that this one starts from was trained again."""
+        recorded = read_object(finished).get("starts", {})  # An older version of this file did not record them.
+        for name, found in self._starts(row).items():
+            if recorded.get(name, found) != found:
+                raise ValueError(f"{name} was trained again: delete {finished.parent}, which starts from it")
 
     def _result(self, row: Row) -> str:
         return FewSteps.result if row.method in ("lcm", "add") else Vsd.result
 
     def _merged(self, row: Row, out: Path) -> Path:
-        path = out / "student.safetensors"
-        if not (out / "training.json").exists():
+        path, finished = out / "student.safetensors", out / "training.json"
+        if finished.exists():
+            self._check_starts(row, finished)
+        else:
             out.mkdir(parents=True, exist_ok=True)
             full, lora = (load_student(self.results(self._row(name))[0]) for name in row.start)
             save_student(path, swiftbrushv2.merge(full, lora))
-            write_text(out / "training.json", json.dumps({"sha256": _hash(path)}, indent=2) + "\n")
+            self._record(row, finished, {"sha256": _hash(path)})
         return path
 
     def _cost(self, row: Row, settings: Settings, out: Path) -> Cost:
@@ -167,12 +183,11 @@ class Contest:
 
     def _config(self, row: Row, settings: Settings) -> Any:
         common = {"batch_size": self.preset.batch, "mixed_precision": precision(), "checkpoint_every": 20, "keep": 1}
-        if row.method == "swiftbrushv2" and "clip_margin" not in settings:
-            common["clip_margin"] = self.material.clip_margin
         return _CONFIGS[row.method](**common | {"sample_every": 1_000_000} | dict(settings))
 
     def _prepared(self, row: Row, settings: Settings, out: Path) -> tuple[Run, Method]:
-        config = self._config(row, settings)
+        margin = {"clip_margin": self.material.clip_margin} if row.method == "swiftbrushv2" else {}
+        config = self._config(row, {**settings, **margin})
         teacher, samples = load_components(self.material.teacher), self.material.prompts[:8]
         prompts = self.material.captions
         if row.method == "tiue":

@@ -10,6 +10,7 @@ def test_a_message_is_one_printable_line():
     message = str(BundleError(f"a  b.onnx: {HOSTILE}"))
     assert message.startswith(r"a  b.onnx: name \x1b[31m\u202e\x00 xxx") and message.isprintable()
     assert len(message) <= 1000
+    assert str(BundleError("x" * 1000)) == "x" * 1000 and str(BundleError("x" * 1001)) == "x" * 997 + "..."
 
 
 def test_an_error_survives_a_pickle():

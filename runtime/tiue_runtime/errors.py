@@ -12,7 +12,7 @@ class TiueError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         """Take a message. Characters that a terminal cannot print, control codes among them, become escapes."""
-        super().__init__(_cut(_escaped(message[:_LONGEST]), _LONGEST))
+        super().__init__(_cut(_escaped(message[: _LONGEST + 1]), _LONGEST))
 
 
 class BundleError(TiueError):

@@ -6,8 +6,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
     run.identify()  # raises if the directory holds another run
     state = _state(run, method, average)
     first = saved = _restore(run, state)
+    files = _Files()
     if first > config.iterations:
         raise ValueError(f"{out} holds {first:,} updates already, and `iterations` is {config.iterations:,}")
     if main:
@@ -82,20 +83,22 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
 
             # Log.
             values |= _speed(run, method, time.perf_counter() - begun)
-            accelerator.log(values, step=step + 1)
             bar.set_postfix({name: f"{values[name]:.4g}" for name in method.columns[:3] if name in values})
+            with files.may_fail("TensorBoard's log", step + 1):
+                accelerator.log(values, step=step + 1)
             if log is not None:
-                log.write(step + 1, values)
+                with files.may_fail("losses.csv", step + 1):
+                    log.write(step + 1, values)
 
             # Sample.
             if (step + 1) % config.sample_every == 0:
-                _sample(run, method, average, step + 1)
+                _sample(run, method, average, step + 1, files)
 
             # Save, and stop if a signal asked for it.
             if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.iterations:
-                saved = _save(run, state, step + 1) or saved
+                saved = _save(run, state, step + 1, files) or saved
             if stopped:
-                accelerator.end_training()
+                _end(accelerator)
                 raise StoppedError(_stopped(step, saved, stopped), stopped)
 
     # Finish.
@@ -105,8 +108,34 @@ def train(run: Run, method: Method, progress: bool = True) -> Path:
         method.save(weights, path)
         write_report(out, method.name)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    _end(accelerator)
     return path
+
+
+class _Files:
+    """The files that a run can do without. If one cannot be written (a full disk), the run warns and continues."""
+
+    def __init__(self):
+        self._failing: set[str] = set()
+
+    @contextmanager
+    def may_fail(self, name: str, step: int) -> Iterator[None]:
+        """Turn an OSError into a warning, the first time in a row."""
+        try:
+            yield
+            self._failing.discard(name)
+        except OSError as error:
+            if name not in self._failing:
+                _log.warning("step %d: %s could not be written: %s", step, name, one_line(error))
+            self._failing.add(name)
+
+
+def _end(accelerator: Accelerator) -> None:
+    """End the trackers and the group of processes."""
+    try:
+        accelerator.end_training()
+    except OSError:  # by TensorBoard's log, as the run has said
+        accelerator.state.destroy_process_group()
 
 
 def _state(run: Run, method: Method, average: Average) -> dict[str, runs.Stateful]:
@@ -128,16 +157,15 @@ def _restore(run: Run, state: Mapping[str, runs.Stateful]) -> int:
     return first
 
 
-def _save(run: Run, state: Mapping[str, runs.Stateful], step: int) -> int:
-    """Write a checkpoint and return its step. If that fails (a full disk), warn and return 0: the run continues."""
+def _save(run: Run, state: Mapping[str, runs.Stateful], step: int, files: _Files) -> int:
+    """Write a checkpoint. Returns its step, or 0 if it could not be written."""
     gathered = {name: part.state_dict() for name, part in state.items()}
-    if run.accelerator.is_main_process:
-        try:
+    saved = 0
+    with files.may_fail("the checkpoint", step):
+        if run.accelerator.is_main_process:
             runs.save(run.out, gathered, step, run.config.keep)
-        except OSError as error:
-            _log.warning("step %d: no checkpoint could be written: %s", step, one_line(error))
-            return 0
-    return step
+        saved = step
+    return saved
 
 
 def _set_learning_rates(method: Method, config: RunConfig, step: int) -> None:
@@ -167,13 +195,15 @@ def _check_finite(run: Run, method: Method, step: int, values: Mapping[str, floa
         raise DivergedError(f"step {step + 1}: a loss or a gradient is not finite: {found}; {left}; {about}")
 
 
-def _sample(run: Run, method: Method, average: Average, step: int) -> None:
+def _sample(run: Run, method: Method, average: Average, step: int, files: _Files) -> None:
     """Write a grid of pictures by the averaged network, if the method makes pictures."""
     with average.applied():
         images = method.sample()
     if images is not None:
-        save_grid(images, run.out / f"samples/step-{step:06}.png")
-        run.accelerator.get_tracker("tensorboard").writer.add_images("samples", images, step)
+        with files.may_fail("the sample grid", step):
+            save_grid(images, run.out / f"samples/step-{step:06}.png")
+        with files.may_fail("TensorBoard's log", step):
+            run.accelerator.get_tracker("tensorboard").writer.add_images("samples", images, step)
 
 
 def _columns(method: Method) -> list[str]:

@@ -8,7 +8,9 @@ import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,8 @@ from tiue.distill.config import RunConfig
 from tiue.files import one_line, shortened, write_text, written_whole
 
 _FORMAT = 2  # of checkpoints
+# Raised by torch and zipfile for a damaged checkpoint.
+_DAMAGE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 _log = logging.getLogger(__name__)
 
 Identity = Mapping[str, str | int | None]
@@ -33,24 +37,29 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...  # noqa: D102
 
 
-def check_same_run(out: Path, config: RunConfig, identity: Identity) -> None:
+def check_same_run(out: Path, config: RunConfig, identity: Identity, free: Collection[str] = ()) -> None:
     """Refuse a directory that holds another run. An empty or missing directory is free.
 
     Args:
         out: directory of the run.
         config: the settings. Those in `config.changeable()` may differ.
         identity: further values that must be the same when a run resumes, by name, for example a fingerprint.
+        free: names of settings that may differ, too. A finished run has `mixed_precision`: it serves all machines.
 
     Raises:
-        ValueError: the message lists the differences.
+        ValueError: the message lists the differences, or config.json is damaged.
     """
     if not (path := out / "config.json").exists():
         return
     # Settings that an older config.json lacks had their defaults. Identity entries that it lacks cannot be compared.
     wanted = _recorded(config, identity)
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected the settings of a run: {one_line(error)}") from error
     found = wanted | _recorded(type(config)(), {}) | {name: found[name] for name in found.keys() & wanted.keys()}
-    names = [name for name in wanted if name not in config.changeable() and found[name] != wanted[name]]
+    may_differ = config.changeable().union(free)
+    names = [name for name in wanted if name not in may_differ and found[name] != wanted[name]]
     if names:
         differences = ", ".join(f"{n} {shortened(repr(found[n]))} -> {shortened(repr(wanted[n]))}" for n in names)
         raise ValueError(f"{out} holds a run with another configuration: {differences}")
@@ -117,8 +126,8 @@ def restore(out: Path, state: Mapping[str, Stateful]) -> int:
     for path in reversed(checkpoints(out)):
         try:
             saved = _load(path)
-        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            _log.warning("%s is damaged, so the run resumes from the one before: %s", path, one_line(error))
+        except ValueError as error:
+            _log.warning("%s, so the run resumes from the one before", error)
             continue
         if saved.get("format") != _FORMAT or saved["state"].keys() != state.keys():
             raise ValueError(
@@ -144,10 +153,14 @@ def averaged(path: Path) -> list[torch.Tensor]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch does not verify its own checksums.
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a checkpoint. Raises ValueError if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not verify its own checksums.
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
 
 
 class Log:
@@ -168,13 +181,18 @@ class Log:
             self._rows.writerow(["step", *self._columns])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row and flush it. Columns that `values` does not name stay empty."""
+        """Append a row and flush it. Columns that `values` does not name stay empty.
+
+        Raises:
+            OSError: the disk is full. The next call that finds space writes the row, too.
+        """
         self._rows.writerow([step, *(f"{values[name]:.6g}" if name in values else "" for name in self._columns)])
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. If the disk is full, as `write` has said, the last rows are lost."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:

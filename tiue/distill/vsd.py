@@ -42,7 +42,7 @@ class Vsd(Method):
         student: the student. Its UNet is trained in place.
         captions: the run's captions.
         sample_prompts: prompts of the sample grid.
-        clip: the CLIP loss, required by `clip_weight`.
+        clip: the CLIP loss, if `clip_weight` is above 0.
     """
 
     name = "distill"
@@ -241,7 +241,7 @@ def prepare(
         initial: a student to start from, instead of the teacher's weights. It must have the run's schedules, and the
             teacher's noise process.
         sample_prompts: prompts of the sample grid, by default the first eight of `prompts`.
-        clip: the CLIP loss, required by `clip_weight`.
+        clip: the CLIP loss, if `clip_weight` is above 0.
         method: the class, for a method that derives from this one.
 
     Returns:
@@ -253,16 +253,16 @@ def prepare(
             is not installed; or accelerate is configured for something unsupported.
     """
     check_shared_up_blocks(teacher.unet, config.shared_up_blocks)
-    if config.clip_weight and clip is None:
-        raise ValueError("`clip_weight` needs a CLIP model and a tiny autoencoder")
+    if (config.clip_weight > 0) != (clip is not None):
+        found = "without" if clip is None else "with"
+        raise ValueError(f"`clip_weight` {config.clip_weight:g} {found} a CLIP loss: expected both or neither")
     if config.t_max >= (timesteps := len(teacher.noise_schedule.abar)):
         raise ValueError(f"`t_max` must be below the teacher's {timesteps} timesteps, got {config.t_max}")
     run = Run(out, config)
     check_optimizer(config.optimizer, run.accelerator)
     student = _student(teacher, initial, config)
     run.identify(
-        teacher=fingerprint(teacher.unet, teacher.text_encoder),
-        noise_process=digest([repr(teacher.noise_schedule)]),
+        **teacher_identity(teacher),
         init=None if initial is None else fingerprint(initial.components.unet),
         clip=None if clip is None else clip.fingerprint,
     )
@@ -274,6 +274,12 @@ def prepare(
     if config.text_cache:
         captions.cache()
     return run, made
+
+
+def teacher_identity(teacher: Components) -> dict[str, str]:
+    """Identify a teacher by its weights and its noise process, for `Run.identify`."""
+    noise_process = digest([repr(teacher.noise_schedule)])
+    return {"teacher": fingerprint(teacher.unet, teacher.text_encoder), "noise_process": noise_process}
 
 
 def _student(teacher: Components, initial: Student | None, config: DistillConfig) -> Student:
