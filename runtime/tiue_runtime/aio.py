@@ -53,8 +53,8 @@ async def agenerate(
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait([work])
-        ended = work.exception()  # Without this, asyncio would log an error that nobody asked for.
+        await _end(work)
+        ended = work.exception()
         if ended is not None and not isinstance(ended, Cancelled):
             raise ended from None
         raise
@@ -83,6 +83,7 @@ async def stream(
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue["Progress | None"]()
     callback = options.get("callback")
+    Run(callback=callback)  # checks it now
 
     def pass_on(progress: "Progress") -> object:
         loop.call_soon_threadsafe(arrived.put_nowait, progress)
@@ -96,6 +97,19 @@ async def stream(
             yield progress
         yield work.result()
     finally:
-        if not work.done():
-            work.cancel()
+        work.cancel()  # does nothing if it has ended
+        await _end(work)
+
+
+async def _end(work: "asyncio.Task[Any]") -> None:
+    """Wait until a task has ended, even if the waiting one is cancelled meanwhile, as anyio does again and again."""
+    again: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
             await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            again = error
+    if not work.cancelled():
+        work.exception()  # Without this, asyncio would log an error that nobody asked for.
+    if again:
+        raise again
