@@ -321,6 +321,21 @@ def test_a_spawned_process_makes_the_same_pictures(tiny, tmp_path):
     assert run(SPAWN, tiny, tmp_path)[0] == "same"
 
 
+LEFT = """
+import threading
+from tiue_runtime import Pipeline
+from tiue_runtime.serve.jobs import Drawing, JobQueue
+queue, begun = JobQueue(Pipeline.load({bundle!r}, device="cpu"), batch=10), threading.Event()
+queue.submit(Drawing("a red heart", seed=1, count=10, height=1024, width=1024), on_progress=lambda _: begun.set())
+begun.wait()
+print("the end")
+"""
+
+
+def test_python_exits_while_a_daemon_thread_draws(tiny, tmp_path):
+    assert run(LEFT, tiny, tmp_path)[0] == "the end"
+
+
 HELD = """
 import os, sys, threading
 from tiue_runtime.host.forks import ForkSafeLock
