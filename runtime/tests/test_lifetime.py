@@ -186,6 +186,27 @@ def test_a_task_that_is_cancelled_again_and_again_waits_for_its_request(streamed
     assert complaints == []
 
 
+def test_a_task_that_waits_for_a_thread_is_cancelled_at_once():
+    may_end, drawn = threading.Event(), []
+
+    def pipeline(prompt, **_):
+        drawn.append(prompt)
+        may_end.wait(TOO_LONG)
+
+    async def cancel_second():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        tasks = [asyncio.create_task(agenerate(pipeline, prompt)) for prompt in (HEART, STAR)]
+        await asyncio.wait(tasks, timeout=0.05)
+        tasks[1].cancel()
+        ended, _ = await asyncio.wait(tasks[1:], timeout=5)
+        may_end.set()
+        await tasks[0]
+        assert ended and tasks[1].cancelled()
+
+    asyncio.run(cancel_second())
+    assert drawn == [HEART]
+
+
 def test_a_stream_refuses_a_wrong_callback_at_once(pipe):
     async def show(progress):
         """Nobody would await this."""

@@ -9,7 +9,6 @@ Requests run on the event loop's threads. ONNX Runtime shares the CPU cores amon
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tiue_runtime.errors import Cancelled
@@ -45,14 +44,23 @@ async def agenerate(
         asyncio.CancelledError: the task was cancelled. The request has ended by then.
         TiueError: as `Pipeline.__call__`.
     """
-    stop = threading.Event()
+    stop, began = threading.Event(), threading.Event()
     asked = Run(options.get("cancel")).cancelled
     options["cancel"] = lambda: stop.is_set() or asked()
-    work = asyncio.create_task(asyncio.to_thread(partial(pipeline, prompt, output_type=output_type, **options)))
+
+    call: Any = pipeline
+
+    def draw() -> "Result[Any]":
+        began.set()
+        return call(prompt, output_type=output_type, **options)
+
+    work = asyncio.create_task(asyncio.to_thread(draw))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
+        if not began.is_set():
+            work.cancel()  # It waits for one of the event loop's threads.
         await _end(work)
         ended = work.exception()
         if ended is not None and not isinstance(ended, Cancelled):

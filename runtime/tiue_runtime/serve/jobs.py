@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, SupportsIndex, cast
 
 from tiue_runtime.errors import Cancelled, RequestError, TiueError, shorten
 
@@ -74,8 +74,9 @@ class Drawing:
     def __post_init__(self) -> None:
         numbers = ("seed", SupportsIndex, 0), ("count", SupportsIndex, 1), ("timeout", SupportsFloat, 0)
         for name, kind, least in numbers:
-            value: Any = getattr(self, name)
-            if not (isinstance(value, kind) and value >= least) and (name, value) != ("timeout", None):
+            value: object = getattr(self, name)
+            fits = isinstance(value, kind) and cast(Any, value) >= least
+            if not fits and (name, value) != ("timeout", None):
                 raise RequestError(f"{name}: expected a number of at least {least}, got {shorten(value)}")
 
 
@@ -267,11 +268,10 @@ class JobQueue:
             self._accepting = False
             self._changed.wait_for(lambda: not self._jobs, seconds)
             self._closing = True
+            self._changed.notify_all()
             left = list(self._jobs.values())
         for job in left:
             self.finish(job, Cancelled("the server is shutting down"))
-        with self._changed:
-            self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
