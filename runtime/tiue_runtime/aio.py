@@ -47,7 +47,6 @@ async def agenerate(
     stop, began = threading.Event(), threading.Event()
     asked = Run(options.get("cancel")).cancelled
     options["cancel"] = lambda: stop.is_set() or asked()
-
     call: Any = pipeline
 
     def draw() -> "Result[Any]":
