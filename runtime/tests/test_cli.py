@@ -366,6 +366,13 @@ def test_sigterm_ends_with_143_and_nothing_half_written(tmp_path, heavy):
     assert not list(tmp_path.iterdir())
 
 
+def test_without_stderr_errors_do_not_go_to_stdout(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as after 2>&-
+    assert run("info", "--bundle", tmp_path)[:2] == (2, "")
+    code, out, _ = run("generate", "an elephant", "--json", "--out", tmp_path / "a.png", "--device", "cpu")
+    assert code == 0 and json.loads(out)["prompt"] == "an elephant"
+
+
 def test_info_says_what_a_model_can_draw(run, copy):
     prompts = Prompts(("a red heart", "a rocket"), tuple(f"thing {i}" for i in range(100)))
     write_bundle(copy, replace(Bundle.load(copy).manifest, prompts=prompts))

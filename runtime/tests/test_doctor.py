@@ -96,9 +96,8 @@ def test_a_driver_that_says_nothing():
 def test_the_gpu_and_its_wheels(monkeypatch):
     monkeypatch.setattr(doctor, "find_gpus", lambda: [Gpu("RTX", 24 * GIB, (8, 9))])
     monkeypatch.setattr(doctor, "driver_version", lambda: "580, CUDA 13.0")
-    wheels = [
-        SimpleNamespace(name=name, version="9.1") for name in ("nvidia-cudnn-cu13", "numpy", "tensorrt-cu13-libs")
-    ]
+    names = "nvidia-cudnn-cu13", "numpy", None, "tensorrt-cu13-libs"  # None: pip removed a part of it only
+    wheels = [SimpleNamespace(name=name, version="9.1") for name in names]
     monkeypatch.setattr(doctor, "distributions", lambda: wheels)
     rows, _ = doctor.examine()
     assert rows["gpu 0"] == "RTX, 24.0 GiB, compute capability 8.9"

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from tiue_runtime import Pipeline
-from tiue_runtime.errors import DeviceError, InferenceError, RequestError
+from tiue_runtime.errors import Cancelled, DeviceError, InferenceError, RequestError
 from tiue_runtime.noise import gaussian
 from tiue_runtime.ort.cuda_graphs import CudaGraphs
 from tiue_runtime.ort.devices import Device
@@ -210,6 +210,24 @@ def test_an_allocator_without_arena_is_not_shrunk(gpu, tiny):
     for _ in range(2):
         assert graph({"latents": np.zeros((1, 4, 2, 2), np.float32)})["image"].shape == (1, 3, 4, 4)
     assert [SHRINK in run for run in gpu.sessions[-1].runs] == [True, False, False]
+
+
+def test_a_request_is_cancelled_while_it_waits_for_its_turn():
+    graphs, turns = CudaGraphs(), []
+
+    def give_up():
+        turns.append(graphs.mode)
+        raise Cancelled("cancelled before its turn")
+
+    def second():
+        with graphs.turn(give_up):
+            turns.append("never")
+
+    with graphs.turn():
+        with ThreadPoolExecutor(1) as pool, pytest.raises(Cancelled):
+            pool.submit(second).result()
+        assert graphs.mode == "replay"
+    assert (turns, graphs.mode) == (["replay"], None)
 
 
 def test_recordings_with_the_real_onnxruntime(tiny):

@@ -5,7 +5,8 @@ import weakref
 
 import pytest
 from gate import WAIT, Gate, eventually
-from tiue_runtime import Cancelled, OutOfMemoryError, RequestError
+from tiue_runtime import Cancelled, InferenceError, OutOfMemoryError, RequestError
+from tiue_runtime.serve import jobs as jobs_module
 from tiue_runtime.serve.jobs import Drawing, JobQueue, Late, QueueClosed, QueueFull
 
 
@@ -56,7 +57,14 @@ def test_a_batch_of_several_jobs_draws_what_each_draws_alone(gate):
 WAITING = [("a red heart", 0, 2), ("a blue star", 1, 1), ("a red heart", 2**64 - 1, 1)]
 
 
-@pytest.mark.parametrize("error", [RequestError("latents: 4 pictures need 9.0 GiB"), OutOfMemoryError("no memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestError("latents: 4 pictures need 9.0 GiB"),
+        OutOfMemoryError("no memory"),
+        InferenceError("image has NaN or infinity"),  # perhaps of one picture, and those of other jobs are good
+    ],
+)
 def test_pictures_that_fail_together_are_drawn_one_by_one(pipe, error):
     class Narrow(Gate):
         def __call__(self, prompt, **options):
@@ -200,6 +208,37 @@ def test_an_error_of_a_listener_is_that_of_its_job_only(pipe, where):
             job.future.result(WAIT)
         assert queue.submit(Drawing("a", seed=1)).future.result(WAIT)
     assert job.state == "failed"
+
+
+def test_an_error_of_the_listener_to_all_jobs_does_not_end_the_worker(pipe):
+    heard = []
+
+    def on_drawn(timings, pictures):
+        heard.append(pictures)
+        if len(heard) == 1:
+            raise KeyError("mine")
+
+    with JobQueue(pipe, on_drawn=on_drawn) as queue:
+        with pytest.raises(KeyError, match="mine"):
+            queue.submit(Drawing("a", seed=1)).future.result(WAIT)
+        assert queue.submit(Drawing("a", seed=1)).future.result(WAIT)
+    assert heard == [1, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": None}, {"timeout": "5"}, {"timeout": -1.0}, {"seed": None}])
+def test_values_that_the_queue_itself_needs_are_checked_at_once(wrong):
+    (name,) = wrong
+    with pytest.raises(RequestError, match=f"{name}: expected a number of at least"):
+        Drawing(**{"prompt": "a", "seed": 1, **wrong})
+
+
+def test_a_job_is_found_at_every_moment(pipe, monkeypatch):
+    found = []
+    with JobQueue(pipe) as queue:
+        monkeypatch.setattr(jobs_module, "_without_result", lambda job: found.append(queue.job(job.id)) or job)
+        job = queue.submit(Drawing("a", seed=1))
+        job.future.result(WAIT)
+    assert found == [job]
 
 
 def test_a_wrong_drawing_is_an_error_of_its_job(pipe):

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tiue_runtime import Pipeline, RequestError
-from tiue_runtime.aio import stream
+from tiue_runtime import Cancelled, Pipeline, RequestError
+from tiue_runtime.aio import agenerate, stream
 
 HEART, STAR = "a red heart", "a blue star"
 TOO_LONG = 30  # seconds that a child process may take
@@ -20,6 +20,19 @@ TOO_LONG = 30  # seconds that a child process may take
 
 def pixels(result):
     return [np.asarray(image).tobytes() for image in result.images]
+
+
+def test_a_request_that_runs_ends_with_its_previews_after_closing(tiny):
+    pipe, sizes = Pipeline.load(tiny, device="cpu"), []
+
+    def callback(progress):
+        pipe.close()
+        if progress.latents is not None:
+            sizes.append(progress.preview(exact=True).size)
+
+    assert pipe(HEART, callback=callback).images and (12, 8) in sizes
+    with pytest.raises(RequestError, match="this pipeline is closed"):
+        pipe.decode(np.zeros((1, 4, 4, 6)))
 
 
 def test_the_end_of_a_with_block_frees_the_sessions(tiny):
@@ -135,6 +148,74 @@ def test_cancelling_a_task_cancels_its_request(pipe):
     assert asyncio.run(begin_and_cancel()) and len(stages) < 7  # A whole request has seven.
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_task_that_is_cancelled_again_and_again_waits_for_its_request(streamed):
+    """anyio, and so Starlette and MCP, cancels a task at every turn of the event loop until it ends."""
+    began, may_end, ended, complaints = threading.Event(), threading.Event(), [], []
+
+    def pipeline(prompt, *, cancel, **_):
+        began.set()
+        may_end.wait(TOO_LONG)
+        ended.append(cancel())
+        raise Cancelled("cancelled")
+
+    async def consume():
+        if not streamed:
+            return await agenerate(pipeline, HEART)
+        parts = stream(pipeline, HEART)
+        try:
+            return await anext(parts)
+        finally:
+            await parts.aclose()
+
+    async def cancel_twice():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        task = asyncio.create_task(consume())
+        await asyncio.to_thread(began.wait)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.wait([task], timeout=0.01)
+        waits = not task.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert waits and ended == [True]
+
+    asyncio.run(cancel_twice())
+    gc.collect()
+    assert complaints == []
+
+
+def test_a_task_that_waits_for_a_thread_is_cancelled_at_once():
+    may_end, drawn = threading.Event(), []
+
+    def pipeline(prompt, **_):
+        drawn.append(prompt)
+        may_end.wait(TOO_LONG)
+
+    async def cancel_second():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        tasks = [asyncio.create_task(agenerate(pipeline, prompt)) for prompt in (HEART, STAR)]
+        await asyncio.wait(tasks, timeout=0.05)
+        tasks[1].cancel()
+        ended, _ = await asyncio.wait(tasks[1:], timeout=5)
+        may_end.set()
+        await tasks[0]
+        assert ended and tasks[1].cancelled()
+
+    asyncio.run(cancel_second())
+    assert drawn == [HEART]
+
+
+def test_a_stream_refuses_a_wrong_callback_at_once(pipe):
+    async def show(progress):
+        """Nobody would await this."""
+
+    for callback in (5, show):
+        with pytest.raises(RequestError, match="callback: expected a function"):
+            asyncio.run(anext(stream(pipe, HEART, callback=callback)))
+
+
 def test_a_wrong_argument_of_agenerate_is_refused(pipe):
     with pytest.raises(RequestError, match="steps: this bundle was trained for"):
         asyncio.run(pipe.agenerate(HEART, steps=3))
@@ -180,19 +261,27 @@ def test_leaving_a_stream_early_cancels_its_request(pipe):
 
 FORK = """
 import os, sys
-from tiue_runtime import DeviceError, Pipeline, generate
+from tiue_runtime import Pipeline, TiueError, generate
+from tiue_runtime.serve.jobs import Drawing, JobQueue
 bundle = {bundle!r}
 pipe = Pipeline.load(bundle, device="cpu")
+queue = JobQueue(pipe)
 expected = pipe("a red heart", seed=1).images[0].tobytes()
 generate("a red heart", seed=1, bundle=bundle, device="cpu")
 if os.fork() == 0:
     assert pipe("a red heart", seed=1).images[0].tobytes() == expected
     assert generate("a red heart", seed=1, bundle=bundle, device="cpu")[0].tobytes() == expected
-    del pipe
+    try:
+        queue.submit(Drawing("a red heart", seed=1))
+    except TiueError as error:
+        print(error, flush=True)
+    queue.close()
+    del pipe, queue
     print("child", flush=True)
     sys.exit(0)
 assert os.wait()[1] == 0
 assert pipe("a red heart", seed=1).images[0].tobytes() == expected
+queue.close()
 print("parent")
 """
 
@@ -240,7 +329,8 @@ needs_fork = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="for
 
 @needs_fork
 def test_a_forked_process_makes_the_same_pictures_and_ends(tiny, tmp_path):
-    assert run(FORK, tiny, tmp_path)[:2] == ["child", "parent"]
+    refusal, *ended = run(FORK, tiny, tmp_path)[:3]
+    assert "make it after the fork" in refusal and ended == ["child", "parent"]
 
 
 @needs_fork
@@ -250,6 +340,21 @@ def test_devices_that_do_not_survive_a_fork_name_the_remedy(tiny, tmp_path):
 
 def test_a_spawned_process_makes_the_same_pictures(tiny, tmp_path):
     assert run(SPAWN, tiny, tmp_path)[0] == "same"
+
+
+LEFT = """
+import threading
+from tiue_runtime import Pipeline
+from tiue_runtime.serve.jobs import Drawing, JobQueue
+queue, begun = JobQueue(Pipeline.load({bundle!r}, device="cpu"), batch=10), threading.Event()
+queue.submit(Drawing("a red heart", seed=1, count=10, height=1024, width=1024), on_progress=lambda _: begun.set())
+begun.wait()
+print("the end")
+"""
+
+
+def test_python_exits_while_a_daemon_thread_draws(tiny, tmp_path):
+    assert run(LEFT, tiny, tmp_path)[0] == "the end"
 
 
 HELD = """

@@ -13,7 +13,7 @@ import tiue_runtime
 from tiue_runtime import Pipeline
 from tiue_runtime import kept_pipelines as generating
 from tiue_runtime.bundle import GRAPHS, Bundle, write_bundle
-from tiue_runtime.errors import BundleError, Cancelled, InferenceError, OutOfMemoryError
+from tiue_runtime.errors import BundleError, Cancelled, InferenceError, OutOfMemoryError, RequestError
 from tiue_runtime.noise import gaussian
 from tiue_runtime.ort import graph as graph_module
 
@@ -176,6 +176,15 @@ def kept(monkeypatch):
     """The pipelines that `generate` keeps, none at first."""
     monkeypatch.setattr(generating, "kept_pipelines", generating.KeptPipelines())
     return generating.kept_pipelines.all
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"), [({"output_type": "np"}, TypeError), ({"steps": "4"}, RequestError), ({"typo": 1}, TypeError)]
+)
+def test_generate_refuses_options_before_it_loads_a_bundle(kept, tiny, wrong, error):
+    with pytest.raises(error, match=next(iter(wrong))):
+        tiue_runtime.generate(HEART, bundle=tiny, device="cpu", **wrong)
+    assert not kept()
 
 
 def test_generate_has_one_pipeline_for_all_memory_modes(kept, tiny):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import mimetypes
 
 import pytest
 from gate import WAIT, Gate, eventually
@@ -372,6 +373,13 @@ def test_several_models(pipe, heavy_pipe):
 def test_edits_are_refused_with_a_reason(client, address):
     files = {"image": ("a.png", b"x" * 1000, "image/png")}
     assert "prompt" in refused(client.post(address, data={"prompt": "a"}, files=files), 400)
+
+
+def test_scripts_of_the_page_are_scripts_whatever_the_system_says(with_settings, monkeypatch):
+    mimetypes.init()
+    monkeypatch.setitem(mimetypes.types_map, ".js", "text/plain")  # as in the registry of many a Windows
+    answer = with_settings().get("/page/main.js")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/javascript")
 
 
 def test_addresses_and_methods_that_do_not_exist(client):

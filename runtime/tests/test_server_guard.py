@@ -101,13 +101,15 @@ def test_named_origins_draw_and_read_errors_too(served):
     asked = {
         "origin": origin,
         "access-control-request-method": "POST",
-        "access-control-request-headers": "authorization",
+        "access-control-request-headers": "authorization, content-type, x-stainless-os",  # as the client of OpenAI
     }
     answer = client.options(DRAW, headers=asked)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
     headers = {"origin": origin, "authorization": "Bearer secret"}
     for fields, extra in (({"prompt": "a"}, headers), ({"prompt": 1}, headers), ({"prompt": "a"}, {"origin": origin})):
         assert client.post(DRAW, json=fields, headers=extra).headers["access-control-allow-origin"] == origin
+    exposed = client.post(DRAW, json={"prompt": "a"}, headers=headers).headers["access-control-expose-headers"]
+    assert set(exposed.split(", ")) == {"x-request-id", "retry-after", "x-should-retry"}
     evil = {**asked, "origin": "https://evil.example"}
     assert "access-control-allow-origin" not in client.options(DRAW, headers=evil).headers
     assert (

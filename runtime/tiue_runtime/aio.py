@@ -9,7 +9,6 @@ Requests run on the event loop's threads. ONNX Runtime shares the CPU cores amon
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tiue_runtime.errors import Cancelled
@@ -45,16 +44,24 @@ async def agenerate(
         asyncio.CancelledError: the task was cancelled. The request has ended by then.
         TiueError: as `Pipeline.__call__`.
     """
-    stop = threading.Event()
+    stop, began = threading.Event(), threading.Event()
     asked = Run(options.get("cancel")).cancelled
     options["cancel"] = lambda: stop.is_set() or asked()
-    work = asyncio.create_task(asyncio.to_thread(partial(pipeline, prompt, output_type=output_type, **options)))
+    call: Any = pipeline
+
+    def draw() -> "Result[Any]":
+        began.set()
+        return call(prompt, output_type=output_type, **options)
+
+    work = asyncio.create_task(asyncio.to_thread(draw))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait([work])
-        ended = work.exception()  # Without this, asyncio would log an error that nobody asked for.
+        if not began.is_set():
+            work.cancel()  # It waits for one of the event loop's threads.
+        await _end(work)
+        ended = work.exception()
         if ended is not None and not isinstance(ended, Cancelled):
             raise ended from None
         raise
@@ -83,6 +90,7 @@ async def stream(
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue["Progress | None"]()
     callback = options.get("callback")
+    Run(callback=callback)  # checks it now
 
     def pass_on(progress: "Progress") -> object:
         loop.call_soon_threadsafe(arrived.put_nowait, progress)
@@ -96,6 +104,19 @@ async def stream(
             yield progress
         yield work.result()
     finally:
-        if not work.done():
-            work.cancel()
+        work.cancel()  # does nothing if it has ended
+        await _end(work)
+
+
+async def _end(work: "asyncio.Task[Any]") -> None:
+    """Wait until a task has ended, even if the waiting one is cancelled meanwhile, as anyio does again and again."""
+    again: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
             await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            again = error
+    if not work.cancelled():
+        work.exception()  # Without this, asyncio would log an error that nobody asked for.
+    if again:
+        raise again

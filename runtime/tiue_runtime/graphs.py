@@ -111,7 +111,8 @@ class Graphs:
         if not low:
             self.load()  # An earlier request may have freed them. Free memory must be looked up after this.
         try:
-            with self.budget.request(), self.cuda_graphs.turn() if self.cuda_graphs else nullcontext():
+            turn = self.cuda_graphs.turn(partial(run.check, "its turn")) if self.cuda_graphs else nullcontext()
+            with self.budget.request(), turn:
                 yield Turns(self, run, low=low)
         finally:
             if low:

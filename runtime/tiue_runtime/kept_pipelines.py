@@ -46,6 +46,7 @@ def generate(
         RequestError, Cancelled, InferenceError: as `Pipeline.__call__`. OutOfMemoryError is an InferenceError.
     """
     complete(LoadOptions, {"device": device, "vae": vae})
+    complete(RequestOptions, options)  # before a bundle is loaded for them
     given = options.get("memory")
     options["memory"] = memory = "auto" if given is None else given
     pipeline = kept_pipelines.get(Bundle.load(find_bundle(bundle).resolve()), device, vae, memory)

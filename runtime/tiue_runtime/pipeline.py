@@ -7,7 +7,7 @@ This module imports neither numpy nor ONNX Runtime, so that a program which may 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -238,7 +238,8 @@ class Pipeline:
             # The width of text embeddings is looked up late: it may load the text encoder.
             width = lambda: graphs.text_width  # noqa: E731
             request = Request.make(self.bundle.manifest, graphs.budget, width, prompt, output_type, given)
-            exact = partial(self.decode, memory=memory, vae_tiling=request.vae_tiling, cancel=run.cancelled)
+            decoding = {"memory": memory, "vae_tiling": request.vae_tiling, "cancel": run.cancelled}
+            exact = partial(self._decode, sampler, "pil", complete(DecodeOptions, decoding))
             sampled = sampler.sample(request, output_type, run, exact)
             records = records_of(self, request, sampled)
             if output_type == "pil":
@@ -355,11 +356,17 @@ class Pipeline:
         Raises:
             RequestError, Cancelled, InferenceError: as `__call__`.
         """
-        from tiue_runtime.request import check_latents, check_upscale
-
         given = complete(DecodeOptions, options)
         one_of("output_type", output_type, ("pil", "np"))
-        run, sampler = Run(given["cancel"], given["callback"], given["timeout"]), self._open()
+        return self._decode(self._open(), output_type, given, latents)
+
+    def _decode(
+        self, sampler: Sampler, output_type: Literal["pil", "np"], given: Mapping[str, Any], latents: Any
+    ) -> Any:
+        """Decode with complete DecodeOptions, also for a request that runs while this pipeline is closed."""
+        from tiue_runtime.request import check_latents, check_upscale
+
+        run = Run(given["cancel"], given["callback"], given["timeout"])
         low, tiling = self._check_memory(given["memory"] or self.memory) == "low", given["vae_tiling"]
         with self._remedies(sampler, run, low=low, tiles=tiling is not False):
             upscale = check_upscale(given["upscale"], self.bundle.manifest)

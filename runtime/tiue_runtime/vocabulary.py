@@ -20,7 +20,7 @@ _SHOWN = 3  # suggestions
 class PromptWarning(UserWarning):
     """A warning that quotes a prompt. Other requests of a batch must not hear it."""
 
-    def __init__(self, message: str, prompt: str) -> None:
+    def __init__(self, message: str, prompt: str = "") -> None:  # pickle passes the message alone
         super().__init__(message)
         self.prompt = prompt
 

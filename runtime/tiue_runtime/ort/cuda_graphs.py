@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from tiue_runtime.ort.interrupt import POLL_SECONDS
 from tiue_runtime.ort.sessions import load_onnxruntime, run_options
 
 GRAPH_ID = "gpu_graph_id"
@@ -48,15 +49,20 @@ class CudaGraphs:
         return self._thread.submit(function, *args, **kwargs).result()
 
     @contextmanager
-    def turn(self) -> Generator[None]:
-        """Reserve the buffers for one request. A nested request, made by a callback, runs without recordings."""
-        with self._lock:
-            outer = self.mode
+    def turn(self, check: Callable[[], object] = lambda: None) -> Generator[None]:
+        """Reserve the buffers for one request. A nested request, made by a callback, runs without recordings.
+
+        `check` is called while other requests have them. It may raise.
+        """
+        while not self._lock.acquire(timeout=POLL_SECONDS):
+            check()
+        outer = self.mode
+        try:
             self.mode = "without" if outer else "record" if self._recording else "replay"
-            try:
-                yield
-            finally:
-                self.mode = outer
+            yield
+        finally:
+            self.mode = outer
+            self._lock.release()
 
     @contextmanager
     def recording(self) -> Generator[None]:

@@ -7,10 +7,10 @@ makes it, and the calling thread waits in short steps.
 import atexit
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TypeVar
-from weakref import WeakSet
 
 from tiue_runtime.errors import Cancelled
 from tiue_runtime.host.forks import after_fork
@@ -19,22 +19,34 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.05  # between two calls of `cancelled`
 GRACE_SECONDS = 10.0  # wait for a call that was asked to stop; ONNX Runtime stops between two nodes of a graph
-EXIT_SECONDS = 1.0  # wait for calls that were left behind, when Python exits
+EXIT_SECONDS = 1.0  # wait for calls that run, or were left behind, when Python exits
 
-_left: WeakSet[threading.Event | threading.Thread] = WeakSet()  # The end of each call that was left behind.
-after_fork(_left.clear)  # Threads do not survive a fork.
+_running: set[threading.Event] = set()  # The end of each native call.
+after_fork(_running.clear)  # Threads do not survive a fork.
+_exiting = threading.Event()
 
 
 @atexit.register
-def _await_calls() -> None:
-    """Give calls that were left behind a moment to end. One that returned while Python shuts down would abort it."""
+def _end_calls() -> None:
+    """Stop calls, and wait a moment for them. One that returned while Python shuts down would abort it."""
+    _exiting.set()
     until = time.monotonic() + EXIT_SECONDS
-    for end in list(_left):
-        seconds = max(until - time.monotonic(), 0.0)
-        if isinstance(end, threading.Event):
-            end.wait(seconds)
-        elif end.is_alive():
-            end.join(seconds)
+    for end in list(_running):
+        end.wait(max(until - time.monotonic(), 0.0))
+
+
+@contextmanager
+def _known(what: str) -> Generator[None]:
+    """Let `_end_calls` know of a call. Raises Cancelled if Python exits already."""
+    end = threading.Event()
+    _running.add(end)
+    try:
+        if _exiting.is_set():
+            raise Cancelled(f"cancelled before {what} ran, because Python exits")
+        yield
+    finally:
+        _running.discard(end)
+        end.set()
 
 
 def interruptible(
@@ -59,18 +71,20 @@ def interruptible(
         The result of `function`.
 
     Raises:
-        Cancelled: `cancelled` became true first.
+        Cancelled: `cancelled` became true first, or Python exits.
         KeyboardInterrupt: Ctrl-C was pressed. `stop` is called in this case as well.
     """
     if cancelled is None and threading.current_thread() is not threading.main_thread():
-        return function()  # Here nothing can interrupt a call.
+        with _known(what):
+            return function()  # Here nothing can interrupt a call.
     results: list[T] = []
     errors: list[BaseException] = []
     done = threading.Event()
 
     def work() -> None:
         try:
-            results.append(function())
+            with _known(what):
+                results.append(function())
         except BaseException as error:  # The calling thread raises it.
             errors.append(error)
         finally:
@@ -81,14 +95,12 @@ def interruptible(
     try:
         worker.calls.put(work)  # in this block, or an interrupt right after it would leave the call behind
         while not done.wait(POLL_SECONDS):
-            if cancelled is not None and cancelled():
+            if _exiting.is_set() or (cancelled is not None and cancelled()):
                 raise Cancelled(f"cancelled while {what} ran")
     except BaseException:
         if stop is not None:
             stop()
             done.wait(GRACE_SECONDS)
-        if not done.is_set():
-            _left.add(done)
         raise
     if errors:
         raise errors.pop()  # Empty the list: an error in it would be a cycle that keeps the arrays of its frames.
@@ -135,7 +147,8 @@ def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) 
             except IndexError:  # Another thread took the last one.
                 return
             try:
-                function(item)
+                with _known("a call"):
+                    function(item)
             except BaseException as error:  # The calling thread raises it.
                 errors.append(error)
 
@@ -147,7 +160,7 @@ def for_each(function: Callable[[T], object], items: Iterable[T], at_once: int) 
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
     except BaseException:
-        _left.update(threads)
+        rest.clear()
         raise
     if errors:
         del errors[1:]

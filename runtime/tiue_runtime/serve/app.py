@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -113,6 +114,7 @@ def _routes(endpoints: Endpoints) -> list[Route | Mount]:
         Route("/", endpoints.page),
     ]
     if PAGE.is_dir():
+        mimetypes.add_type("text/javascript", ".js")  # The registry of Windows may say text/plain: browsers refuse it.
         routes.append(Mount("/page", StaticFiles(directory=PAGE)))
     return routes
 
@@ -125,8 +127,8 @@ def _layers(settings: ServerSettings, metrics: ServeMetrics) -> list[Middleware]
                 CORSMiddleware,
                 allow_origins=[as_sent(origin) for origin in settings.origins],
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["authorization", "content-type", "x-request-id"],
-                expose_headers=["x-request-id", "retry-after"],
+                allow_headers=["*"],  # Clients of OpenAI send many of their own.
+                expose_headers=["x-request-id", "x-should-retry", "retry-after"],
             )
         )
     layers.append(Middleware(Inner, settings=settings))

@@ -18,9 +18,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, SupportsIndex, cast
 
-from tiue_runtime.errors import Cancelled, RequestError, TiueError
+from tiue_runtime.errors import Cancelled, RequestError, TiueError, shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +42,7 @@ class QueueFull(TiueError):
         seconds: after which a place is probably free.
     """
 
-    def __init__(self, message: str, seconds: float) -> None:
+    def __init__(self, message: str, seconds: float = 0.0) -> None:  # pickle passes the message alone
         super().__init__(message)
         self.seconds = seconds
 
@@ -57,7 +57,11 @@ class Late(Cancelled):
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a job draws: picture j of the prompt has seed + j."""
+    """What a job draws: picture j of the prompt has seed + j.
+
+    Raises:
+        RequestError: seed, count or timeout is no number, or too small. The pipeline checks the rest when it draws.
+    """
 
     prompt: str
     seed: int
@@ -66,6 +70,14 @@ class Drawing:
     height: int | None = None  # pixels; None: the bundle's
     width: int | None = None
     timeout: float | None = None  # seconds from `submit` to the end
+
+    def __post_init__(self) -> None:
+        numbers = ("seed", SupportsIndex, 0), ("count", SupportsIndex, 1), ("timeout", SupportsFloat, 0)
+        for name, kind, least in numbers:
+            value: object = getattr(self, name)
+            fits = isinstance(value, kind) and cast(Any, value) >= least
+            if not fits and (name, value) != ("timeout", None):
+                raise RequestError(f"{name}: expected a number of at least {least}, got {shorten(value)}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ class JobQueue:
         """Put a job at the end of the queue.
 
         Args:
-            drawing: what to draw. Its values are checked by the pipeline, when it draws.
+            drawing: what to draw.
             id: of the job; None makes one up.
             on_progress: called on the worker's thread after each part of the work. Previews then come after each
                 timestep, because the job is drawn in sequential mode, as `Pipeline.__call__` does with a callback.
@@ -200,18 +212,21 @@ class JobQueue:
             QueueFull: too many jobs wait.
             QueueClosed: the queue takes no more jobs.
             RequestError: a job of this id has not ended.
+            TiueError: this is a forked process, in which the queue's thread does not exist.
         """
         job = Job(id or secrets.token_hex(12), drawing, on_progress, on_picture)
         with self._changed:
             if not self._accepting:
                 raise QueueClosed("the server is shutting down and takes no more requests")
+            if not self._thread.is_alive():
+                raise TiueError("the queue does not work in a forked process: make it after the fork")
             if job.id in self._jobs:
                 raise RequestError(f"id: a job {job.id} is already there; choose another id")
             if self.waiting >= self._most:
                 seconds = self.seconds_ahead()
                 raise QueueFull(f"{self._most} requests are waiting already; try again in {seconds:.0f} s", seconds)
+            self._jobs[job.id] = job  # first: `job` reads without the lock
             self._ended.pop(job.id, None)
-            self._jobs[job.id] = job
             self._changed.notify_all()
         return job
 
@@ -253,11 +268,10 @@ class JobQueue:
             self._accepting = False
             self._changed.wait_for(lambda: not self._jobs, seconds)
             self._closing = True
+            self._changed.notify_all()
             left = list(self._jobs.values())
         for job in left:
             self.finish(job, Cancelled("the server is shutting down"))
-        with self._changed:
-            self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -306,8 +320,8 @@ class JobQueue:
             job.state = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
             job.fraction = 1.0 if error is None else job.fraction
             job.on_progress = job.on_picture = None  # They may hold much of their caller.
-            del self._jobs[job.id]
             self._ended[job.id] = _without_result(job)
+            del self._jobs[job.id]
             while len(self._ended) > _ENDED:
                 self._ended.popitem(last=False)
             self._changed.notify_all()

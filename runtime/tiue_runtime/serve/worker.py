@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tiue_runtime.errors import OutOfMemoryError, RequestError
+from tiue_runtime.errors import InferenceError, RequestError
 from tiue_runtime.host.forks import FILTERS
 from tiue_runtime.progress import Hearing
 from tiue_runtime.serve.jobs import Drawn, Job, JobProgress, JobQueue
@@ -71,8 +71,8 @@ class Worker:
         _heard.sink = heard
         try:
             result = self._request(parts, jobs)
-        except (OutOfMemoryError, RequestError) as error:
-            if len(parts) > 1:  # A picture alone may fit into memory.
+        except (InferenceError, RequestError) as error:
+            if len(parts) > 1:  # A picture alone may fit into memory, and one that overflows is not the others' fault.
                 warnings.warn(f"{len(parts)} pictures cannot be drawn together, but one by one", stacklevel=2)
                 for part in parts:
                     if not part[0].ended:
@@ -82,7 +82,10 @@ class Worker:
         except Exception as error:  # of the pipeline, or of a caller's function; the next job must be drawn
             self._fail(jobs, error)
         else:
-            self._queue.drawn(result.timings, len(parts))
+            try:
+                self._queue.drawn(result.timings, len(parts))
+            except Exception as error:  # of the caller's function
+                self._fail(jobs, error)
             self._deliver(parts, jobs, result, heard)
         finally:
             _heard.sink = None

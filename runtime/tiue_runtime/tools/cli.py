@@ -50,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{short} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        write(message, sys.stderr if file is None else file, end="")
+        write(message, "stderr" if file in (None, sys.stderr) else "stdout", end="")
 
 
 def main(argv: list[str] | None = None) -> int:

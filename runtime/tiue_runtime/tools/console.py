@@ -15,12 +15,12 @@ from tiue_runtime.tools.serve_command import NAMES
 def say(kind: str, message: object, *, flags: bool = True) -> None:
     """Print an error or a warning as one line on stderr, with flags in place of the names of options."""
     line = " ".join(str(message).split())
-    write(f"tiue-runtime: {kind}: {with_flags(line) if flags else line}", sys.stderr)
+    write(f"tiue-runtime: {kind}: {with_flags(line) if flags else line}", "stderr")
 
 
-def write(text: str, stream: IO[str] | None = None, end: str = "\n") -> None:
-    """Print to a stream, or to stdout. If its reader (for example head) has gone, the command continues silently."""
-    output: IO[str] | None = stream or sys.stdout
+def write(text: str, stream: str = "stdout", end: str = "\n") -> None:
+    """Print to stdout or stderr. If its reader (for example head) has gone, the command continues silently."""
+    output: IO[str] | None = getattr(sys, stream)
     if output is None:  # Programs without a console have none.
         return
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)

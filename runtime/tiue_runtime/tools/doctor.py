@@ -104,7 +104,7 @@ def _gpu_rows() -> Rows:
         f"gpu {i}": f"{gpu.name}, {gpu.memory / 2**30:.1f} GiB, compute capability {'.'.join(map(str, gpu.capability))}"
         for i, gpu in enumerate(gpus)
     }
-    wheels = sorted({f"{d.name} {d.version}" for d in distributions() if d.name.lower().startswith(_GPU_WHEELS)})
+    wheels = sorted({f"{d.name} {d.version}" for d in distributions() if str(d.name).lower().startswith(_GPU_WHEELS)})
     return rows | {"gpu driver": driver_version() or "unknown", "gpu wheels": ", ".join(wheels) or "none"}
 
 

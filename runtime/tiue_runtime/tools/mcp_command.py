@@ -32,5 +32,5 @@ def _run(arguments: argparse.Namespace) -> int:
     bundle = Bundle.load(find_bundle(arguments.bundle))
     loading = given(arguments, LoadOptions)
     if sys.stdin is not None and sys.stdin.isatty():
-        write("tiue-runtime: waiting for an assistant on stdin; docs/mcp.md says how one is set up", sys.stderr)
+        write("tiue-runtime: waiting for an assistant on stdin; docs/mcp.md says how one is set up", "stderr")
     return serve(bundle, arguments.format, loading)
