@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
+from evaluation.devices import default_device
 from evaluation.features import KINDS, Embeddings, Extractor, load_extractors
 from evaluation.figures import Asked, ask, compare, retrieve, styles_of
 from evaluation.painters import Painter, bundle_painter, pipeline_painter, student_painter
@@ -84,7 +84,7 @@ def load_judges(
             are not of as many pictures.
     """
     judges = []
-    for one in load_extractors(features, _device()):
+    for one in load_extractors(features, default_device()):
         real = (known or {}).get(one.name)
         if real is not None and len(real) != (count := len(reference.pictures)):
             raise ValueError(f"{one.name}: expected features of {count} reference pictures, got {real.shape}")
@@ -257,13 +257,9 @@ def _judge(arguments: argparse.Namespace) -> None:
     write_text(arguments.out, json.dumps(files | report, indent=2) + "\n")
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _painter(arguments: argparse.Namespace, config: EvaluationConfig) -> Painter:
     if arguments.bundle:
         return bundle_painter(arguments.bundle, config.steps)
     if arguments.student:
-        return student_painter(arguments.student, _device(), config.steps)
-    return pipeline_painter(arguments.pipeline, _device(), config.steps or 25, config.guidance, config.spacing)
+        return student_painter(arguments.student, default_device(), config.steps)
+    return pipeline_painter(arguments.pipeline, default_device(), config.steps or 25, config.guidance, config.spacing)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.devices import default_device
 from evaluation.painters import sample_ddim
 from tiue.components import Components, load_components
 from tiue.diffusion import Diffusion
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(arguments: argparse.Namespace) -> None:
     config = GuidanceConfig(**given(arguments, GuidanceConfig))
     teacher, prompts = load_components(arguments.pipeline), load_prompts(arguments.prompts)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     teacher.unet.to(device)
     teacher.text_encoder.to(device)
     found = compare_guidance(teacher, prompts, config)

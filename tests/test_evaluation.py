@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import figures, inception, metrics, precision
+from evaluation import devices, figures, inception, metrics
 
 RANDOM = np.random.default_rng(0)
 
@@ -286,5 +286,5 @@ def test_the_text_score_is_the_mean_cosine_with_the_own_prompt():
     [("cpu", {"avx512_bf16"}, "no"), ("cpu", {"avx512_bf16", "amx_bf16"}, "bf16"), ("cuda", set(), "bf16")],
 )
 def test_bfloat16_trains_faster_on_gpus_and_with_matrix_instructions(device, flags, expected, monkeypatch):
-    monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
-    assert precision.fastest_precision(torch.device(device)) == expected
+    monkeypatch.setattr(devices, "cpu_flags", lambda: flags)
+    assert devices.fastest_precision(torch.device(device)) == expected

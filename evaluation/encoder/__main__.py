@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from evaluation.devices import default_device, fastest_precision
 from evaluation.encoder.contrastive import EncoderTraining
 from evaluation.encoder.encoder_config import EncoderConfig
 from evaluation.encoder.retrieval import train_encoder
-from evaluation.precision import fastest_precision
 from evaluation.reference import load_reference
 from tiue.distill.command import status_of
 from tiue.settings import add_flags, given
@@ -44,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = EncoderConfig(**{"mixed_precision": fastest_precision(device)} | given(arguments, EncoderConfig))
+    precision = fastest_precision(default_device())
+    config = EncoderConfig(**{"mixed_precision": precision} | given(arguments, EncoderConfig))
     report = train_encoder(load_reference(arguments.drawings), arguments.out, config)
     top1 = report["top1"]
     print(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evaluation.precision import fastest_precision
+from evaluation.devices import fastest_precision
 from tiue.distill.config import RunConfig
 from tiue.distill.draws import Batch
 from tiue.distill.loop import train

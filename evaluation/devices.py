@@ -1,9 +1,14 @@
-"""The precision in which networks train fastest on a device."""
+"""The device on which networks run, and the precision in which they train fastest there."""
 
 from __future__ import annotations
 
 import torch
 from tiue_runtime.host.machine import cpu_flags
+
+
+def default_device() -> torch.device:
+    """Return the first NVIDIA GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fastest_precision(device: torch.device) -> str:
