@@ -84,7 +84,8 @@ PRESETS = {
         fit_batch=4,
         encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
-    # The shipped model: all 1,031 concepts, eight minutes of one NVIDIA H200. Its last stage ran on two cores.
+    # The shipped model: all concepts that were found then, eight minutes of one NVIDIA H200. Its last stages ran on
+    # two cores.
     "gpu": replace(
         CPU,
         name="gpu",
