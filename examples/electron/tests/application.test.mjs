@@ -1,12 +1,13 @@
 // The application without Electron: BUNDLE=... node --test
 import assert from "node:assert/strict";
-import { on } from "node:events";
+import { EventEmitter, on } from "node:events";
 import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import { Pipeline } from "tiue-runtime";
 import { CHANNEL, PAGE, start } from "../application.js";
+import { serve } from "../artist.js";
 import { checkMessage } from "../messages.js";
 import { FakeElectron, runPreload } from "./stand_in.mjs";
 
@@ -88,12 +89,28 @@ test("a request gives previews and the runtime's picture", async () => {
 });
 
 test("a request is cancelled by its number, and replaced by the next", async () => {
-  draw(2);
-  say({ kind: "cancel", id: 1 }); // An old one: nothing happens.
-  draw(3);
-  say({ kind: "cancel", id: 3 });
-  const ends = [(await until("cancelled", "done")).message, (await until("cancelled", "done")).message];
-  assert.deepEqual(ends.map(({ kind, id }) => `${kind} ${id}`).sort(), ["cancelled 2", "cancelled 3"]);
+  // In this process, so that each message arrives while its drawing runs.
+  const port = new EventEmitter();
+  const answers = on(port, "answer");
+  port.postMessage = (message) => port.emit("answer", message);
+  const tell = (data) => port.emit("message", { data });
+  const onFirstProgress = new Map([
+    [2, () => tell({ kind: "draw", id: 3, prompt: "a red heart", seed: 1 })],
+    [3, () => [2, 3].forEach((id) => tell({ kind: "cancel", id }))], // 2 is an old one: nothing happens.
+  ]);
+  port.on("answer", ({ kind, id }) => {
+    if (kind !== "progress") return;
+    onFirstProgress.get(id)?.();
+    onFirstProgress.delete(id);
+  });
+  serve(port, BUNDLE);
+  tell({ kind: "draw", id: 2, prompt: "a red heart", seed: 1 });
+  const ends = [];
+  for await (const [{ kind, id }] of answers) {
+    if (kind === "cancelled" || kind === "done") ends.push(`${kind} ${id}`);
+    if (ends.length === 2) break;
+  }
+  assert.deepEqual(ends.sort(), ["cancelled 2", "cancelled 3"]);
 });
 
 test("a wrong request is answered with its reason", async () => {
