@@ -25,6 +25,7 @@ REQUESTS = [
     ("日本語 🎈 \u200b\u00a0'don't' [MASK]x", 2**64 - 1),
     ("unaffable " * 40, 7),
     ("x" * 101, 8),
+    ("a red heart, FLUENT", 9),
 ]
 
 pytestmark = pytest.mark.slow
@@ -64,11 +65,12 @@ def test_ids_noise_latents_and_picture_are_those_of_the_runtime(generate, direct
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     manifest = Bundle.load(directory).manifest
+    drawn = manifest.in_style(prompt, seed)
     data = values.read_bytes()
     ids = np.frombuffer(data, np.int64, manifest.text_length)
     noise, latents = np.frombuffer(data, np.float32, offset=ids.nbytes).reshape(2, -1)
 
-    assert ids.tolist() == Tokenizer.from_file(str(directory / "tokenizer.json")).encode(prompt).ids
+    assert ids.tolist() == Tokenizer.from_file(str(directory / "tokenizer.json")).encode(drawn).ids
     np.testing.assert_array_equal(noise, gaussian(seed, noise.shape))
     with Pipeline.load(directory, device="cpu") as pipe:
         expected = pipe(prompt, seed=seed, output_type="latent").images

@@ -262,6 +262,7 @@ def test_all_stages_run_and_begin_again_where_they_stopped(made, monkeypatch):
     (made / "distill/best.json").unlink()  # as if it had been stopped while checkpoints were scored
     manifest = Bundle.load(made / "bundle").manifest
     assert manifest.prompts is not None and manifest.prompts.vocabulary
+    assert sorted(manifest.prompts.styles) == sorted(data.STYLES)
     write_bundle(made / "bundle", replace(manifest, prompts=None))  # as if it had been stopped after the export
     assert main([*command, "--until", "bundle"]) == 0
     assert (made / "distill/best.json").exists()

@@ -241,6 +241,28 @@ class Tokenizer {
   }
 };
 
+// -------------------------------------------------------------------------------------------------------------- styles
+
+// The words of a text in lower case, with a space before and after each.
+Text spaced(const std::string& text) {
+  Text words = " ";
+  each(Text::fromUTF8(text).toLower(icu::Locale::getRoot()), [&](UChar32 c) {
+    if (c == '_' || U_MASK(u_charType(c)) & (U_GC_L_MASK | U_GC_N_MASK)) words += c;
+    else if (!words.endsWith(" ")) words += ' ';
+  });
+  return words.endsWith(" ") ? words : words + " ";
+}
+
+// The prompt that is drawn: if it names no style, the seed's style is added.
+std::string in_style(const Json& manifest, const std::string& prompt, uint64_t seed) {
+  const Json styles = manifest.value("/prompts/styles"_json_pointer, Json::array());
+  const Text words = spaced(prompt);
+  const auto named = [&](const std::string& name) { return words.indexOf(spaced(name)) >= 0; };
+  if (styles.empty() || words == " " || named("style") || std::any_of(styles.begin(), styles.end(), named))
+    return prompt;
+  return prompt + ", " + styles[seed % styles.size()].get<std::string>() + " style";
+}
+
 // -------------------------------------------------------------------------------------------------------------- noise
 
 // The first two words of Philox 4x32-10.
@@ -357,7 +379,8 @@ void draw(const Options& options) {
   const int64_t steps = static_cast<int64_t>(step_indices.size());
 
   std::vector<int64_t> mask;
-  std::vector<int64_t> ids = Tokenizer(read_json(options.bundle / "tokenizer.json")).encode(options.prompt, length, mask);
+  const std::string prompt = in_style(manifest, options.prompt, options.seed);
+  std::vector<int64_t> ids = Tokenizer(read_json(options.bundle / "tokenizer.json")).encode(prompt, length, mask);
   std::vector<float> z = noise(options.seed, channels * height * width);
   const std::vector<float> z_T = z;
 

@@ -31,6 +31,8 @@ from tiue.text_encoder import encode_text
 Choose = Callable[[Path, Vsd], None]
 
 EXAMPLES = ("a red heart", "a rocket", "cat face", "pizza, noto style", "a rainbow", "sunflower, fluent style")
+# The styles of seeds 0, 1, 2 and so on, for prompts that name none. Neighbors differ.
+SEED_STYLES = ("noto", "fluent flat", "twemoji", "emojione", "fluent", "noto classic")
 LICENSE = "Apache-2.0 AND MIT AND CC-BY-4.0"  # of the drawings
 
 
@@ -215,7 +217,7 @@ def bundle(drawings: Drawings, student: Path, out: Path) -> None:
         flags = ["--weights", "fp16", "--text-encoder", "int8", "--out", str(out / "bundle")]
         if status := export(["--ckpt", str(out / "student.safetensors"), *flags]):
             raise ValueError(f"the export ended with status {status}")
-    made, prompts = Bundle.load(out / "bundle"), Prompts(EXAMPLES, vocabulary(drawings))
+    made, prompts = Bundle.load(out / "bundle"), Prompts(EXAMPLES, vocabulary(drawings), SEED_STYLES)
     if made.manifest.prompts != prompts:  # It may have been stopped here.
         write_bundle(made.directory, replace(made.manifest, prompts=prompts))
 

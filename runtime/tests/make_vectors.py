@@ -102,6 +102,20 @@ COMPLAINTS = [
 ]
 
 
+STYLED = [
+    ("a red heart", (0, 1, 2, 3, 4, 5, 6, 2**64 - 1)),
+    ("A RED HEART, NOTO CLASSIC", (0,)),
+    ("pizza slice, flat style", (0,)),
+    ("a stylish cat", (1,)),
+    ("fluents", (2,)),
+    ("in the style_ of", (3,)),
+    ("Style", (4,)),
+    ("", (0,)),
+    ("\U0001f600 !", (0,)),
+    ("\u8d64\u3044\u30cf\u30fc\u30c8", (5,)),
+]
+
+
 def bits(values: Any) -> list[int]:
     """Return the bits of float32 values, in row-major order."""
     return np.asarray(values, dtype=np.float32).ravel().view(np.uint32).tolist()
@@ -196,6 +210,16 @@ def vocabulary() -> list[dict[str, Any]]:
     return cases
 
 
+def styles() -> list[dict[str, Any]]:
+    cases = []
+    for bundle in (TINY, EMOJI):
+        manifest = Bundle.load(ROOT / bundle).manifest
+        for prompt, seeds in STYLED:
+            drawn = [{"seed": str(seed), "drawn": manifest.in_style(prompt, seed)} for seed in seeds]
+            cases += [{"bundle": bundle, "prompt": prompt, **one} for one in drawn]
+    return cases
+
+
 def removed(character: str, **options: bool) -> bool:
     """Say whether BERT's normalizer removes a character. options: of the normalizer; all others are off."""
     off = dict.fromkeys(("clean_text", "handle_chinese_chars", "strip_accents", "lowercase"), False)
@@ -236,6 +260,7 @@ FILES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "records.json": records,
     "chunks.json": chunks,
     "vocabulary.json": vocabulary,
+    "styles.json": styles,
     "characters.json": characters,
     "lessons.json": lessons,
 }

@@ -206,8 +206,8 @@ class Pipeline:
         """Make pictures of a prompt.
 
         Args:
-            prompt: a string or a list of strings. The part that exceeds the bundle's text length is cut, with a
-                warning.
+            prompt: a string or a list of strings. If the bundle has styles and the prompt names none, the seed adds
+                one. The part that exceeds the bundle's text length is cut, with a warning.
             output_type: "pil"; "np", float32 (B, H, W, 3) in [0, 1]; or "latent", z_0 float32 (B, C, h, w).
             **options: the options of RequestOptions:
                 {options}

@@ -152,7 +152,7 @@ def records_of(pipeline: "Pipeline", request: "Request", sampled: "Sampled") -> 
     return tuple(
         replace(
             first,
-            prompt=None if request.prompts is None else request.prompts[i // request.num_images],
+            prompt=None if request.prompts is None else request.prompts[i],
             seed=request.seeds[i] if request.seeds else None,
             index=i,
             flagged=sampled.flagged[i] if sampled.flagged else None,

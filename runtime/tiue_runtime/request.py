@@ -24,9 +24,9 @@ LARGEST = 2**20  # pictures of a prompt, and pixels of a side
 
 @dataclass(frozen=True)
 class Request:
-    """A complete request for B = len(prompts or prompt_embeds) * num_images pictures, prompt-major."""
+    """A complete request for B pictures, prompt-major."""
 
-    prompts: list[str] | None  # exactly one of prompts and
+    prompts: list[str] | None  # one per picture, with its style; exactly one of prompts and
     prompt_embeds: Float32 | None  # (B / num_images, L, D) is given
     num_images: int  # per prompt
     seeds: tuple[int, ...]  # one per picture; empty if the caller passed latents
@@ -94,6 +94,10 @@ class Request:
             one_timestep = UNET_DECODER, count, height * width
             enlarged = 0 if output_type == "latent" else upscale or 1
             budget.refuse_excess(shape, fields, one_timestep, enlarged)
+        if prompts is not None:
+            prompts = [prompt for prompt in prompts for _ in range(num_images)]
+            if seeds:
+                prompts = [manifest.in_style(*each) for each in zip(prompts, seeds, strict=True)]
         embeds = None if embeds is None else _finite("prompt_embeds", embeds)
         latents = None if latents is None else _finite("latents", latents)
         memory: Memory = options["memory"]

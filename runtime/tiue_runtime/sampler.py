@@ -87,8 +87,10 @@ class Sampler:
         run.expect((*text_stage, UNET_ENCODER, UNET_DECODER, *image_stages), Previews(self._manifest, decode))
         z_T = request.noise(run)
         with self.graphs.request(run, low=request.memory == "low") as turns:
-            text = request.prompt_embeds if request.prompts is None else self._encode(request.prompts, turns)
-            text = np.repeat(cast(Float32, text), request.num_images, axis=0)
+            if request.prompts is None:
+                text = np.repeat(cast(Float32, request.prompt_embeds), request.num_images, axis=0)
+            else:
+                text = self._encode(request.prompts, turns)
             ladder = Ladder(self._first_mode(request), request.steps)
             halves = Halves(turns, request.steps, decoded=output_type != "latent")
             z_0 = denoise(halves, self._manifest, z_T, text, ladder, run)
@@ -149,24 +151,25 @@ class Sampler:
         return to_pil(unit) if output_type == "pil" else unit, flagged, tile
 
     def _encode(self, prompts: list[str], turns: Turns) -> Float32:
-        """Return text embeddings (B, L, D), one row per prompt."""
+        """Return text embeddings (B, L, D), one row per prompt. Equal prompts are encoded once."""
         length = self._manifest.text_length
-        for prompt in prompts:
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        for prompt in rows:
             turns.run.check(TEXT_ENCODER)
             complaint = self._vocabulary.complaint(prompt[: CHARACTERS_PER_TOKEN * length])  # Later words are cut off.
             if complaint:
                 warnings.warn(PromptWarning(complaint, prompt), stacklevel=4)
-        tokens = self._tokenizer(prompts)
-        for prompt, cut in zip(prompts, tokens.cut, strict=True):
+        tokens = self._tokenizer(list(rows))
+        for prompt, cut in zip(rows, tokens.cut, strict=True):
             if cut:
                 text = f"prompt longer than {length} tokens; this part was cut off: {clip(cut)!r}"
                 warnings.warn(PromptWarning(text, prompt), stacklevel=4)
         graph = self.graphs.text_encoder
         feed = {INPUT_IDS: tokens.input_ids, ATTENTION_MASK: tokens.attention_mask}
         text = cast(Float32, turns(TEXT_ENCODER, graph, feed)[TEXT])
-        graph.check_output(TEXT, text, (len(prompts), length, text.shape[-1]), self.graphs.overflow_remedy())
+        graph.check_output(TEXT, text, (len(rows), length, text.shape[-1]), self.graphs.overflow_remedy())
         turns.run.report(TEXT_ENCODER, 1, 1)
-        return text
+        return text[[rows[prompt] for prompt in prompts]]
 
     def _warn_of_size(self, request: Request) -> None:
         """Warn once of each size that the model was not made for."""

@@ -30,6 +30,7 @@ class Vocabulary:
 
     def __init__(self, prompts: Prompts | None) -> None:
         self._examples = prompts.examples if prompts else ()
+        self._styles = [f", {name} style" for name in prompts.styles] if prompts else []
         self._phrases: dict[str, str] = {}  # word => the first phrase that has it
         for phrase in prompts.vocabulary if prompts else ():
             for word in _words(phrase):
@@ -41,6 +42,8 @@ class Vocabulary:
 
         Plural and singular are the same word. A prompt without words of content has none that could be unknown.
         """
+        for style in self._styles:
+            prompt = prompt.removesuffix(style)
         words = list(dict.fromkeys(_words(prompt)))
         if not self._phrases or not words or any(_forms(word) & self._forms for word in words):
             return None

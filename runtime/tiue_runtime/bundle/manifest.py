@@ -152,6 +152,7 @@ class Prompts:
     vocabulary: Annotated[
         tuple[_Text, ...], Field("Words and phrases that it was trained on, if it knows no others.")
     ] = ()
+    styles: Annotated[tuple[_Text, ...], Field("Names of styles. The seed adds one to a prompt that has none.")] = ()
 
 
 @dataclass(frozen=True)
@@ -333,10 +334,23 @@ class Manifest:
         """The step_index values of a schedule: rows of decoder_timesteps."""
         return tuple(self.decoder_timesteps.index(t) for t in self.schedules[steps].timesteps)
 
+    def in_style(self, prompt: str, seed: int) -> str:
+        """Return the prompt that is drawn: the seed adds a style if `prompt` has words, but none of them names one."""
+        styles = self.prompts.styles if self.prompts else ()
+        words = _spaced(prompt)
+        if not styles or words == " " or any(_spaced(name) in words for name in ("style", *styles)):
+            return prompt
+        return f"{prompt}, {styles[seed % len(styles)]} style"
+
 
 def vae_graphs(kinds: Iterable[str]) -> dict[str, str]:
     """Return the graph of each kind of image decoder. The first kind is the default."""
     return {kind: f"{VAE_DECODER}_{kind}" if i else VAE_DECODER for i, kind in enumerate(kinds)}
+
+
+def _spaced(text: str) -> str:
+    """Return the words of a text in lower case, with a space before and after each."""
+    return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
 
 
 _manifest = reader_of(Manifest)

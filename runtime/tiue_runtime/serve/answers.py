@@ -46,6 +46,12 @@ def as_base64(picture: Image, wanted: ImageRequest, *, metadata: bool) -> str:
     return base64.b64encode(encoded(picture, wanted, metadata=metadata)).decode("ascii")
 
 
+def revised_prompt(picture: Image, wanted: ImageRequest) -> dict[str, str]:
+    """Return OpenAI's field for a prompt to which a style was added, or nothing."""
+    drawn: str | None = getattr(getattr(picture, "record", None), "prompt", None)
+    return {} if drawn in (None, wanted.drawing.prompt) else {"revised_prompt": drawn}
+
+
 def usage(text_tokens: int) -> dict[str, Any]:
     """Return the `usage` of an answer. A student reads tokens; its pictures are not made of any."""
     return {
@@ -77,10 +83,16 @@ def partial_event(wanted: ImageRequest, image: str, number: int, index: int) -> 
 
 
 def completed_event(
-    wanted: ImageRequest, image: str, index: int, timings: Mapping[str, float], tokens: int, warnings: list[str]
+    wanted: ImageRequest,
+    image: str,
+    index: int,
+    timings: Mapping[str, float],
+    tokens: int,
+    warnings: list[str],
+    **more: str,
 ) -> bytes:
     """Return the event of a finished picture."""
-    facts = {**_facts(wanted, timings, warnings), "index": index, "seeds": [_seeds(wanted)[index]]}
+    facts = {**_facts(wanted, timings, warnings), "index": index, "seeds": [_seeds(wanted)[index]], **more}
     content = {**_described(wanted, image), "usage": usage(tokens), "tiue": facts}
     return event("image_generation.completed", content)
 

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from tiue_runtime.serve.answers import JsonAnswer, answer, as_base64, encoded
+from tiue_runtime.serve.answers import JsonAnswer, answer, as_base64, encoded, revised_prompt
 from tiue_runtime.serve.api_errors import GONE, ApiError, as_api_error
 from tiue_runtime.serve.bodies import parse_body, read_body
 from tiue_runtime.serve.guard import PICTURES
@@ -84,11 +84,13 @@ class Endpoints:
                 drawn.exception()  # Without this, asyncio would log an error that nobody asked for.
 
     async def _picture(self, request: Request, picture: Any, wanted: ImageRequest) -> dict[str, str]:
+        revised = revised_prompt(picture, wanted)
         if not wanted.as_url:
-            return {"b64_json": await asyncio.to_thread(as_base64, picture, wanted, metadata=self.settings.metadata)}
+            data = await asyncio.to_thread(as_base64, picture, wanted, metadata=self.settings.metadata)
+            return {"b64_json": data, **revised}
         data = await asyncio.to_thread(encoded, picture, wanted, metadata=self.settings.metadata)
         name = self._kept.keep(data, wanted.format)
-        return {"url": str(request.url.replace(path=PICTURES + name, query="", fragment=""))}
+        return {"url": str(request.url.replace(path=PICTURES + name, query="", fragment="")), **revised}
 
     async def picture(self, request: Request) -> Response:
         """GET /v1/pictures/{name}: a picture that an answer named by its URL."""

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tiue_runtime.bundle import UNET_DECODER
-from tiue_runtime.serve.answers import as_base64, completed_event, error_event, partial_event
+from tiue_runtime.serve.answers import as_base64, completed_event, error_event, partial_event, revised_prompt
 from tiue_runtime.serve.api_errors import as_api_error
 from tiue_runtime.serve.image_request import ImageRequest
 from tiue_runtime.serve.jobs import Job, JobProgress, JobQueue
@@ -82,7 +82,8 @@ class ImageStream(StreamingResponse):
     def _picture(self, job: Job, index: int, picture: Image) -> None:
         """Hear of a finished picture, on the worker's thread."""
         timings, warnings = dict(job.timings), list(job.warnings)
-        self._put(lambda: completed_event(self._wanted, self._file(picture), index, timings, self._tokens, warnings))
+        facts, more = (index, timings, self._tokens, warnings), revised_prompt(picture, self._wanted)
+        self._put(lambda: completed_event(self._wanted, self._file(picture), *facts, **more))
 
     def _file(self, picture: Any) -> str:
         return as_base64(picture, self._wanted, metadata=self._metadata)

@@ -109,12 +109,16 @@ class Worker:
         if len(jobs) == 1:
             return draw(drawing.prompt, num_images=len(parts), seed=drawing.seed + first, **options)
         seeds = [job.drawing.seed + index for job, index in parts]
-        result = draw([job.drawing.prompt for job, _ in parts], latents=self._noise(drawing, seeds), **options)
+        result = draw([self._drawn(*part) for part in parts], latents=self._noise(drawing, seeds), **options)
         for picture, seed in zip(result.images, seeds, strict=True):
             # The pipeline does not know the seeds of noise that it is given. A picture's place in the batch does not
             # matter, so each is recorded as the first.
             picture.info[_RECORD] = replace(picture.info[_RECORD], seed=seed, index=0)
         return result
+
+    def _drawn(self, job: Job, index: int) -> str:
+        """Return the prompt of a picture, with its style."""
+        return self._pipeline.bundle.manifest.in_style(job.drawing.prompt, job.drawing.seed + index)
 
     def _noise(self, drawing: Any, seeds: Sequence[int]) -> Any:
         """Return z_T of several seeds, float32 (B, C, h, w)."""
@@ -149,7 +153,7 @@ class Worker:
                 continue
             job.pictures.append(picture)
             for one in heard:
-                own = getattr(one, "prompt", job.drawing.prompt) == job.drawing.prompt
+                own = getattr(one, "prompt", None) in (None, self._drawn(job, index))
                 if own and str(one) not in job.warnings:
                     job.warnings.append(str(one))
             tell = job.on_picture

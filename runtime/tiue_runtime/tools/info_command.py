@@ -58,6 +58,8 @@ def _drawable(prompts: Prompts | None, every: bool) -> dict[str, object]:
     if prompts is None:
         return {"knows": "the bundle does not say"} if every else {}
     rows: dict[str, object] = {"examples": "; ".join(prompts.examples)} if prompts.examples else {}
+    if prompts.styles:
+        rows["styles"] = ", ".join(prompts.styles)
     count = len(prompts.vocabulary)
     if every:
         rows["knows"] = "\n  ".join([f"{count} names:" if count else "no closed list of names", *prompts.vocabulary])

@@ -45,7 +45,8 @@ export interface Pipeline {
   /**
    * Make pictures of a prompt.
    *
-   * @param prompt a string or a list of strings. The part that exceeds the bundle's text length is cut, with a warning.
+   * @param prompt a string or a list of strings. A style that the seed chooses is added, if the bundle has styles and the
+   *   prompt names none. The part that exceeds the bundle's text length is cut, with a warning.
    * @throws RequestError if an argument is wrong; Cancelled if `signal` ended the request; InferenceError if a graph
    *   failed, of which OutOfMemoryError is a subclass.
    */
@@ -134,7 +135,7 @@ class Loaded {
       warnings.push(message);
       this.options.onWarning(message);
     };
-    for (const one of request.prompts) {
+    for (const one of new Set(request.prompts)) {
       const complaint = this.#vocabulary.complaint(one);
       if (complaint !== null) warn(complaint);
     }
@@ -218,10 +219,10 @@ class Loaded {
         device: info.device,
         provider: info.provider,
         versions: { "tiue-runtime": VERSION, ...info.versions },
-        prompt: request.prompts[Math.floor(i / request.numImages)] ?? "",
+        prompt: request.prompts[i] ?? "",
         seed: request.seeds[i] ?? 0n,
         ...(this.options.threads === undefined ? {} : { threads: this.options.threads }),
-        prompts: request.prompts.length,
+        prompts: request.prompts.length / request.numImages,
         num_images: request.numImages,
         index: i,
         pixels_sha256: await sha256(rgbOf({ data })),

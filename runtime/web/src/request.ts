@@ -3,12 +3,13 @@ import { scheduleOf, type Manifest, type Schedule } from "./bundle/manifest.js";
 import { clip, RequestError, shorten } from "./errors.js";
 import { checkSeed } from "./noise.js";
 import type { Memory, RequestOptions } from "./options.js";
+import { inStyle } from "./text/styles.js";
 
 const LARGEST = 2 ** 20; // pictures of a prompt, and pixels of a side
 
-/** A complete request for B = prompts.length * numImages pictures, prompt-major. It is plain data. */
+/** A complete request for B pictures, prompt-major. It is plain data. */
 export interface Request {
-  prompts: string[];
+  prompts: string[]; // one per picture, with its style
   numImages: number; // per prompt
   seeds: bigint[]; // one per picture
   steps: number;
@@ -44,10 +45,11 @@ export function makeRequest(
   let memory = options.memory ?? defaultMemory;
   // Only this mode has a preview of every step.
   if (memory === "auto" && options.onProgress) memory = "sequential";
+  const seeds = Array.from({ length: count }, (_, i) => first + BigInt(i));
   return {
-    prompts,
+    prompts: seeds.map((seed, i) => inStyle(manifest.prompts, prompts[Math.floor(i / numImages)] ?? "", seed)),
     numImages,
-    seeds: Array.from({ length: count }, (_, i) => first + BigInt(i)),
+    seeds,
     steps,
     schedule: scheduleOf(manifest, steps),
     shape: [count, manifest.latent_channels, height / scale, width / scale],

@@ -256,6 +256,25 @@ for (const [prompt, options, message] of WRONG) {
   });
 }
 
+test("each picture is that of its prompt with the style of its seed", async () => {
+  const drawing = await Pipeline.load(EMOJI, QUIET);
+  const { images } = await drawing(["a red heart", "a sun, twemoji style"], { seed: 5, numImages: 2 });
+  const drawn = [
+    "a red heart, noto classic style",
+    "a red heart, noto style",
+    ...Array(2).fill("a sun, twemoji style"),
+  ];
+  assert.deepEqual(
+    images.map(({ record }) => [record?.prompt, record?.prompts, record?.num_images]),
+    drawn.map((prompt) => [prompt, 2, 2]),
+  );
+  for (const [i, prompt] of drawn.entries()) {
+    const alone = (await drawing(prompt, { seed: 5 + i })).images[0];
+    assert.ok(largestDifference(alone?.data ?? [], images[i]?.data ?? []) <= 1);
+  }
+  await drawing.dispose();
+});
+
 test("a signal cancels at once, and later calls work", async () => {
   const controller = new AbortController();
   const call = pipe("a red heart", { signal: controller.signal });

@@ -10,6 +10,7 @@ import { gaussian } from "../src/noise.js";
 import { camel } from "../src/options.js";
 import { encodePng } from "../src/picture/png.js";
 import { parameters, toJson, type Record } from "../src/picture/record.js";
+import { inStyle } from "../src/text/styles.js";
 import { PromptTokenizer } from "../src/text/tokenizer.js";
 import { Vocabulary } from "../src/text/vocabulary.js";
 import { bits, ROOT, vectors } from "./shared.js";
@@ -23,6 +24,15 @@ test("noise has the same bits", () => {
     const values = gaussian(BigInt(one.seed), one.count);
     assert.deepEqual(bits(values.subarray(0, 8)), one.first, `seed ${one.seed}`);
     assert.equal(createHash("sha256").update(new Uint8Array(values.buffer)).digest("hex"), one.sha256);
+  }
+});
+
+test("prompts get the same styles", async () => {
+  const cases = vectors<{ bundle: string; prompt: string; seed: string; drawn: string }>("styles.json");
+  assert.ok(new Set(cases.map(({ drawn }) => drawn)).size > cases.length / 2);
+  for (const one of cases) {
+    const { prompts } = await manifestOf(one.bundle);
+    assert.equal(inStyle(prompts, one.prompt, BigInt(one.seed)), one.drawn);
   }
 });
 

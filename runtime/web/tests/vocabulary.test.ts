@@ -30,6 +30,12 @@ test("the search ends with three suggestions", () => {
   assert.deepEqual(lookedUp(), ["hart", "zebra", "sart", "bleu"]);
 });
 
+test("the style that was added is not quoted", () => {
+  const prompts = { examples: ["a heart"], vocabulary: ["heart", "art"], styles: ["pop art"] };
+  const complaint = new Vocabulary(prompts, LENGTH).complaint("a zebra, pop art style");
+  assert.equal(complaint, "the model knows no word of 'a zebra'; it knows for example a heart");
+});
+
 test("64 characters for each token are read, and a surrogate pair is one character", () => {
   const most = 64 * LENGTH;
   const filled = (character: string, end: string): string => character.repeat(most - end.length) + end;

@@ -189,28 +189,29 @@ class Sampling {
     }
   }
 
-  /** Encode the prompts => text, one row per picture. */
+  /** Encode the prompts => text, one row per picture. Equal prompts are encoded once. */
   async #encode(): Promise<Tensors[string]> {
     const { request, engine } = this;
     const { ort } = engine.graphs.runtime;
     const length = engine.info.manifest.text_length;
-    const tokens: Tokens = engine.tokenizer.encode(request.prompts);
+    const prompts = [...new Set(request.prompts)];
+    const tokens: Tokens = engine.tokenizer.encode(prompts);
     for (const cut of tokens.cut.filter(Boolean)) {
       this.listener.onWarning(`prompt longer than ${length} tokens; this part was cut off: '${clip(cut)}'`);
     }
-    const size = [request.prompts.length, length];
+    const size = [prompts.length, length];
     const outputs = await this.#run("text_encoder", {
       input_ids: new ort.Tensor("int64", tokens.inputIds, size),
       attention_mask: new ort.Tensor("int64", tokens.attentionMask, size),
     });
     const text = engine.graphs.output("text_encoder", outputs, "text", [...size, null]);
     this.#report("text_encoder", 1, 1);
-    const row = text.length / request.prompts.length;
+    const row = text.length / prompts.length;
     const repeated = new Float32Array(row * request.shape[0]);
-    for (let i = 0; i < request.shape[0]; i++) {
-      const from = Math.floor(i / request.numImages) * row;
+    request.prompts.forEach((prompt, i) => {
+      const from = prompts.indexOf(prompt) * row;
       repeated.set(text.subarray(from, from + row), i * row);
-    }
+    });
     return new ort.Tensor("float32", repeated, [request.shape[0], length, row / length]);
   }
 

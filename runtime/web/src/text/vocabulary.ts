@@ -2,6 +2,7 @@
 import type { Manifest } from "../bundle/manifest.js";
 import { clip, firstCharacters } from "../errors.js";
 import { closest } from "./similarity.js";
+import { ending } from "./styles.js";
 import { CHARACTERS_PER_TOKEN } from "./tokenizer.js";
 
 // Words that say nothing about a picture's content.
@@ -19,6 +20,7 @@ const SUGGESTIONS = 3;
  */
 export class Vocabulary {
   readonly #examples: string[];
+  readonly #endings: string[]; // that name a style
   readonly #phrases = new Map<string, string>(); // word => the first phrase that has it
   readonly #forms = new Set<string>();
   readonly #most: number; // characters of a prompt that are read
@@ -27,6 +29,7 @@ export class Vocabulary {
   constructor(prompts: Manifest["prompts"], length: number) {
     this.#most = CHARACTERS_PER_TOKEN * length;
     this.#examples = prompts?.examples ?? [];
+    this.#endings = (prompts?.styles ?? []).map(ending);
     for (const phrase of prompts?.vocabulary ?? []) {
       for (const word of words(phrase)) if (!this.#phrases.has(word)) this.#phrases.set(word, phrase);
     }
@@ -35,6 +38,7 @@ export class Vocabulary {
 
   /** Return a warning about a prompt of which no word is known, else null. Plural and singular are the same word. */
   complaint(prompt: string): string | null {
+    for (const style of this.#endings) if (prompt.endsWith(style)) prompt = prompt.slice(0, -style.length);
     const asked = words(firstCharacters(prompt, this.#most));
     const known = asked.some((word) => forms(word).some((form) => this.#forms.has(form)));
     if (this.#phrases.size === 0 || asked.length === 0 || known) return null;
