@@ -56,11 +56,6 @@ def in_style(text: str, style: int) -> str:
     return f"{text}, {list(STYLES)[style]} style"
 
 
-def names_style(caption: str) -> bool:
-    """Say whether a caption was made by `in_style`."""
-    return caption.endswith(tuple(f", {name} style" for name in STYLES))
-
-
 def prepare(directory: Path, resolution: int, all_concepts: bool) -> Drawings:
     """Make the data set in `directory` (once), and load it.
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from export.onnx import main as export
-from recipes.emoji.data import STYLES, Drawings, in_style, names_style, spoken_names
+from recipes.emoji.data import Drawings, spoken_names
 from recipes.emoji.presets import Preset
 from recipes.emoji.stage import SCORES, autocast, device, minimize, precision, spaced
 from recipes.emoji.teacher import STYLE_PROBABILITY, load_teacher
@@ -46,23 +46,17 @@ def all_captions(drawings: Drawings) -> list[str]:
     return list(texts)
 
 
-def random_captions(drawings: Drawings, count: int, seed: int) -> tuple[list[str], np.ndarray]:
-    """Choose captions of random training drawings. They have style words as often as the teacher's did.
-
-    Returns:
-        The captions, and the styles of their drawings, int64 (count,).
-    """
+def random_captions(drawings: Drawings, count: int, seed: int) -> list[str]:
+    """Choose captions of random training drawings. They have style words as often as the teacher's did."""
     random = np.random.default_rng(seed)
-    rows = random.choice(np.flatnonzero(~drawings.held_out), count)
-    captions = [
+    return [
         drawings.caption(
             row,
             random.integers(len(drawings.captions[drawings.concept[row]])),
             random.random() < STYLE_PROBABILITY,
         )
-        for row in rows
+        for row in random.choice(np.flatnonzero(~drawings.held_out), count)
     ]
-    return captions, drawings.style[rows]
 
 
 @torch.no_grad()
@@ -81,49 +75,28 @@ def sample_teacher(
         ).images.float()
 
 
-def style_of(noise: Tensor) -> Tensor:
-    """Return the style int64 (n,) that noise (n, C, h, w) chooses: of the first six channels, that of the largest mean.
-
-    All styles are equally likely. With guidance, the teacher prefers some of them where a caption names none, so that
-    pictures of one thing look alike. The student learns to take the style from the noise instead.
-    """
-    return noise[:, : len(STYLES)].mean(dim=(2, 3)).argmax(dim=1)
-
-
-def with_style(noise: Tensor, style: Tensor) -> Tensor:
-    """Return noise (n, C, h, w) that chooses `style` int64 (n,). Two channels change places, so that it stays noise."""
-    rows, chosen, result = torch.arange(len(noise)), style_of(noise), noise.clone()
-    result[rows, style], result[rows, chosen] = noise[rows, chosen], noise[rows, style]
-    return result
-
-
 def make_pairs(preset: Preset, drawings: Drawings, pipeline: StableDiffusionPipeline, path: Path) -> dict:
     """Sample (once) pairs of noise and the teacher's latents: {"captions", "noise", "latents"}.
 
-    Where a caption names no style, the teacher's names that of a training drawing, and the noise chooses it, too.
-
     Raises:
-        ValueError: the file has pairs of other captions or styles, for example of an older recipe, or is damaged.
+        ValueError: the file has pairs of other captions, for example of other drawings, or is damaged.
     """
-    captions, styles = random_captions(drawings, preset.pairs, preset.seed)
-    unnamed, style = torch.tensor([not names_style(text) for text in captions]), torch.from_numpy(styles).long()
+    captions = random_captions(drawings, preset.pairs, preset.seed)
     if not path.exists():
         generator = torch.Generator().manual_seed(preset.seed)
         size = pipeline.unet.config.sample_size
         noise = torch.randn(preset.pairs, preset.latent_channels, size, size, generator=generator)
-        noise[unnamed] = with_style(noise[unnamed], style[unnamed])
-        whole = [text if names_style(text) else in_style(text, i) for text, i in zip(captions, styles, strict=True)]
         latents = []
         null = _encode(pipeline, [""])
         for start in tqdm(range(0, preset.pairs, preset.pair_batch), desc="pairs", mininterval=5):
             part = slice(start, start + preset.pair_batch)
-            text = _encode(pipeline, whole[part])
+            text = _encode(pipeline, captions[part])
             latents.append(sample_teacher(pipeline, text, null, noise[part], preset.pair_steps, preset.guidance).cpu())
         with written_whole(path) as temporary:
             torch.save({"captions": captions, "noise": noise, "latents": torch.cat(latents)}, temporary)
     found = load_pairs(path)
-    if found["captions"] != captions or not torch.equal(style_of(found["noise"][unnamed]), style[unnamed]):
-        raise ValueError(f"{path} has pairs of other captions or styles: delete it, and they are sampled again")
+    if found["captions"] != captions:
+        raise ValueError(f"{path} has pairs of other captions: delete it, and they are sampled again")
     return found
 
 
@@ -183,18 +156,15 @@ def warm_start(preset: Preset, drawings: Drawings, teacher: Path, path: Path) ->
 
 
 def distill(preset: Preset, drawings: Drawings, teacher: Path, initial: Path, out: Path, choose: Choose) -> None:
-    """Distill with VSD and KL from the warm start (once), and keep the best checkpoint.
-
-    All captions name a style. Without a name, VSD would bring back the styles that the teacher prefers.
-    """
+    """Distill with VSD and KL from the warm start (once), and keep the best checkpoint."""
     if not (out / SCORES).exists():
         run, method = prepare(
             load_components(teacher),
-            [caption for caption in all_captions(drawings) if names_style(caption)],
+            all_captions(drawings),
             out,
             replace(preset.distill, mixed_precision=precision(), **spaced(preset.distill.iterations)),
             initial=load_student(initial),
-            sample_prompts=random_captions(drawings, 32, preset.seed + 1)[0],
+            sample_prompts=random_captions(drawings, 32, preset.seed + 1),
         )
         train(run, method)
         choose(out, method)

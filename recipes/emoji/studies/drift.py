@@ -70,7 +70,7 @@ def _study(preset_name: str, steps: int, iterations: int, out: Path) -> None:
             all_captions(drawings),
             out / _directory(name),
             config,
-            sample_prompts=random_captions(drawings, 32, preset.seed + 1)[0],
+            sample_prompts=random_captions(drawings, 32, preset.seed + 1),
         )
         train(run, method)
     logs = {name: read_log(out / _directory(name) / "losses.csv") for name in runs}
