@@ -115,7 +115,7 @@ def test_pictures_are_those_of_the_library_and_previews_come_first(window, pipe)
     assert {count for _, count in previews} == {0, 2}
     assert window._gallery.count() == 2 and window._caption.text() == "2 pictures"
     window._gallery.item(1).setSelected(False)
-    assert window._caption.text().startswith("a red heart  ·  seed 5  ·  128x128")
+    assert window._caption.text().startswith("a red heart, noto classic style  ·  seed 5  ·  128x128")
 
 
 def test_a_picture_that_is_dropped_is_made_again(window, tmp_path):

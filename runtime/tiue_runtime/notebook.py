@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # A notebook's file holds all that it shows.
 MOST_PICTURES = 64
 MOST_PIXELS = 2**20
+MOST_WORDS = 500  # characters of the alternative text
 
 _LONGEST_ROW = 8  # The pictures of one prompt stay in one row if there are not more.
 
@@ -39,7 +40,8 @@ def mime_bundle(
     picture = _reduced(pictures[0], MOST_PIXELS) if len(pictures) == 1 else _sheet(pictures, prompts)
     file = io.BytesIO()
     Picture.of(picture).save(file, "PNG")
-    words = clip("; ".join(dict.fromkeys(record.prompt for record in records[:MOST_PICTURES] if record.prompt)))
+    texts = dict.fromkeys(record.prompt for record in records[:MOST_PICTURES] if record.prompt)
+    words = clip("; ".join(texts), MOST_WORDS)
     metadata = {"image/png": {"alt": words}} if words else {}
     return {"image/png": base64.b64encode(file.getvalue()).decode("ascii")}, metadata
 
