@@ -162,7 +162,8 @@ def grid(
     """Plot the teacher's pictures above the bundle's, from the same noise. Held-out pairs have a star."""
     held = {drawings.caption(row, 0, True) for row in np.flatnonzero(drawings.held_out)}
     seeds = range(GRID_SEED, GRID_SEED + len(prompts))
-    above = sample_pictures(teacher, prompts, guidance, seeds)
+    styled = [student.bundle.manifest.in_style(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    above = sample_pictures(teacher, styled, guidance, seeds)
     below = (student(prompts, seed=GRID_SEED, output_type="np").images * 255).round().astype(np.uint8)
     bands = -(-len(prompts) // GRID_COLUMNS)
     figure, axes = plt.subplots(2 * bands, GRID_COLUMNS, figsize=(GRID_COLUMNS * 1.35, bands * 3.3), dpi=120)
