@@ -84,6 +84,23 @@ PRESETS = {
         fit_batch=4,
         encoder=EncoderConfig(iterations=2, batch_size=8, width=8, resolution=16, embedding=16),
     ),
+    # From nothing in less than an hour of two cores: a source for the comparison of methods.
+    "small": replace(
+        CPU,
+        name="small",
+        resolution=64,
+        latent_channels=16,
+        autoencoder_widths=(32, 32, 64, 128),
+        autoencoder_steps=1000,
+        polish_steps=150,
+        teacher_widths=(64, 128),
+        teacher_steps=2600,
+        guidance=2.0,
+        pairs=6400,
+        regression_steps=1500,
+        regression_lr=3e-4,
+        encoder=EncoderConfig(iterations=400, width=16, resolution=48),
+    ),
     # The shipped model: all concepts that were found then, eight minutes of one NVIDIA H200. Its last stages ran on
     # two cores.
     "gpu": replace(

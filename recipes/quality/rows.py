@@ -123,6 +123,12 @@ _SMOKE = tuple(
 _TINY = EncoderConfig(iterations=1, batch_size=4, width=8, resolution=16, embedding=16)
 PRESETS = {
     "cpu": Preset("cpu", judge=EncoderConfig(iterations=1500, resolution=48)),
+    # For a smaller teacher, that of the preset `small` of recipes.emoji.
+    "small": Preset(
+        "small",
+        judge=EncoderConfig(iterations=1000, width=16, resolution=48),
+        observer=replace(_OBSERVER, iterations=500),
+    ),
     "gpu": Preset("gpu", passes=2_000_000, batch=128),
     # Every method once, in seconds. It tests that the comparison runs.
     "smoke": Preset(
