@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -21,7 +22,7 @@ from recipes.quality.cost import Cost
 from recipes.quality.judging import Judging, separate_painter
 from recipes.quality.material import Material
 from recipes.quality.rows import PRESETS, ROWS
-from tiue.checkpoint import load_student
+from tiue.checkpoint import Student, load_student, save_student
 from tiue.distill.config import DistillConfig
 from tiue.distill.loop import train
 from tiue.distill.runs import record_run
@@ -143,6 +144,19 @@ def test_the_control_is_drawn_by_one_unet_per_step(tmp_path):
     expected = torch_painter(student.components, torch.device("cpu"), separate)(["a cat"], range(1, 3))
     made = separate_painter(student, 4)(["a cat"], range(1, 3)).astype(int)
     assert abs(made - expected).max() <= 1 and made.std() > 1
+
+
+def test_the_warm_start_is_drawn_with_the_image_decoder_of_all_rows(tmp_path, monkeypatch):
+    made = v_teacher()
+    vae = copy.deepcopy(made.vae)
+    vae.decoder.conv_out.bias.data += 1
+    save_student(tmp_path / "warm.safetensors", Student(made, 999, {1: (999,)}, base_model="tiny"))
+    monkeypatch.setattr("recipes.quality.material.load_components", lambda _: replace(made, vae=vae))
+    (tmp_path / "out").mkdir()
+    material = Material(PRESETS["cpu"], tmp_path, random_drawings(), tmp_path / "out")
+    found = load_student(material.warm).components
+    assert torch.equal(found.vae.decoder.conv_out.bias, vae.decoder.conv_out.bias.half().float())
+    assert torch.equal(found.unet.conv_in.weight, made.unet.conv_in.weight.half().float())
 
 
 def test_a_row_takes_the_settings_that_were_best_for_the_row_it_is_like(tmp_path):

@@ -20,6 +20,8 @@ from recipes.emoji.data import STYLES, Drawings
 from recipes.emoji.stage import precision
 from recipes.emoji.student import all_captions
 from recipes.quality.rows import Preset
+from tiue.checkpoint import load_student, save_student
+from tiue.components import load_components
 from tiue.files import write_text
 
 _REFERENCE_EVERY = 5  # drawings
@@ -37,7 +39,16 @@ class Material:
 
     def __init__(self, preset: Preset, source: Path, drawings: Drawings, out: Path):
         self.preset, self.out, self._drawings = preset, out, drawings
-        self.teacher, self.warm = source / "polished", source / "warm.safetensors"
+        self.teacher, self._warm = source / "polished", source / "warm.safetensors"
+
+    @cached_property
+    def warm(self) -> Path:
+        """The warm start, with the image decoder of all rows. In the recipe, that is trained after the warm start."""
+        path = self.out / "warm.safetensors"
+        if not path.exists():
+            student, vae = load_student(self._warm), load_components(self.teacher).vae
+            save_student(path, replace(student, components=replace(student.components, vae=vae)))
+        return path
 
     @cached_property
     def captions(self) -> list[str]:
