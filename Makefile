@@ -77,7 +77,7 @@ check: lint docs test
 # An update on a CPU frees and takes the same large blocks. With these, glibc keeps them, and saves a tenth to a fifth.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000
 
-# The paper's comparison: a small teacher, then every method. It takes about 3 hours of 2 cores. Begun again, it goes on.
+# The paper's comparison: a small teacher, then every method. It should take 3 hours of 2 cores. Begun again, it goes on.
 quality: $(FULL)/ready
 	$(KEEP_MEMORY) $(FULL)/bin/python -m recipes.emoji --preset small --out runs/small --until polish
 	$(KEEP_MEMORY) $(FULL)/bin/python -m recipes.quality --preset small --source runs/small --out runs/quality
